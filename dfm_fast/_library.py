@@ -1,0 +1,183 @@
+"""One place where operators are registered.
+
+`define` puts a raw operator into the dispatcher: schema, reference (every device), C++ (CPU, when the
+extension loads), Triton or CUDA (imported on the first CUDA call), fake, FLOP formula.
+`operator` marks a public function, links it to its reference and raw operators, and gives it the
+DTensor rule. What is marked is in `OPERATORS`, and `tests/test_library.py` tests all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import register_flop_formula
+
+_LIBRARY = torch.library.Library("dfm_fast", "DEF")
+# The fake kernels promise exact strides; Inductor must then hand over the strides it traced with.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+# Triton reads this variable at import. With it set the Triton kernels also serve CPU tensors,
+# so that the whole test suite can run them without a GPU.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A public function and what stands behind it."""
+
+    name: str
+    family: str
+    public: Callable[..., Any]
+    reference: Callable[..., Any]
+    raw: tuple[str, ...]  # dispatcher names without namespace, forward first
+    cost: Callable[..., int]  # least bytes moved by the forward: each input and output once
+
+
+OPERATORS: dict[str, Operator] = {}
+RAW: dict[str, str] = {}  # raw operator -> "family:launcher"
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernel: str,
+    flops: Callable[..., int],
+) -> None:
+    """Register `dfm_fast::<schema>`; `kernel` is "<family>:<launcher>" in `dfm_fast.kernels`."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=_TAGS)
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    launch = _on_first_call(name, kernel)
+    _LIBRARY.impl(name, launch, "CUDA")
+    if INTERPRET:
+        _LIBRARY.impl(name, launch, "CPU")
+    torch.library.register_fake(f"dfm_fast::{name}", fake, lib=_LIBRARY)
+    register_flop_formula(getattr(torch.ops.dfm_fast, name), get_raw=True)(_flops_without_out(flops))
+    RAW[name] = kernel
+
+
+def operator(*, reference: Callable[..., Any], raw: tuple[str, ...], cost: Callable[..., int]):
+    """Mark a public function as an operator of the library (see `Operator`)."""
+
+    def decorate(public: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(public)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if _has_dtensor(args):
+                return _on_local_shards(public, args, kwargs)
+            return public(*args, **kwargs)
+
+        name, family = public.__name__, public.__module__.rsplit(".", 1)[-1]
+        OPERATORS[name] = Operator(name, family, call, reference, raw, cost)
+        return call
+
+    return decorate
+
+
+def _on_first_call(name: str, kernel: str) -> Callable[..., Any]:
+    family, launcher = kernel.split(":")
+
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        try:
+            module = importlib.import_module(f"dfm_fast.kernels.{family}")
+        except ImportError as error:
+            raise RuntimeError(
+                f"{name}: expected Triton for a CUDA tensor, got an ImportError: {error}. Install "
+                "triton >= 3.6, or move the tensor to the CPU."
+            ) from error
+        return getattr(module, launcher)
+
+    return lambda *args, **kwargs: load()(*args, **kwargs)
+
+
+def _flops_without_out(flops: Callable[..., int]) -> Callable[..., int]:
+    def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return flops(*args, **kwargs)
+
+    return formula
+
+
+# --- DTensor: batch sharding -------------------------------------------------------------------
+
+
+def _has_dtensor(args: tuple[Any, ...]) -> bool:
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is None:
+        return False
+    return any(isinstance(leaf, tensor.DTensor) for leaf in pytree.tree_leaves(args))
+
+
+def _on_local_shards(public: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run on the local shards. Every operator is independent along the batch, so Shard(0) stays
+    Shard(0) and Replicate stays Replicate; other placements are first replicated."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    shards = [leaf for leaf in leaves if isinstance(leaf, DTensor)]
+    mesh = shards[0].device_mesh
+    batch = Shard(0)
+    # A mesh dimension stays sharded if some tensor is sharded along the batch there.
+    placements = [
+        batch if any(shard.placements[i] == batch for shard in shards) else Replicate()
+        for i in range(mesh.ndim)
+    ]
+
+    def local(leaf: Any) -> Any:
+        if not isinstance(leaf, DTensor):
+            return leaf
+        keep = [p if leaf.placements[i] == p else Replicate() for i, p in enumerate(placements)]
+        # A replicated tensor used by sharded ones gets a partial gradient from every shard.
+        grads = [
+            Partial() if p == batch and k == Replicate() else k
+            for p, k in zip(placements, keep, strict=True)
+        ]
+        return leaf.redistribute(mesh, keep).to_local(grad_placements=grads)
+
+    args, kwargs = pytree.tree_unflatten([local(leaf) for leaf in leaves], spec)
+    out = public(*args, **kwargs)
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: DTensor.from_local(t, mesh, placements, run_check=False), out
+    )
+
+
+# --- The C++ extension --------------------------------------------------------------------------
+
+# Best first; torch's own capability (and its override ATEN_CPU_CAPABILITY) decides.
+_BUILDS = {"AVX512": ("_C_avx512", "_C_avx2", "_C"), "AVX2": ("_C_avx2", "_C")}
+
+
+@dataclass(frozen=True)
+class Extension:
+    """The loaded C++ extension: module name, or None and the reason."""
+
+    module: str | None
+    reason: str
+
+
+@functools.cache
+def load_extension() -> Extension:
+    """Load the best build this CPU runs. Never raises: without it the reference serves the CPU."""
+    if INTERPRET:
+        return Extension(None, "TRITON_INTERPRET=1: Triton's interpreter serves CPU tensors")
+    if os.environ.get("DFM_FAST_NO_EXT") == "1":
+        return Extension(None, "DFM_FAST_NO_EXT=1")
+    capability = torch.backends.cpu.get_cpu_capability()
+    reasons = []
+    for module in _BUILDS.get(capability, ("_C",)):
+        try:
+            importlib.import_module(f"dfm_fast.{module}")
+        except ImportError as error:
+            reasons.append(f"{module}: {error}")
+        else:
+            return Extension(module, f"CPU capability {capability}")
+    return Extension(None, "; ".join(reasons))

@@ -1,0 +1,5 @@
+"""The `dfm-fast` command."""
+
+
+def main() -> int:
+    return 0

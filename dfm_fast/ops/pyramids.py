@@ -1,0 +1,639 @@
+r"""Laplacian and Haar pyramids.
+
+One level of a Laplacian pyramid, on an image or video x [N, C, (T,) H, W]:
+
+    coarse = down(x)            detail = x - up(coarse)            x = detail + up(coarse)
+
+An L-level pyramid is the two-level one applied to its own coarse level again and again: levels come
+out coarse to fine, (coarse, detail_2, ..., detail_L). Every coarse level is rounded to the tensor's
+dtype *before* the next finer one is predicted from it, so collapse(build(x)) differs from x by at
+most one rounding per level, in every dtype (Burt & Adelson 1983; DFM, arXiv 2506.19839, eq. 3).
+
+`down` and `up` are separable, one sparse matrix per axis (n to n/2 and back):
+
+    nearest    down: mean of 2               up: repeat
+    bilinear   down: mean of 2               up: [1/4, 3/4] and [3/4, 1/4], edge clamped
+    binomial   down: [1 4 6 4 1]/16          up: (1 6 1)/8 and (4 4)/8: OpenCV's pyrDown and pyrUp
+    dct        down: low half of an 8-point DCT, inverted at 4 points      up: zero-padded back to 8
+
+Factor 4 is two such steps, the middle one neither rounded nor emitted. Nothing is saved for
+backward: the operators are linear, and the adjoints are gathers over the transposed matrices:
+
+    build:     g_1 = dL_1;  per level  c = g - up^T(dL);  g = dL + down^T(c);  dx = g
+    collapse:  dL_L = dy;   dL_{s-1} = up^T(dL_s)
+
+Sums are in float32 (float64 for float64). Bytes moved at least, N elements of x, b bytes each, at
+factor 2 in 2-D: build and collapse N b (1 + 1 + 1/4 + ... + 1/4^(L-1)); backward the same.
+
+`haar_build` is the orthonormal Haar wavelet transform, critically sampled, with sub-bands LH (low
+along W, high along H), HL, HH as 3C channels; each is its own inverse's adjoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dfm_fast import _checks
+from dfm_fast._library import define, operator
+
+FILTERS = ("nearest", "bilinear", "binomial", "dct")
+
+# --- The filters: one sparse matrix per axis ----------------------------------------------------
+
+
+class Taps(NamedTuple):
+    """A sparse matrix [n_out, n_in], K entries a row: y[i] = sum_k weight[i, k] x[index[i, k]]."""
+
+    index: Tensor  # int64 [n_out, K]
+    weight: Tensor  # float64 [n_out, K]
+    n_in: int
+
+
+@functools.cache
+def _dct_down() -> Tensor:
+    """[4, 8]: C4^T [I 0] C8 / sqrt(2); the 1/sqrt(2) keeps the mean. up = 2 down^T."""
+
+    def basis(n: int) -> Tensor:  # orthonormal DCT-II [frequency, sample]
+        k, m = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+        scale = torch.where(k == 0, math.sqrt(1 / n), math.sqrt(2 / n))
+        return scale * torch.cos(math.pi * (m + 0.5) * k / n)
+
+    return basis(4).T @ basis(8)[:4] / math.sqrt(2)
+
+
+def _reflect_101(i: Tensor, n: int) -> Tensor:
+    """... 2 1 | 0 1 ... n-1 | n-2 n-3 ...: OpenCV's BORDER_REFLECT_101, for any i."""
+    if n == 1:
+        return torch.zeros_like(i)
+    i = i.remainder(2 * n - 2)
+    return torch.where(i < n, i, 2 * n - 2 - i)
+
+
+def _down_taps(filter: str, n: int) -> tuple[Tensor, Tensor]:
+    i = torch.arange(half(n))[:, None]
+    if filter == "binomial":
+        weight = torch.tensor([1, 4, 6, 4, 1], dtype=torch.float64) / 16
+        return _reflect_101(2 * i + torch.arange(-2, 3), n), weight.expand(len(i), 5)
+    if filter == "dct":
+        return i // 4 * 8 + torch.arange(8), _dct_down()[i[:, 0] % 4]
+    return 2 * i + torch.arange(2), torch.full((len(i), 2), 0.5, dtype=torch.float64)
+
+
+def _up_taps(filter: str, n: int) -> tuple[Tensor, Tensor]:
+    m, j = half(n), torch.arange(n)[:, None]
+    i, odd = j // 2, (j % 2).bool()
+    if filter == "nearest":
+        return i, torch.ones(n, 1, dtype=torch.float64)
+    if filter == "bilinear":
+        index = torch.where(odd, i + torch.arange(2), i - 1 + torch.arange(2)).clamp(0, m - 1)
+        near, far = torch.tensor([[3.0, 1.0], [1.0, 3.0]], dtype=torch.float64) / 4
+        return index, torch.where(odd, near, far)
+    if filter == "dct":
+        return j // 8 * 4 + torch.arange(4), 2 * _dct_down().T[j[:, 0] % 8]
+    index = i + torch.arange(-1, 2)
+    index = torch.where(index < 0, min(1, m - 1), index).clamp(max=m - 1)
+    even = torch.tensor([1.0, 6.0, 1.0], dtype=torch.float64) / 8
+    return index, torch.where(odd, torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64), even)
+
+
+
+
+
+def _transpose(taps: Taps) -> Taps:
+    """The same matrix's transpose, rows padded with zero weights to the longest."""
+    n_out = len(taps.index)
+    keep = taps.weight.flatten() != 0
+    column, weight = taps.index.flatten()[keep], taps.weight.flatten()[keep]
+    row = torch.arange(n_out)[:, None].expand_as(taps.index).flatten()[keep]
+    order = column.argsort(stable=True)
+    column, row, weight = column[order], row[order], weight[order]
+    count = torch.bincount(column, minlength=taps.n_in)
+    slot = torch.arange(len(column)) - (count.cumsum(0) - count)[column]
+    shape = (taps.n_in, max(1, int(count.max())))
+    index = torch.zeros(shape, dtype=torch.int64)
+    padded = torch.zeros(shape, dtype=torch.float64)
+    index[column, slot] = row
+    padded[column, slot] = weight
+    return Taps(index, padded, n_out)
+
+
+@functools.lru_cache(maxsize=512)
+def axis_taps(filter: str, kind: str, n: int) -> Taps:
+    """The matrix of one axis whose fine side is n; kind is down, up, down_adjoint or up_adjoint."""
+    direction, adjoint = kind.removesuffix("_adjoint"), kind.endswith("_adjoint")
+    if direction == "down":
+        taps = Taps(*_down_taps(filter, n), n)
+    else:
+        taps = Taps(*_up_taps(filter, n), half(n))
+    return _transpose(taps) if adjoint else taps
+
+
+def half(n: int) -> int:
+    """Side of the coarser level: n/2, rounded up where a filter takes odd sides."""
+    return (n + 1) // 2
+
+
+def halvings(factor: Sequence[int]) -> list[tuple[int, ...]]:
+    """A factor as 2x steps; each names the axes it halves: (1, 2, 4) -> [(1, 2), (2,)]."""
+    steps = max(factor).bit_length() - 1
+    return [tuple(a for a, f in enumerate(factor) if f >= 2 << s) for s in range(steps)]
+
+
+def halve(sizes: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(half(n) if a in axes else n for a, n in enumerate(sizes))
+
+
+# --- References ----------------------------------------------------------------------------------
+
+
+def _resample(x: Tensor, axis: int, taps: Taps) -> Tensor:
+    """Apply a matrix along one spatial axis. x [N, C, ...]."""
+    shape = [1] * x.ndim
+    shape[axis + 2] = -1
+    index, weight = taps.index.to(x.device), taps.weight.to(x.device, x.dtype)
+    terms = (
+        x.index_select(axis + 2, index[:, k]) * weight[:, k].view(shape)
+        for k in range(index.shape[1])
+    )
+    return sum(terms, start=next(terms))
+
+
+def _down(x: Tensor, filter: str, factor: Sequence[int]) -> Tensor:
+    for axes in halvings(factor):
+        for axis in axes:
+            x = _resample(x, axis, axis_taps(filter, "down", x.shape[axis + 2]))
+    return x
+
+
+def _sizes(sizes: Sequence[int], factor: Sequence[int]) -> Iterator[tuple[Sequence[int], tuple]]:
+    """(fine sizes, axes) of the 2x steps within one level, finest first."""
+    for axes in halvings(factor):
+        yield sizes, axes
+        sizes = halve(sizes, axes)
+
+
+def _up(x: Tensor, sizes: Sequence[int], filter: str, factor: Sequence[int]) -> Tensor:
+    for fine, axes in reversed(list(_sizes(sizes, factor))):
+        for axis in axes:
+            x = _resample(x, axis, axis_taps(filter, "up", fine[axis]))
+    return x
+
+
+def _up_adjoint(x: Tensor, filter: str, factor: Sequence[int]) -> Tensor:
+    for axes in halvings(factor):
+        for axis in axes:
+            x = _resample(x, axis, axis_taps(filter, "up_adjoint", x.shape[axis + 2]))
+    return x
+
+
+def _down_adjoint(x: Tensor, sizes: Sequence[int], filter: str, factor: Sequence[int]) -> Tensor:
+    for fine, axes in reversed(list(_sizes(sizes, factor))):
+        for axis in axes:
+            x = _resample(x, axis, axis_taps(filter, "down_adjoint", fine[axis]))
+    return x
+
+
+def _accumulate(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def laplacian_build_ref(
+    x: Tensor, num_levels: int, filter: str, factor: Sequence[int]
+) -> list[Tensor]:
+    """x [N, C, (T,) H, W] -> levels, coarse to fine; defines `laplacian_build`."""
+    details, layout = [], memory_format(x)
+    for _ in range(num_levels - 1):
+        fine = _accumulate(x)
+        coarse = _down(fine, filter, factor).to(x.dtype)
+        details.append(fine - _up(_accumulate(coarse), x.shape[2:], filter, factor))
+        details[-1] = details[-1].to(x.dtype).contiguous(memory_format=layout)
+        x = coarse
+    return [x.contiguous(memory_format=layout), *reversed(details)]
+
+
+def laplacian_collapse_ref(levels: Sequence[Tensor], filter: str, factor: Sequence[int]) -> Tensor:
+    """levels, coarse to fine -> x [N, C, (T,) H, W]; defines `laplacian_collapse`."""
+    x, layout = levels[0], memory_format(levels[-1])
+    for detail in levels[1:]:
+        up = _up(_accumulate(x), detail.shape[2:], filter, factor)
+        x = (_accumulate(detail) + up).to(detail.dtype)
+    return x.contiguous(memory_format=layout)
+
+
+def laplacian_build_backward_ref(
+    grads: Sequence[Tensor], filter: str, factor: Sequence[int]
+) -> Tensor:
+    """Gradients of the levels, coarse to fine -> gradient of x; in fp32, rounded once."""
+    grad = _accumulate(grads[0])
+    for level in map(_accumulate, grads[1:]):
+        coarse = grad - _up_adjoint(level, filter, factor)
+        grad = level + _down_adjoint(coarse, level.shape[2:], filter, factor)
+    return grad.to(grads[-1].dtype).contiguous(memory_format=memory_format(grads[-1]))
+
+
+def laplacian_collapse_backward_ref(
+    grad: Tensor, num_levels: int, filter: str, factor: Sequence[int]
+) -> list[Tensor]:
+    """Gradient of x -> gradients of all levels but the finest (its gradient is `grad`)."""
+    level, grads, layout = _accumulate(grad), [], memory_format(grad)
+    for _ in range(num_levels - 1):
+        level = _up_adjoint(level, filter, factor)
+        grads.append(level.to(grad.dtype).contiguous(memory_format=layout))
+    return grads[::-1]
+
+
+def haar_build_ref(x: Tensor, num_levels: int) -> list[Tensor]:
+    """x [N, C, H, W] -> [N, C, h, w], then [N, 3C, h, w] per level, coarse to fine."""
+    details, layout = [], memory_format(x)
+    for _ in range(num_levels - 1):
+        fine = _accumulate(x)
+        top, bottom = fine[:, :, 0::2], fine[:, :, 1::2]
+        a, b, c, d = top[..., 0::2], top[..., 1::2], bottom[..., 0::2], bottom[..., 1::2]
+        bands = (a + b) - (c + d), (a - b) + (c - d), (a - b) - (c - d)
+        details.append((torch.cat(bands, 1) / 2).to(x.dtype).contiguous(memory_format=layout))
+        x = (((a + b) + (c + d)) / 2).to(x.dtype)
+    return [x.contiguous(memory_format=layout), *reversed(details)]
+
+
+def haar_collapse_ref(levels: Sequence[Tensor]) -> Tensor:
+    """Inverse of `haar_build_ref`."""
+    x, layout = levels[0], memory_format(levels[-1])
+    for detail in levels[1:]:
+        ll, (lh, hl, hh) = _accumulate(x), _accumulate(detail).chunk(3, 1)
+        top = torch.stack(((ll + lh) + (hl + hh), (ll + lh) - (hl + hh)), -1)
+        bottom = torch.stack(((ll - lh) + (hl - hh), (ll - lh) - (hl - hh)), -1)
+        x = torch.stack((top.flatten(-2), bottom.flatten(-2)), -2).flatten(-3, -2)
+        x = (x / 2).to(detail.dtype)
+    return x.contiguous(memory_format=layout)
+
+
+# --- Shapes, layouts, registration ----------------------------------------------------------------
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """contiguous_format, or channels_last (2-D, 3-D) where x is that and not contiguous."""
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    if not x.is_contiguous() and x.is_contiguous(memory_format=last):
+        return last
+    return torch.contiguous_format
+
+
+def level_sizes(
+    sizes: Sequence[int], num_levels: int, factor: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """Spatial sizes of the levels, coarse to fine, for a finest level of `sizes`."""
+    levels = [tuple(sizes)]
+    for _ in range(num_levels - 1):
+        sizes = functools.reduce(halve, halvings(factor), sizes)
+        levels.append(tuple(sizes))
+    return levels[::-1]
+
+
+def _empty(x: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
+    return x.new_empty((x.shape[0], channels, *sizes)).to(memory_format=memory_format(x))
+
+
+def _build_fake(x: Tensor, num_levels: int, filter: str, factor: Sequence[int]) -> list[Tensor]:
+    return [_empty(x, x.shape[1], s) for s in level_sizes(x.shape[2:], num_levels, factor)]
+
+
+def _collapse_backward_fake(
+    grad: Tensor, num_levels: int, filter: str, factor: Sequence[int]
+) -> list[Tensor]:
+    return _build_fake(grad, num_levels, filter, factor)[:-1]
+
+
+def _haar_build_fake(x: Tensor, num_levels: int) -> list[Tensor]:
+    n, c = x.shape[:2]
+    coarse, *_ = sizes = level_sizes(x.shape[2:], num_levels, (2, 2))[:-1]
+    return [_empty(x, c, coarse), *(_empty(x, 3 * c, s) for s in sizes)]
+
+
+def _haar_collapse_fake(levels: Sequence[Tensor]) -> Tensor:
+    h, w = levels[-1].shape[2:]
+    return _empty(levels[-1], levels[0].shape[1], (2 * h, 2 * w))
+
+
+# Multiply-adds per fine element, down and up, of one axis (counted as 2 FLOPs each).
+_TAPS = {"nearest": (2, 1), "bilinear": (2, 2), "binomial": (5, 3), "dct": (8, 4)}
+
+
+def _laplacian_flops(elements: int, num_levels: int, filter: str, factor: Sequence[int]) -> int:
+    """Separable filtering, every axis in turn, of all levels but the coarsest."""
+    down, up = _TAPS[filter]
+    total, axes = 0.0, sum(f > 1 for f in factor)
+    for _ in range(num_levels - 1):
+        total += elements * (2 * axes * (down / 2 + up) + 1)
+        elements /= math.prod(factor)
+    return round(total)
+
+
+define(
+    "laplacian_build(Tensor x, int num_levels, str filter, int[] factor) -> Tensor[]",
+    reference=laplacian_build_ref,
+    fake=_build_fake,
+    kernel="pyramids:laplacian_build",
+    flops=lambda x, n, filter, factor: _laplacian_flops(math.prod(x), n, filter, factor),
+)
+define(
+    "laplacian_build_backward(Tensor[] grads, str filter, int[] factor) -> Tensor",
+    reference=laplacian_build_backward_ref,
+    fake=lambda grads, filter, factor: torch.empty_like(grads[-1]),
+    kernel="pyramids:laplacian_build_backward",
+    flops=lambda g, filter, factor: _laplacian_flops(math.prod(g[-1]), len(g), filter, factor),
+)
+define(
+    "laplacian_collapse(Tensor[] levels, str filter, int[] factor) -> Tensor",
+    reference=laplacian_collapse_ref,
+    fake=lambda levels, filter, factor: torch.empty_like(levels[-1]),
+    kernel="pyramids:laplacian_collapse",
+    flops=lambda v, filter, factor: _laplacian_flops(math.prod(v[-1]), len(v), filter, factor),
+)
+define(
+    "laplacian_collapse_backward(Tensor grad, int num_levels, str filter, int[] factor)"
+    " -> Tensor[]",
+    reference=laplacian_collapse_backward_ref,
+    fake=_collapse_backward_fake,
+    kernel="pyramids:laplacian_collapse_backward",
+    flops=lambda g, n, filter, factor: _laplacian_flops(math.prod(g), n, filter, factor),
+)
+# Three additions and one halving per output; 4/3 of the finest step over all levels.
+define(
+    "haar_build(Tensor x, int num_levels) -> Tensor[]",
+    reference=haar_build_ref,
+    fake=_haar_build_fake,
+    kernel="pyramids:haar_build",
+    flops=lambda x, n: sum(4 * math.prod(x) // 4**s for s in range(n - 1)),
+)
+define(
+    "haar_collapse(Tensor[] levels) -> Tensor",
+    reference=haar_collapse_ref,
+    fake=_haar_collapse_fake,
+    kernel="pyramids:haar_collapse",
+    flops=lambda levels: sum(4 * 4 * math.prod(s) // 3 for s in levels[1:]),
+)
+
+# --- Gradients ------------------------------------------------------------------------------------
+
+
+class _LaplacianBuild(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, num_levels, filter, factor):
+        ctx.filter, ctx.factor, ctx.layout = filter, factor, memory_format(x)
+        return tuple(torch.ops.dfm_fast.laplacian_build(x, num_levels, filter, factor))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        grads = [g.contiguous(memory_format=ctx.layout) for g in grads]
+        dx = torch.ops.dfm_fast.laplacian_build_backward(grads, ctx.filter, ctx.factor)
+        return dx, None, None, None
+
+
+class _LaplacianCollapse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, filter, factor, *levels):
+        ctx.filter, ctx.factor, ctx.layout = filter, factor, memory_format(levels[-1])
+        return torch.ops.dfm_fast.laplacian_collapse(levels, filter, factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        needs = ctx.needs_input_grad[2:]
+        coarse = [None] * (len(needs) - 1)
+        if any(needs[:-1]):
+            dy_ = dy.contiguous(memory_format=ctx.layout)
+            coarse = torch.ops.dfm_fast.laplacian_collapse_backward(
+                dy_, len(needs), ctx.filter, ctx.factor
+            )
+        return None, None, *coarse, dy if needs[-1] else None
+
+
+class _HaarBuild(torch.autograd.Function):
+    """Orthonormal: the adjoint is the inverse."""
+
+    @staticmethod
+    def forward(ctx, x, num_levels):
+        ctx.layout = memory_format(x)
+        return tuple(torch.ops.dfm_fast.haar_build(x, num_levels))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        grads = [g.contiguous(memory_format=ctx.layout) for g in grads]
+        return torch.ops.dfm_fast.haar_collapse(grads), None
+
+
+class _HaarCollapse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *levels):
+        ctx.num_levels, ctx.layout = len(levels), memory_format(levels[-1])
+        return torch.ops.dfm_fast.haar_collapse(levels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dy = dy.contiguous(memory_format=ctx.layout)
+        return tuple(torch.ops.dfm_fast.haar_build(dy, ctx.num_levels))
+
+
+# --- Public functions -----------------------------------------------------------------------------
+
+
+def _check_factor(op: str, factor: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    per_axis = (factor,) * ndim if isinstance(factor, int) else tuple(factor)
+    if len(per_axis) != ndim:
+        _checks.fail(op, "factor", f"one number, or one per spatial axis ({ndim})", factor)
+    if any(f not in (1, 2, 4) for f in per_axis) or max(per_axis) == 1:
+        _checks.fail(op, "factor", "1, 2 or 4 per axis, not all 1", factor)
+    return per_axis
+
+
+def _check_sizes(
+    op: str, argument: str, sizes: Sequence[int], levels: int, filter: str, factor: Sequence[int]
+) -> None:
+    """Every side that a level halves must be one the filter takes."""
+    multiple = {"binomial": 1, "dct": 8}.get(filter, 2)
+    fine = tuple(sizes)
+    for level in range(levels - 1):
+        for axes in halvings(factor):
+            for axis in axes:
+                n = fine[axis]
+                if n < 2 or n % multiple:
+                    need = f"multiples of {multiple}" if multiple > 1 else "sides of at least 2"
+                    _checks.fail(
+                        op,
+                        argument,
+                        f"{need} at each of {levels - 1} halvings by {tuple(factor)} for "
+                        f"filter {filter!r}",
+                        f"{tuple(sizes)}, which comes to {tuple(fine)} after {level}",
+                    )
+            fine = halve(fine, axes)
+
+
+def _dense(x: Tensor, layout: torch.memory_format | None = None) -> Tensor:
+    """x itself where it is contiguous or channels_last, else a contiguous copy."""
+    return x.contiguous(memory_format=layout or memory_format(x))
+
+
+def _check_levels(op: str, levels: Sequence[Tensor], ndim: tuple[int, ...]) -> list[Tensor]:
+    if isinstance(levels, Tensor) or not isinstance(levels, Sequence):
+        _checks.fail(op, "levels", "a sequence of tensors", type(levels).__name__, TypeError)
+    if not levels:
+        _checks.fail(op, "levels", "at least one tensor", 0)
+    for s, level in enumerate(levels):
+        _checks.tensor(op, f"levels[{s}]", level, ndim)
+        _checks.like(op, f"levels[{s}]", level, "levels[0]", levels[0])
+    return list(levels)
+
+
+def _check_shapes(op: str, levels: Sequence[Tensor], expected: Sequence[Sequence[int]]) -> None:
+    for s, (level, shape) in enumerate(zip(levels, expected, strict=True)):
+        if tuple(level.shape) != tuple(shape):
+            _checks.fail(op, f"levels[{s}]", f"shape {tuple(shape)}", tuple(level.shape))
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _pyramid_cost(x: Tensor, num_levels: int = 2, *, factor: int | Sequence[int] = 2, **_) -> int:
+    """Least bytes of a build: x read once, every level written once."""
+    factor = _check_factor("laplacian_build", factor, x.ndim - 2)
+    sizes = level_sizes(x.shape[2:], num_levels, factor)
+    levels = sum(math.prod(s) for s in sizes) * x.shape[0] * x.shape[1]
+    return (x.numel() + levels) * x.element_size()
+
+
+@operator(
+    reference=laplacian_build_ref,
+    raw=("laplacian_build", "laplacian_build_backward"),
+    cost=_pyramid_cost,
+)
+def laplacian_build(
+    x: Tensor,
+    num_levels: int = 2,
+    *,
+    filter: str = "bilinear",
+    factor: int | Sequence[int] = 2,
+) -> tuple[Tensor, ...]:
+    """Laplacian pyramid of images [N, C, H, W] or videos [N, C, T, H, W], coarse to fine.
+
+    Args:
+        x: float32, bfloat16, float16 or float64; contiguous or channels_last (kept; any other
+            layout is copied to contiguous first).
+        num_levels: at least 1. Each level but the coarsest halves the sides once (factor 2).
+        filter: "nearest", "bilinear" (DFM's), "binomial" (equal to OpenCV's pyrDown and pyrUp) or
+            "dct". Box filters need even sides, "dct" multiples of 8, "binomial" any.
+        factor: 1, 2 or 4 for all axes or one per axis, such as (1, 2, 2) for a video whose frames
+            are kept. Factor 4 is two steps of 2, the middle level not emitted.
+
+    Returns:
+        `num_levels` tensors like x, coarse to fine; the last has x's shape. `laplacian_collapse`
+        of them differs from x by at most one rounding per level.
+
+    Raises:
+        TypeError: not a floating-point tensor. ValueError: shape, level count, filter or factor.
+
+    Burt & Adelson, The Laplacian Pyramid as a Compact Image Code, 1983; DFM (arXiv 2506.19839) §3.
+    """
+    op = "laplacian_build"
+    _checks.tensor(op, "x", x, (4, 5))
+    num_levels = _checks.integer(op, "num_levels", num_levels, 1)
+    filter = _checks.choice(op, "filter", filter, FILTERS)
+    factor = _check_factor(op, factor, x.ndim - 2)
+    _check_sizes(op, "x", x.shape[2:], num_levels, filter, factor)
+    if num_levels == 1:
+        return (x.clone(),)
+    return _LaplacianBuild.apply(_dense(x), num_levels, filter, factor)
+
+
+@operator(
+    reference=laplacian_collapse_ref,
+    raw=("laplacian_collapse", "laplacian_collapse_backward"),
+    cost=lambda levels, **_: _bytes(*levels, levels[-1]),
+)
+def laplacian_collapse(
+    levels: Sequence[Tensor], *, filter: str = "bilinear", factor: int | Sequence[int] = 2
+) -> Tensor:
+    """Inverse of `laplacian_build`: levels, coarse to fine -> x, shaped like the last level.
+
+    Args:
+        levels: what `laplacian_build` returns, or the first k of it for a coarser picture.
+        filter, factor: as given to `laplacian_build`.
+
+    Returns:
+        A tensor of the finest level's shape, dtype and layout.
+
+    Raises:
+        TypeError: not floating-point tensors of one dtype. ValueError: count, shapes or devices.
+    """
+    op = "laplacian_collapse"
+    levels = _check_levels(op, levels, (4, 5))
+    filter = _checks.choice(op, "filter", filter, FILTERS)
+    finest = levels[-1]
+    factor = _check_factor(op, factor, finest.ndim - 2)
+    _check_sizes(op, f"levels[{len(levels) - 1}]", finest.shape[2:], len(levels), filter, factor)
+    sizes = level_sizes(finest.shape[2:], len(levels), factor)
+    _check_shapes(op, levels, [(*finest.shape[:2], *s) for s in sizes])
+    if len(levels) == 1:
+        return finest.clone()
+    layout = memory_format(finest)
+    return _LaplacianCollapse.apply(filter, factor, *(_dense(v, layout) for v in levels))
+
+
+@operator(
+    reference=haar_build_ref,
+    raw=("haar_build", "haar_collapse"),
+    cost=lambda x, num_levels=2: 2 * _bytes(x),
+)
+def haar_build(x: Tensor, num_levels: int = 2) -> tuple[Tensor, ...]:
+    """Orthonormal Haar wavelet pyramid of images [N, C, H, W], critically sampled.
+
+    Args:
+        x: float32, bfloat16, float16 or float64; sides multiples of 2^(num_levels - 1).
+        num_levels: at least 1.
+
+    Returns:
+        Coarse to fine: the low-pass band [N, C, h, w], then per level the details [N, 3C, h, w]:
+        C channels each of LH (low along W, high along H), HL, HH: PyWavelets' cH, cV, cD.
+
+    Raises:
+        TypeError: not a floating-point tensor. ValueError: shape or level count.
+    """
+    op = "haar_build"
+    _checks.tensor(op, "x", x, (4,))
+    num_levels = _checks.integer(op, "num_levels", num_levels, 1)
+    _check_sizes(op, "x", x.shape[2:], num_levels, "haar", (2, 2))
+    if num_levels == 1:
+        return (x.clone(),)
+    return _HaarBuild.apply(_dense(x), num_levels)
+
+
+@operator(
+    reference=haar_collapse_ref,
+    raw=("haar_collapse", "haar_build"),
+    cost=lambda levels: 2 * _bytes(*levels),
+)
+def haar_collapse(levels: Sequence[Tensor]) -> Tensor:
+    """Inverse of `haar_build`: [N, C, h, w] and details [N, 3C, ...], coarse to fine -> x.
+
+    Raises:
+        TypeError: not floating-point tensors of one dtype. ValueError: count, shapes or devices.
+    """
+    op = "haar_collapse"
+    levels = _check_levels(op, levels, (4,))
+    if len(levels) == 1:
+        return levels[0].clone()
+    n, c, h, w = levels[0].shape
+    details = [(n, 3 * c, h << s, w << s) for s in range(len(levels) - 1)]
+    _check_shapes(op, levels, [(n, c, h, w), *details])
+    layout = memory_format(levels[-1])
+    return _HaarCollapse.apply(*(_dense(v, layout) for v in levels))

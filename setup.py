@@ -1,0 +1,57 @@
+"""What pyproject.toml cannot declare: the C++ extension, one build per CPU capability.
+
+Each build is a shared library of its own, of the same sources; `dfm_fast._library` loads the best
+one that the CPU runs. DFM_FAST_NO_EXT=1 installs pure Python.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Flags follow torch's own definition of the capabilities AVX2 and AVX512.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512 += ["-mprefer-vector-width=512"]
+BUILDS = {"_C": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    BUILDS |= {"_C_avx2": AVX2, "_C_avx512": AVX512}
+
+
+def extensions():
+    """(ext_modules, cmdclass); empty where DFM_FAST_NO_EXT=1."""
+    if os.environ.get("DFM_FAST_NO_EXT") == "1":
+        return [], {}
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+    class Build(BuildExtension):
+        """One object directory per extension: the builds share their sources."""
+
+        def build_extension(self, ext):
+            base, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
+            super().build_extension(ext)
+            self.build_temp = base
+
+    def cpp(name, flags):
+        args = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", *flags]
+        sources = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
+        return CppExtension(f"dfm_fast.{name}", sources, extra_compile_args={"cxx": args})
+
+    modules = [cpp(name, flags) for name, flags in BUILDS.items()]
+    sources = sorted(str(p) for p in Path("csrc/cuda").glob("*.c*"))
+    import torch
+
+    if torch.version.cuda and CUDA_HOME and sources:
+        args = {"cxx": ["-O3"], "nvcc": ["-O3", "-lineinfo"]}
+        modules.append(CUDAExtension("dfm_fast._C_cuda", sources, extra_compile_args=args))
+    return modules, {"build_ext": Build}
+
+
+modules, commands = extensions()
+setup(
+    package_dir={"dfm_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["dfm_fast", "dfm_fast.*"]), "dfm_fast.kernels"],
+    ext_modules=modules,
+    cmdclass=commands,
+)
