@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest benchmarks/ --benchmark-only`, from the root of the repository."""

@@ -1,0 +1,119 @@
+"""Clocks, and the loop in which all providers take turns."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUNDS = (11, 300)  # at least, at most
+Sampler = Callable[[], float]  # milliseconds of one call
+
+
+def wall_clock(call: Callable[[], Any]) -> Sampler:
+    """A sampler: milliseconds of one call on the CPU."""
+
+    def sample() -> float:
+        start = time.perf_counter_ns()
+        call()
+        return (time.perf_counter_ns() - start) / 1e6
+
+    return sample
+
+
+def cuda_clock(flush: Tensor) -> Callable[[Callable[[], Any]], Sampler]:
+    """Clock of the GPU: `flush`, larger than L2, is overwritten before every sample."""
+
+    def clock(call: Callable[[], Any]) -> Sampler:
+        replay = capture(call)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def sample() -> float:
+            flush.zero_()  # also keeps the GPU busy until the replay is queued
+            begin.record()
+            replay()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end)
+
+        return sample
+
+    return clock
+
+
+def capture(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph's replay; a backward must have been built on the current stream."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        keep = call()
+    # The graph writes into `keep`: its memory must live as long as the graph.
+    return lambda keep=keep: graph.replay()
+
+
+@contextlib.contextmanager
+def clock_of(device: str) -> Iterator[Callable[[Callable[[], Any]], Sampler]]:
+    """A clock; on a GPU all inside runs on a side stream, as captures require."""
+    if device == "cpu":
+        yield wall_clock
+        return
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield cuda_clock(torch.empty(256 << 20, dtype=torch.uint8, device=device))
+
+
+def interleave(
+    samplers: dict[str, Sampler], seconds: float, rounds: tuple[int, int] = ROUNDS
+) -> dict[str, list[float]]:
+    """Samples of all: every round takes one of each, in a new order."""
+    names, order = list(samplers), random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for sampler in samplers.values():  # warm-up
+        sampler()
+    gc.collect()
+    gc.disable()
+    try:
+        start, done = time.monotonic(), 0
+        while done < rounds[0] or (done < rounds[1] and time.monotonic() - start < seconds):
+            order.shuffle(names)
+            for name in names:
+                times[name].append(samplers[name]())
+            done += 1
+    finally:
+        gc.enable()
+    return times
+
+
+def plain_call_ms(call: Callable[[], Any], calls: int = 20) -> float:
+    """Milliseconds per call on the GPU, launched one by one from Python."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3 / calls
+
+
+def count_launches(call: Callable[[], Any]) -> int:
+    """Kernels and copies that one call puts on the GPU."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+
+
+def peak_mib(call: Callable[[], Any]) -> float:
+    """MiB allocated on the GPU by one call at most, over what was there."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -1,0 +1,340 @@
+"""How one benchmark row is measured, for every family.
+
+A family's file declares rows (what is computed, on what shapes, by whom, in how many bytes); this
+file does the rest, in this order:
+
+1. Gate. Ours against the reference in float64, within the library's error budget; every rival
+   against the same, loosely: it must compute the same function. A failure stops the row.
+2. Timing. Everybody takes turns in one loop, in a new order every round, so that a slow minute of
+   the machine slows all alike. Figures are medians; speed-ups are medians of the ratios within a
+   round, with quartiles.
+3. `copy` takes its turn too: `y.copy_(x)` of the row's largest tensor. The fraction of copy is
+   (least bytes / time of ours) over (bytes copied / time of copy), both from this very loop.
+
+CPU: wall clock. GPU: CUDA events around the replay of a captured graph, L2 overwritten before each;
+the plain call, host time included, is measured as well. A backward row times the backward alone, on
+a graph that is kept, for everybody.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from benchmarks.clocks import clock_of, count_launches, interleave, peak_mib, plain_call_ms
+from benchmarks.shapes import GOALS
+
+# Compiled graphs may be walked backward more than once only where Inductor does not reuse buffers.
+torch._functorch.config.donated_buffer = False
+
+Say = Callable[[str], None]
+# Relative L2 distance from the float64 reference, over which a rival computes something else.
+LOOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+NOT_RIVALS = ("ours", "copy", "eager", "compiled", "float32")
+
+
+class GateError(AssertionError):
+    """A provider does not compute what it is timed for."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Somebody else's code for a row."""
+
+    prepare: Callable[..., Callable[[], Any]]  # the row's inputs -> what is timed
+    gather: Callable[[Any], Any] = lambda result: result  # its result -> tensors like ours
+    package: str = ""  # must be installed
+    device: str = ""  # "cpu" where it runs nowhere else
+    differs: str = ""  # how its function differs, where it does: then timed, not compared
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    op: str
+    variant: str  # what else tells it from others: the filter
+    case: str  # a name from shapes.py
+    shapes: tuple[tuple[int, ...], ...]  # of the inputs
+    ours: Callable[..., Any]  # of the inputs
+    reference: Callable[..., Any]  # the same, differentiable, in float64 too
+    least_bytes: int  # of the direction measured
+    eager: Callable[..., Any]
+    compiled: dict[str, Callable[..., Any]]  # form -> function for torch.compile
+    rivals: dict[str, Rival | str] = field(default_factory=dict)  # or why there is none
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    direction: str = "forward"
+    quick: bool = False
+    device: str = ""  # "cuda" where only a GPU is worth it
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def id(self) -> str:
+        parts = self.op, self.variant, self.case, self.dtype_name, self.layout, self.direction
+        return "-".join(filter(None, parts))
+
+
+@dataclass
+class Provider:
+    """Who takes part in the timing loop, ready to be called."""
+
+    call: Callable[[], Any]
+    gather: Callable[[Any], Any] = lambda result: result
+    compare: bool = True
+    note: str = ""
+
+
+# --- Inputs, and what is called -------------------------------------------------------------------
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values, contiguous or channels_last (2-D and 3-D)."""
+    if layout == "contiguous":
+        return x.contiguous()
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return x.contiguous(memory_format=last)
+
+
+def make_inputs(row: Row, device: str) -> list[Tensor]:
+    """Random, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(shape, generator=generator) for shape in row.shapes)
+    return [lay_out(v.to(device, row.dtype), row.layout) for v in values]
+
+
+def bind(function: Callable[..., Any], inputs: Sequence[Tensor], direction: str) -> Callable:
+    """The zero-argument call that a row times."""
+    if direction == "forward":
+        return lambda: function(*inputs)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = tensors(function(*leaves))
+    generator = torch.Generator().manual_seed(1)
+    values = (torch.randn(y.shape, generator=generator) for y in outputs)
+    grads = [torch.empty_like(y).copy_(v) for y, v in zip(outputs, values, strict=True)]
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
+def compile_forms(
+    row: Row, inputs: Sequence[Tensor], say: Say, missing: dict[str, str]
+) -> Iterator[tuple[str, Provider]]:
+    """One provider per form that compiles; the fastest becomes `compiled`."""
+    mode = "max-autotune-no-cudagraphs" if inputs[0].is_cuda else None  # we capture ourselves
+    torch._dynamo.reset()
+    for form, function in row.compiled.items():
+        start = time.monotonic()
+        try:
+            compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+            call = bind(compiled, inputs, row.direction)
+            call()
+        except Exception as error:
+            missing[f"compiled {form}"] = f"does not compile: {str(error).splitlines()[0][:120]}"
+        else:
+            yield f"compiled {form}", Provider(call)
+        say(f"compiled {form} in {time.monotonic() - start:.1f} s")
+
+
+def rival_provider(rival: Rival | str, inputs: Sequence[Tensor]) -> Provider | str:
+    """Ready to be called, or why not."""
+    if isinstance(rival, str):
+        return rival
+    if rival.package and importlib.util.find_spec(rival.package) is None:
+        return f"{rival.package} is not installed"
+    if rival.device and rival.device != inputs[0].device.type:
+        return f"runs on {rival.device} only"
+    call = rival.prepare(*inputs)
+    return Provider(call, rival.gather, not rival.differs, rival.differs)
+
+
+def copy_provider(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Provider, int]:
+    """A copy of the row's largest tensor, and the bytes it moves."""
+    x = max((*inputs, *outputs), key=Tensor.numel).detach()
+    y = torch.empty_like(x)
+    return Provider(lambda: y.copy_(x), compare=False), 2 * x.numel() * x.element_size()
+
+
+def assemble(
+    row: Row, inputs: Sequence[Tensor], say: Say
+) -> tuple[dict[str, Provider], dict[str, str]]:
+    """Everybody who takes part but copy, and why the others do not."""
+    missing: dict[str, str] = {}
+    providers = {
+        "ours": Provider(bind(row.ours, inputs, row.direction)),
+        "eager": Provider(bind(row.eager, inputs, row.direction)),
+    }
+    if row.dtype in (torch.bfloat16, torch.float16):
+        wide = [x.float() for x in inputs]
+        providers["float32"] = Provider(bind(row.ours, wide, row.direction), note="ours in float32")
+    for name, rival in row.rivals.items():
+        provider = rival_provider(rival, inputs)
+        if isinstance(provider, str):
+            missing[name] = provider
+        else:
+            providers[name] = provider
+    providers |= dict(compile_forms(row, inputs, say, missing))
+    return providers, missing
+
+
+# --- The gate -------------------------------------------------------------------------------------
+
+
+def reference_results(row: Row, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(in the row's dtype, in float64), both on contiguous inputs of the same values."""
+    low = bind(row.reference, [x.contiguous() for x in inputs], row.direction)()
+    exact = bind(row.reference, [x.double().contiguous() for x in inputs], row.direction)()
+    return tensors(low), tensors(exact)
+
+
+def check_budget(what: str, got: Tensor, low: Tensor, exact: Tensor) -> None:
+    """Error at most twice the same-dtype reference's, plus one rounding of the output."""
+    if got.shape != exact.shape or got.dtype != low.dtype:
+        expected = f"{tuple(exact.shape)} {low.dtype}"
+        raise GateError(f"{what}: expected {expected}, got {tuple(got.shape)} {got.dtype}")
+    error, allowed = (got.double() - exact).abs(), 2 * (low.double() - exact).abs().max()
+    excess = (error - allowed - torch.finfo(got.dtype).eps / 2 * exact.abs()).max().item()
+    if not excess <= 0:  # NaN is not
+        raise GateError(f"{what}: error {error.max().item():.3e}, {excess:.3e} over the budget")
+
+
+def check_loosely(what: str, got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    if got.shape != exact.shape:
+        raise GateError(f"{what}: expected {tuple(exact.shape)}, got {tuple(got.shape)}")
+    distance = ((got.to(exact) - exact).norm() / exact.norm()).item()
+    if not distance <= LOOSE[dtype]:
+        raise GateError(f"{what}: relative distance {distance:.3e}, over {LOOSE[dtype]:.0e}")
+
+
+def gate(row: Row, inputs: Sequence[Tensor], providers: dict[str, Provider]) -> None:
+    """Raise GateError unless all compute the row's function."""
+    low, exact = reference_results(row, inputs)
+    for name, provider in providers.items():
+        result = provider.call()  # those not compared are still called: it warms them up
+        if not provider.compare:
+            continue
+        got = tensors(provider.gather(result))
+        if len(got) != len(exact):
+            raise GateError(f"{row.id}, {name}: expected {len(exact)} tensors, got {len(got)}")
+        for i, (g, lo, ex) in enumerate(zip(got, low, exact, strict=True)):
+            what = f"{row.id}, {name}, tensor {i}"
+            if name == "ours":
+                check_budget(what, g, lo, ex)
+            else:
+                check_loosely(what, g, ex, row.dtype)
+
+
+# --- Figures --------------------------------------------------------------------------------------
+
+
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"median": median, "q1": low, "q3": high}
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Spread of the ratios within each round."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+def keep_fastest_form(times: dict[str, list[float]]) -> str | None:
+    """Leave only the fastest compiled form, as `compiled`; returns its name."""
+    forms = [name for name in times if name.startswith("compiled ")]
+    if not forms:
+        return None
+    best = min(forms, key=lambda name: statistics.median(times[name]))
+    samples = times[best]
+    for name in forms:
+        del times[name]
+    times["compiled"] = samples
+    return best.removeprefix("compiled ")
+
+
+def judge(row_id: str, device: str, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each goal of the row, with what was measured."""
+    goals = []
+    for goal in GOALS:
+        if fnmatch(device, goal.device) and fnmatch(row_id, goal.row):
+            if goal.against == "copy":
+                measured = record["copy_fraction"]["median"]
+            else:
+                measured = record["speedup"].get(goal.against, {}).get("median")
+            met = None if measured is None else measured >= goal.at_least
+            goals.append({**goal._asdict(), "measured": measured, "met": met})
+    return goals
+
+
+def figures(
+    row: Row, times: dict[str, list[float]], copied: int, missing: dict[str, str]
+) -> dict[str, Any]:
+    """The row's record, from the samples of all."""
+    forms = {n: spread(t)["median"] for n, t in times.items() if n.startswith("compiled ")}
+    form = keep_fastest_form(times)
+    moved = {name: copied if name == "copy" else row.least_bytes for name in times}
+    providers = {
+        name: {"ms": spread(t), "gb_s": moved[name] / statistics.median(t) / 1e6}
+        for name, t in times.items()
+    }
+    if form:
+        providers["compiled"] |= {"form": form, "forms_ms": forms}
+    rivals = [name for name in times if name not in NOT_RIVALS]
+    fraction = ratios(times["copy"], times["ours"])
+    scale = row.least_bytes / copied
+    return {
+        "id": row.id,
+        **{k: getattr(row, k) for k in ("op", "variant", "case", "layout", "direction", "quick")},
+        "dtype": row.dtype_name,
+        "shape": max(row.shapes, key=lambda s: torch.Size(s).numel()),
+        "bytes": row.least_bytes,
+        "rounds": len(times["ours"]),
+        "copy_fraction": {k: v * scale for k, v in fraction.items()},
+        "speedup": {n: ratios(times[n], times["ours"]) for n in times if n not in ("ours", "copy")},
+        "strongest": min(rivals, key=lambda n: providers[n]["ms"]["median"], default=None),
+        "missing": missing,
+        "providers": providers,
+    }
+
+
+def on_gpu(record: dict[str, Any], providers: dict[str, Provider]) -> None:
+    """Add what only a GPU shows."""
+    for name, entry in record["providers"].items():
+        source = f"compiled {entry['form']}" if name == "compiled" else name
+        call = providers[source].call
+        entry["call_ms"] = plain_call_ms(call)
+        entry["launches"] = count_launches(call)
+        entry["peak_mib"] = peak_mib(call)
+
+
+def measure(row: Row, device: str, seconds: float, say: Say) -> tuple[dict, Callable[[], Any]]:
+    """(record, our call): everything for one row. Raises GateError."""
+    with clock_of(device) as clock:
+        inputs = make_inputs(row, device)
+        providers, missing = assemble(row, inputs, say)
+        gate(row, inputs, providers)
+        outputs = tensors(providers["ours"].call())
+        providers["copy"], copied = copy_provider(inputs, outputs)
+        samplers = {name: clock(provider.call) for name, provider in providers.items()}
+        times = interleave(samplers, seconds)
+        record = figures(row, times, copied, missing)
+        for name, provider in providers.items():
+            if provider.note and name in record["providers"]:
+                record["providers"][name]["note"] = provider.note
+        if device != "cpu":
+            on_gpu(record, providers)
+    record["goals"] = judge(row.id, torch.device(device).type, record)
+    return record, providers["ours"].call

@@ -1,0 +1,137 @@
+"""What results carry along: machine, versions, commit. Nothing that names a host or a person."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parent.parent
+# Distribution -> name in the results. Several distributions carry OpenCV.
+PACKAGES = {
+    "torch": "torch",
+    "triton": "triton",
+    "numpy": "numpy",
+    "opencv-python-headless": "opencv",
+    "opencv-python": "opencv",
+    "kornia": "kornia",
+    "PyWavelets": "pywavelets",
+}
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine() or "cpu")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The device that results are filed under, e.g. amd-epyc-avx512-2c or h200."""
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = properties.name
+        facts = {
+            "device": "cuda",
+            "memory_gib": round(properties.total_memory / 2**30),
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
+        return {"slug": slug(name.removeprefix("NVIDIA ")), "name": name, **facts}
+    capability, cores = torch.backends.cpu.get_cpu_capability(), os.cpu_count()
+    return {
+        "slug": slug(f"{cpu_name()}-{capability}-{cores}c"),
+        "name": cpu_name(),
+        "device": "cpu",
+        "capability": capability,
+        "cores": cores,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for distribution, name in PACKAGES.items():
+        try:
+            found[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*args: str) -> str | None:
+    command = ["git", "-C", str(ROOT), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> dict[str, Any]:
+    """Commit and whether the tree had changes; DFM_FAST_COMMIT where there is no repository."""
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return {"commit": os.environ.get("DFM_FAST_COMMIT", "unknown"), "dirty": None}
+    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return {"commit": head, "dirty": bool(changes)}
+
+
+def header(device: str, family: str, full: bool) -> dict[str, Any]:
+    """Everything but the rows."""
+    from dfm_fast._library import load_extension
+
+    return {
+        "schema": SCHEMA,
+        "family": family,
+        "machine": machine(device),
+        "versions": versions(),
+        "extension": load_extension().module,
+        **commit(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "full": full,
+        "command": "pytest benchmarks/ --benchmark-only" + (" --full" if full else ""),
+    }
+
+
+def finish(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the best copy bandwidth of its rows."""
+    copies = [row["providers"]["copy"]["gb_s"] for row in record["rows"]]
+    return {**record, "copy_gb_s": max(copies, default=None)}
+
+
+def rounded(value: Any) -> Any:
+    """Floats with 5 significant digits: more is noise, and makes differences hard to read."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """All or nothing: a run that dies while writing leaves the file of before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(rounded(value), indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,48 @@
+"""The shapes that rows are named after, and the goals that rows are held to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+    """A tensor as a model has it, and its pyramid."""
+
+    shape: tuple[int, ...]  # [N, C, (T,) H, W]
+    num_levels: int
+    factor: int | tuple[int, ...] = 2
+
+
+CASES = {
+    "dfm_latents": Case((8, 16, 128, 128), 3),  # DFM at 1024 px: 16 channels, an 8x autoencoder
+    "dfm_latents_x4": Case((8, 16, 128, 128), 2, 4),
+    "sd_vae_latents": Case((32, 4, 64, 64), 3),  # Stable Diffusion at 512 px
+    "photos_512": Case((8, 3, 512, 512), 4),
+    "photos_1024": Case((2, 3, 1024, 1024), 4),
+    "video_latents": Case((1, 16, 16, 64, 64), 3, (1, 2, 2)),  # all frames kept
+    "large_latents": Case((8, 16, 1024, 1024), 3),  # larger than any cache; GPU only
+}
+
+
+class Goal(NamedTuple):
+    """Shown beside what was measured; a missed one is shown too, and fails nothing."""
+
+    device: str  # pattern: cpu, cuda or *
+    row: str  # pattern of Row.id
+    against: str  # "copy": fraction of its bandwidth; "float32": ours in it; else a rival's name
+    at_least: float
+
+
+GOALS = (
+    Goal("cpu", "laplacian_*-bilinear-dfm_latents-float32-contiguous-*", "copy", 0.60),
+    Goal("cpu", "laplacian_*-bilinear-dfm_latents-float32-contiguous-*", "eager", 10.0),
+    Goal("cpu", "laplacian_*-bilinear-dfm_latents-float32-contiguous-*", "compiled", 5.0),
+    Goal("cpu", "laplacian_build-binomial-photos_512-float32-contiguous-forward", "opencv", 4.0),
+    Goal("cpu", "laplacian_build-binomial-photos_512-float32-contiguous-forward", "kornia", 100.0),
+    Goal("*", "laplacian_*-bilinear-dfm_latents-bfloat16-contiguous-*", "float32", 1.0),
+    Goal("cuda", "laplacian_*-bilinear-dfm_latents-float32-contiguous-*", "compiled", 3.0),
+    Goal("cuda", "laplacian_*-large_latents-*", "copy", 0.85),
+    Goal("cuda", "laplacian_*-binomial-photos_512-float32-contiguous-forward", "copy", 0.85),
+    Goal("cuda", "laplacian_*-binomial-photos_512-float32-contiguous-forward", "compiled", 1.7),
+    Goal("cuda", "laplacian_build-binomial-photos_512-float32-contiguous-forward", "kornia", 10.0),
+)
