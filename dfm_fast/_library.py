@@ -1,7 +1,7 @@
 """One place where operators are registered.
 
-`define` puts a raw operator into the dispatcher: schema, reference (every device), C++ (CPU, when the
-extension loads), Triton or CUDA (imported on the first CUDA call), fake, FLOP formula.
+`define` puts a raw operator into the dispatcher: schema, reference (every device), Triton or CUDA
+(imported on the first CUDA call), fake, FLOP formula; the C++ extension adds its own for the CPU.
 `operator` marks a public function, links it to its reference and raw operators, and gives it the
 DTensor rule. What is marked is in `OPERATORS`, and `tests/test_library.py` tests all of it.
 """
@@ -37,7 +37,7 @@ class Operator:
     family: str
     public: Callable[..., Any]
     reference: Callable[..., Any]
-    raw: tuple[str, ...]  # dispatcher names without namespace, forward first
+    raw: tuple[str, ...]  # dispatcher names, forward first: "dfm_fast::laplacian_build"
     cost: Callable[..., int]  # least bytes moved by the forward: each input and output once
 
 
@@ -62,7 +62,7 @@ def define(
     if INTERPRET:
         _LIBRARY.impl(name, launch, "CPU")
     torch.library.register_fake(f"dfm_fast::{name}", fake, lib=_LIBRARY)
-    register_flop_formula(getattr(torch.ops.dfm_fast, name), get_raw=True)(_flops_without_out(flops))
+    register_flop_formula(getattr(torch.ops.dfm_fast, name))(_without_out(flops))
     RAW[name] = kernel
 
 
@@ -77,7 +77,8 @@ def operator(*, reference: Callable[..., Any], raw: tuple[str, ...], cost: Calla
             return public(*args, **kwargs)
 
         name, family = public.__name__, public.__module__.rsplit(".", 1)[-1]
-        OPERATORS[name] = Operator(name, family, call, reference, raw, cost)
+        qualified = tuple(f"dfm_fast::{op}" for op in raw)
+        OPERATORS[name] = Operator(name, family, call, reference, qualified, cost)
         return call
 
     return decorate
@@ -100,8 +101,8 @@ def _on_first_call(name: str, kernel: str) -> Callable[..., Any]:
     return lambda *args, **kwargs: load()(*args, **kwargs)
 
 
-def _flops_without_out(flops: Callable[..., int]) -> Callable[..., int]:
-    def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+def _without_out(flops: Callable[..., int]) -> Callable[..., int]:
+    def formula(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return flops(*args, **kwargs)
 
     return formula

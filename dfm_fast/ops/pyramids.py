@@ -103,9 +103,6 @@ def _up_taps(filter: str, n: int) -> tuple[Tensor, Tensor]:
     return index, torch.where(odd, torch.tensor([0.0, 0.5, 0.5], dtype=torch.float64), even)
 
 
-
-
-
 def _transpose(taps: Taps) -> Taps:
     """The same matrix's transpose, rows padded with zero weights to the longest."""
     n_out = len(taps.index)
@@ -311,7 +308,7 @@ def _collapse_backward_fake(
 
 
 def _haar_build_fake(x: Tensor, num_levels: int) -> list[Tensor]:
-    n, c = x.shape[:2]
+    c = x.shape[1]
     coarse, *_ = sizes = level_sizes(x.shape[2:], num_levels, (2, 2))[:-1]
     return [_empty(x, c, coarse), *(_empty(x, 3 * c, s) for s in sizes)]
 
@@ -398,8 +395,11 @@ class _LaplacianBuild(torch.autograd.Function):
 
 
 class _LaplacianCollapse(torch.autograd.Function):
+    # One variadic parameter, and always more than two arguments: Dynamo takes a call with as many
+    # arguments as forward has parameters (ctx included) for one that already brings ctx.
     @staticmethod
-    def forward(ctx, filter, factor, *levels):
+    def forward(ctx, *args):
+        filter, factor, *levels = args
         ctx.filter, ctx.factor, ctx.layout = filter, factor, memory_format(levels[-1])
         return torch.ops.dfm_fast.laplacian_collapse(levels, filter, factor)
 
@@ -433,27 +433,30 @@ class _HaarBuild(torch.autograd.Function):
 
 class _HaarCollapse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *levels):
-        ctx.num_levels, ctx.layout = len(levels), memory_format(levels[-1])
+    def forward(ctx, *args):  # as _LaplacianCollapse
+        ctx.num_levels, *levels = args
+        ctx.layout = memory_format(levels[-1])
         return torch.ops.dfm_fast.haar_collapse(levels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         dy = dy.contiguous(memory_format=ctx.layout)
-        return tuple(torch.ops.dfm_fast.haar_build(dy, ctx.num_levels))
+        return None, *torch.ops.dfm_fast.haar_build(dy, ctx.num_levels)
 
 
 # --- Public functions -----------------------------------------------------------------------------
 
 
 def _check_factor(op: str, factor: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    per_axis = (factor,) * ndim if isinstance(factor, int) else tuple(factor)
+    per_axis = (factor,) * ndim if isinstance(factor, int) else factor
+    if not isinstance(per_axis, Sequence) or not all(isinstance(f, int) for f in per_axis):
+        _checks.fail(op, "factor", "an int or a sequence of ints", repr(factor), TypeError)
     if len(per_axis) != ndim:
         _checks.fail(op, "factor", f"one number, or one per spatial axis ({ndim})", factor)
     if any(f not in (1, 2, 4) for f in per_axis) or max(per_axis) == 1:
         _checks.fail(op, "factor", "1, 2 or 4 per axis, not all 1", factor)
-    return per_axis
+    return tuple(per_axis)
 
 
 def _check_sizes(
@@ -484,8 +487,8 @@ def _dense(x: Tensor, layout: torch.memory_format | None = None) -> Tensor:
 
 
 def _check_levels(op: str, levels: Sequence[Tensor], ndim: tuple[int, ...]) -> list[Tensor]:
-    if isinstance(levels, Tensor) or not isinstance(levels, Sequence):
-        _checks.fail(op, "levels", "a sequence of tensors", type(levels).__name__, TypeError)
+    if not isinstance(levels, list | tuple):
+        _checks.fail(op, "levels", "a list or tuple of tensors", type(levels).__name__, TypeError)
     if not levels:
         _checks.fail(op, "levels", "at least one tensor", 0)
     for s, level in enumerate(levels):
@@ -636,4 +639,4 @@ def haar_collapse(levels: Sequence[Tensor]) -> Tensor:
     details = [(n, 3 * c, h << s, w << s) for s in range(len(levels) - 1)]
     _check_shapes(op, levels, [(n, c, h, w), *details])
     layout = memory_format(levels[-1])
-    return _HaarCollapse.apply(*(_dense(v, layout) for v in levels))
+    return _HaarCollapse.apply(len(levels), *(_dense(v, layout) for v in levels))

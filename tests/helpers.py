@@ -1,0 +1,165 @@
+"""Inputs, casts and the error budget that all tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from dfm_fast._library import INTERPRET
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and not INTERPRET else [])]
+
+
+def dtypes(device: str) -> list[torch.dtype]:
+    """All dtypes an operator takes there. Triton's interpreter computes bfloat16 wrongly (it
+    truncates), so under it bfloat16 is left to the compiled kernels."""
+    if INTERPRET and device == "cpu":
+        return [torch.float32, torch.float16]
+    low = [torch.float32, torch.bfloat16, torch.float16]
+    return low if device == "cuda" else [*low, torch.float64]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a public operator: shapes of the tensors it gets and its other arguments.
+
+    `inputs` is a tree like the positional arguments, with a `Shape` where a tensor goes.
+    """
+
+    operator: str
+    id: str
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    # Absolute cap on the error, in units of eps times the largest magnitude involved.
+    cap: float = 4.0
+    compiled: bool = False  # also through torch.compile, which takes seconds
+
+    def args(
+        self, dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", batch=None
+    ) -> tuple[Any, ...]:
+        """Positional arguments: equal values for every dtype, device and layout, up to rounding."""
+        generator = torch.Generator().manual_seed(sum(map(ord, self.id)))
+
+        def make(shape: Any) -> Any:
+            if not isinstance(shape, Shape):
+                return shape
+            sizes = shape.sizes if batch is None else (batch, *shape.sizes[1:])
+            value = torch.randn(sizes, generator=generator, dtype=torch.float64)
+            return relayout(value.to(device, dtype), layout)
+
+        return pytree.tree_map(make, self.inputs, is_leaf=lambda v: isinstance(v, Shape))
+
+
+@dataclass(frozen=True)
+class Shape:
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A call that must raise `error` with a message naming the operator and `argument`."""
+
+    operator: str
+    argument: str
+    error: type[Exception]
+    call: Callable[[Any], Any]  # called with the public function
+
+    @property
+    def id(self) -> str:
+        return f"{self.operator}-{self.argument}"
+
+
+LAYOUTS = ("contiguous", "channels_last", "permuted", "strided")
+
+
+def relayout(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values in another memory layout."""
+    if layout == "channels_last" and x.ndim in (4, 5):
+        last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        return x.contiguous(memory_format=last)
+    if layout == "permuted" and x.ndim >= 2:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "strided":
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    return x.contiguous()
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def double(tree: Any) -> Any:
+    """The same tree with float64 tensors on the CPU."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu().double(), tree)
+
+
+def detached(tree: Any, requires_grad: bool = True) -> Any:
+    """Leaves of autograd with the same values and layout."""
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: t.detach().requires_grad_(requires_grad), tree
+    )
+
+
+def grads(function: Callable[..., Any], args: Any, kwargs: Any, cotangents: Any = None) -> list:
+    """Gradients of all tensors in args for the given (or fixed random) cotangents."""
+    args = detached(args)
+    out = tensors(function(*args, **kwargs))
+    if cotangents is None:
+        cotangents = cotangents_for(out)
+    cotangents = [c.to(o) for c, o in zip(cotangents, out, strict=True)]
+    return list(torch.autograd.grad(out, tensors(args), cotangents))
+
+
+def cotangents_for(out: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Fixed random gradients, laid out in memory like the outputs."""
+    generator = torch.Generator().manual_seed(7)
+    values = (torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in out)
+    return [torch.empty_like(o).copy_(v) for o, v in zip(out, values, strict=True)]
+
+
+def assert_within_budget(
+    got: torch.Tensor, ref: torch.Tensor, exact: torch.Tensor, *, cap: float, what: str
+) -> None:
+    """|got - exact| <= 2 max|ref - exact| + one rounding of the output, and under the cap.
+
+    got: the implementation; ref: the reference in the same dtype on contiguous input; exact: the
+    reference in float64 on the same (already rounded) values.
+    """
+    assert got.dtype == ref.dtype, f"{what}: dtype {got.dtype}, expected {ref.dtype}"
+    assert got.shape == exact.shape, f"{what}: shape {got.shape}, expected {exact.shape}"
+    if got.numel() == 0:
+        return
+    eps = torch.finfo(got.dtype).eps
+    got, ref = got.detach().cpu().double(), ref.detach().cpu().double()
+    error, scale = (got - exact).abs(), exact.abs().max().clamp_min(1.0)
+    # In float64 the reference is the yardstick itself: a few roundings of its own sums.
+    slack = 16 * eps * scale if got.dtype is ref.dtype and eps < 1e-15 else 0.0
+    budget = 2 * (ref - exact).abs().max() + eps / 2 * exact.abs() + slack
+    worst = (error - budget).max().item()
+    assert worst <= 0, f"{what}: {error.max():.3e} against fp64, {worst:.3e} over the budget"
+    assert error.max() <= cap * eps * scale, f"{what}: {error.max():.3e}, cap {cap} eps {scale:.2g}"
+    assert not torch.isnan(error).any(), f"{what}: NaN"
+
+
+def run_python(*args: str, env: dict[str, str] | None = None, timeout: float = 600):
+    """A Python process of its own, from the root of the repository."""
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

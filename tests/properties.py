@@ -1,0 +1,378 @@
+"""What holds for every operator of the library: each function is one property.
+
+`tests/test_library.py` puts every registered operator through all of them, and
+`tests/test_suite_bites.py` shows that each one fails for an operator broken in its own way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import (
+    LAYOUTS,
+    Bad,
+    Case,
+    assert_within_budget,
+    cotangents_for,
+    detached,
+    double,
+    dtypes,
+    grads,
+    relayout,
+    tensors,
+)
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfm_fast._library import INTERPRET, Operator
+
+PROPERTIES: dict[str, Callable[[Operator, Case, str], None]] = {}
+
+
+def prop(function: Callable[[Operator, Case, str], None]) -> Callable[[Operator, Case, str], None]:
+    PROPERTIES[function.__name__] = function
+    return function
+
+
+def call(op: Operator, case: Case, args: Any) -> list[torch.Tensor]:
+    return tensors(op.public(*args, **case.kwargs))
+
+
+def assert_same(a: list[torch.Tensor], b: list[torch.Tensor], what: str) -> None:
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        assert torch.equal(x, y), f"{what}: output {i} differs by {(x - y).abs().max():.3e}"
+
+
+# --- Values ------------------------------------------------------------------------------------
+
+
+@prop
+def forward_parity(op: Operator, case: Case, device: str) -> None:
+    """Every dtype and layout within the error budget of the reference."""
+    for dtype in dtypes(device):
+        base = case.args(dtype, device)
+        exact = tensors(op.reference(*double(base), **case.kwargs))
+        ref = tensors(op.reference(*base, **case.kwargs))
+        for layout in LAYOUTS:
+            got = call(op, case, case.args(dtype, device, layout))
+            assert len(got) == len(exact), f"{len(got)} outputs, expected {len(exact)}"
+            for i, triple in enumerate(zip(got, ref, exact, strict=True)):
+                what = f"{case.id} {dtype} {layout} output {i}"
+                assert_within_budget(*triple, cap=case.cap, what=what)
+
+
+@prop
+def backward_parity(op: Operator, case: Case, device: str) -> None:
+    """Gradients in every dtype and layout within the error budget of the reference's autograd."""
+    for dtype in dtypes(device):
+        base = case.args(dtype, device)
+        cotangents = cotangents_for(tensors(op.reference(*base, **case.kwargs)))
+        exact = grads(op.reference, double(base), case.kwargs, double(cotangents))
+        ref = grads(op.reference, base, case.kwargs, cotangents)
+        for layout in ("contiguous", "channels_last", "strided"):
+            dy = [relayout(c, layout) for c in cotangents]
+            got = grads(op.public, case.args(dtype, device, layout), case.kwargs, dy)
+            for i, triple in enumerate(zip(got, ref, exact, strict=True)):
+                what = f"{case.id} {dtype} {layout} gradient {i}"
+                assert_within_budget(*triple, cap=4 * case.cap, what=what)
+
+
+@prop
+def reference_gradcheck(op: Operator, case: Case, device: str) -> None:
+    """The reference's own gradient, in float64, against finite differences."""
+    flat, spec = pytree.tree_flatten(detached(case.args(torch.float64, device)))
+    where = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
+
+    def function(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = list(flat)
+        for i, value in zip(where, values, strict=True):
+            leaves[i] = value
+        return tuple(tensors(op.reference(*pytree.tree_unflatten(leaves, spec), **case.kwargs)))
+
+    torch.autograd.gradcheck(function, [flat[i] for i in where], fast_mode=True)
+
+
+@prop
+def fully_written(op: Operator, case: Case, device: str) -> None:
+    """No output keeps what was in its memory: torch.empty is filled with NaN."""
+    with _poisoned_memory():
+        for layout in ("contiguous", "channels_last"):
+            args = case.args(torch.float32, device, layout)
+            for i, out in enumerate(call(op, case, args)):
+                assert not out.isnan().any(), f"{case.id} {layout} output {i} not fully written"
+            for i, grad in enumerate(grads(op.public, args, case.kwargs)):
+                assert not grad.isnan().any(), f"{case.id} {layout} gradient {i} not fully written"
+
+
+@contextlib.contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(False)
+
+
+# --- Layout, ownership, edges ------------------------------------------------------------------
+
+
+@prop
+def layout_kept(op: Operator, case: Case, device: str) -> None:
+    """channels_last in, channels_last out; outputs and gradients too; else contiguous."""
+    for layout in ("contiguous", "channels_last"):
+        args = case.args(torch.float32, device, layout)
+        for i, out in enumerate([*call(op, case, args), *grads(op.public, args, case.kwargs)]):
+            expected = relayout(torch.empty(out.shape), layout)
+            # Strides of sides of one element carry no meaning.
+            got, want = (
+                [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]
+                for t in (out, expected)
+            )
+            assert got == want, f"{case.id} {layout} output {i}: strides {got}, expected {want}"
+
+
+@prop
+def inputs_untouched(op: Operator, case: Case, device: str) -> None:
+    """Arguments and gradients handed in keep their values, and outputs are fresh memory."""
+    args = case.args(torch.float32, device)
+    before = [t.clone() for t in tensors(args)]
+    out = call(op, case, args)
+    inside = {t.untyped_storage().data_ptr() for t in tensors(args)}
+    assert not any(o.untyped_storage().data_ptr() in inside for o in out if o.numel()), "aliases"
+    dy = cotangents_for(out)
+    dy_before = [c.clone() for c in dy]
+    grads(op.public, args, case.kwargs, dy)
+    assert_same(tensors(args), before, "argument changed")
+    assert_same(dy, dy_before, "incoming gradient changed")
+
+
+@prop
+def empty_batch(op: Operator, case: Case, device: str) -> None:
+    """A batch of none gives outputs and gradients of none."""
+    args = case.args(torch.float32, device, batch=0)
+    full = call(op, case, case.args(torch.float32, device))
+    for out, like in zip(call(op, case, args), full, strict=True):
+        assert out.shape == (0, *like.shape[1:]), f"{tuple(out.shape)}"
+    for grad, arg in zip(grads(op.public, args, case.kwargs), tensors(args), strict=True):
+        assert grad.shape == arg.shape
+
+
+@prop
+def deterministic(op: Operator, case: Case, device: str) -> None:
+    """Two runs, and runs with one thread and with all, give the same bits."""
+    args, threads = case.args(torch.float32, device), torch.get_num_threads()
+
+    def run() -> list[torch.Tensor]:
+        return [*call(op, case, args), *grads(op.public, args, case.kwargs)]
+
+    first = run()
+    assert_same(first, run(), f"{case.id}: second run")
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert_same(first, run(), f"{case.id}: other number of threads")
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- Autograd ----------------------------------------------------------------------------------
+
+
+@prop
+def partial_gradients(op: Operator, case: Case, device: str) -> None:
+    """Any one tensor alone may require a gradient; it gets the one it gets among all."""
+    args = case.args(torch.float32, device)
+    together = grads(op.public, args, case.kwargs)
+    for i, expected in enumerate(together):
+        alone = detached(args, requires_grad=False)
+        tensors(alone)[i].requires_grad_()
+        out = call(op, case, alone)
+        keep = [(o, c) for o, c in zip(out, cotangents_for(out), strict=True) if o.requires_grad]
+        outs, dy = zip(*keep, strict=True)
+        (got,) = torch.autograd.grad(outs, tensors(alone)[i], dy)
+        assert_same([got], [expected], f"{case.id} gradient {i} alone")
+
+
+@prop
+def second_backward(op: Operator, case: Case, device: str) -> None:
+    """A kept graph gives the same gradients again; differentiating twice is an error, not zeros."""
+    args = detached(case.args(torch.float32, device))
+    out = call(op, case, args)
+    dy = [c.requires_grad_() for c in cotangents_for(out)]
+    first = torch.autograd.grad(out, tensors(args), dy, retain_graph=True)
+    again = torch.autograd.grad(out, tensors(args), dy, retain_graph=True)
+    assert_same(list(first), list(again), f"{case.id}: second backward")
+    twice = torch.autograd.grad(out, tensors(args), dy, create_graph=True)
+    loss = sum((t * t).sum() for t in twice)
+    # Where the first gradient is linear in dy only dy has a second derivative; loss.backward()
+    # walks every path.
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        loss.backward()
+
+
+# --- Compiler, dispatcher, subclasses ----------------------------------------------------------
+
+
+class _Recorder(TorchDispatchMode):
+    """The calls of an operator's raw operators, with their arguments."""
+
+    def __init__(self, names: tuple[str, ...]):
+        super().__init__()
+        self.names, self.calls = names, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in self.names:
+            self.calls.setdefault(func, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@prop
+def opcheck(op: Operator, case: Case, device: str) -> None:
+    """Every raw operator: schema, fake tensors (shapes, strides), AOT dispatch."""
+    for layout in ("contiguous", "channels_last"):
+        args = detached(case.args(torch.float32, device, layout))
+        # backward() runs where the mode is active too; grads of all inputs reach every raw operator
+        with _Recorder(op.raw) as recorder:
+            out = call(op, case, args)
+            torch.autograd.grad(out, tensors(args), cotangents_for(out))
+        missing = set(op.raw) - {func.name() for func in recorder.calls}
+        assert not missing, f"{case.id}: never reached {missing}"
+        for func, (raw_args, raw_kwargs) in recorder.calls.items():
+            torch.library.opcheck(func, detached(raw_args, requires_grad=False), raw_kwargs)
+            _check_fake_strides(func, raw_args, raw_kwargs, f"{case.id} {layout} {func}")
+
+
+def _check_fake_strides(func: Any, args: Any, kwargs: Any, what: str) -> None:
+    """opcheck forgives strides where it should not: compare every one of them."""
+    real = tensors(func(*args, **kwargs))
+    mode = torch._subclasses.FakeTensorMode()
+    fake_args, fake_kwargs = pytree.tree_map_only(
+        torch.Tensor, mode.from_tensor, detached((args, kwargs), requires_grad=False)
+    )
+    with mode:
+        fake = tensors(func(*fake_args, **fake_kwargs))
+    for r, f in zip(real, fake, strict=True):
+        assert r.stride() == f.stride(), f"{what}: fake {f.stride()}, real {r.stride()}"
+
+
+def compiles(op: Operator, case: Case, device: str, backend: str = "inductor") -> None:
+    """One graph without breaks, forward and backward, with dynamic shapes and layouts. Slow, so
+    for the cases that say so."""
+
+    def function(*args: Any) -> list[torch.Tensor]:
+        # Neighbouring element-wise code makes the compiler choose layouts around the operator.
+        args = pytree.tree_map_only(torch.Tensor, lambda t: t * 2 + 1, args)
+        return [out.sin() for out in call(op, case, args)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for layout, batch in (("contiguous", 2), ("channels_last", 3), ("permuted", 5)):
+        args = case.args(torch.float32, device, layout, batch)
+        for what, run in (
+            ("forward", lambda f, args: f(*args)),
+            ("backward", lambda f, args: grads(f, args, {})),
+        ):
+            for got, want in zip(run(compiled, args), run(function, args), strict=True):
+                torch.testing.assert_close(got, want, msg=lambda m, w=what: f"{case.id} {w}: {m}")
+
+
+@prop
+def autocast(op: Operator, case: Case, device: str) -> None:
+    """Under autocast the operator computes as it does outside: output dtype = input dtype."""
+    for dtype in (torch.float32, torch.float16 if INTERPRET else torch.bfloat16):
+        args = case.args(dtype, device)
+        plain = call(op, case, args)
+        with torch.autocast(device, torch.bfloat16):
+            assert_same(call(op, case, args), plain, f"{case.id} {dtype} under autocast")
+
+
+@prop
+def dtensor_batch_sharding(op: Operator, case: Case, device: str) -> None:
+    """Sharded along the batch, every rank computes its own part and the result stays sharded."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = _fake_mesh()
+    args = case.args(torch.float32, "cpu")
+    local = pytree.tree_map_only(
+        torch.Tensor, lambda t: DTensor.from_local(t, mesh, [Shard(0)], run_check=False), args
+    )
+    local = detached(local)
+    out = call(op, case, local)
+    for got, want in zip(out, call(op, case, args), strict=True):
+        assert isinstance(got, DTensor), f"{case.id}: {type(got).__name__} out"
+        assert got.placements == (Shard(0),), f"{case.id}: {got.placements}"
+        assert got.shape[0] == 2 * want.shape[0], f"{case.id}: global batch {got.shape[0]}"
+        assert_same([got.to_local()], [want], f"{case.id}: local shard")
+    dy = cotangents_for(call(op, case, args))
+    sharded = [DTensor.from_local(c, mesh, [Shard(0)], run_check=False) for c in dy]
+    got = torch.autograd.grad(out, tensors(local), sharded)
+    want = grads(op.public, args, case.kwargs, dy)
+    assert_same([g.to_local() for g in got], want, f"{case.id}: local gradient")
+
+
+@functools.cache
+def _fake_mesh() -> Any:
+    """Two ranks of which this process is the first; nothing is communicated."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    return init_device_mesh("cpu", (2,))
+
+
+# --- Formulas ----------------------------------------------------------------------------------
+
+
+@prop
+def flop_formula(op: Operator, case: Case, device: str) -> None:
+    """torch's FLOP counter sees every raw operator, and twice the batch is twice the work."""
+    counts = []
+    for batch in (2, 4):
+        args = detached(case.args(torch.float32, device, batch=batch))
+        with FlopCounterMode(display=False) as counter:
+            out = call(op, case, args)
+            torch.autograd.grad(out, tensors(args), cotangents_for(out))
+        flops = {str(k): v for k, v in counter.get_flop_counts()["Global"].items()}
+        counts.append({name: flops.get(name.replace("::", "."), 0) for name in op.raw})
+    for name in op.raw:
+        one, two = (count[name] for count in counts)
+        assert one > 0, f"{case.id}: no FLOPs counted for {name}"
+        assert abs(two - 2 * one) <= 2, f"{case.id}: {name} {one} FLOPs, {two} at twice the batch"
+
+
+@prop
+def byte_formula(op: Operator, case: Case, device: str) -> None:
+    """The roofline's bytes are those of all inputs and outputs, each once."""
+    for dtype in (torch.float32, torch.float16):
+        args = case.args(dtype, device)
+        moved = [*tensors(args), *call(op, case, args)]
+        want = sum(t.numel() * t.element_size() for t in moved)
+        got = op.cost(*args, **case.kwargs)
+        assert got == want, f"{case.id}: formula says {got} bytes, inputs and outputs are {want}"
+
+
+# --- Errors ------------------------------------------------------------------------------------
+
+
+def clear_error(op: Operator, bad: Bad) -> None:
+    """Bad input raises the stated type, naming operator, argument, expected and got."""
+    try:
+        bad.call(op.public)
+    except bad.error as error:
+        message = str(error)
+        for part in (f"{op.name}: {bad.argument}: expected ", ", got "):
+            assert part in message, f"{bad.id}: no {part!r} in {message!r}"
+    except Exception as error:
+        raise AssertionError(f"{bad.id}: {type(error).__name__} instead of {bad.error}") from error
+    else:
+        raise AssertionError(f"{bad.id}: no error")

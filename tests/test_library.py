@@ -1,0 +1,33 @@
+"""Every registered operator through every property; see `properties.py`."""
+
+import pytest
+from cases import BAD, CASES
+from helpers import DEVICES
+from properties import PROPERTIES, clear_error, compiles
+
+from dfm_fast._library import INTERPRET, OPERATORS
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_property(name, case, device):
+    PROPERTIES[name](OPERATORS[case.operator], case, device)
+
+
+@pytest.mark.skipif(INTERPRET, reason="compiled code calls the same opaque operator either way")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", [c for c in CASES if c.compiled], ids=lambda c: c.id)
+def test_compiles(case, device):
+    compiles(OPERATORS[case.operator], case, device)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda b: b.id)
+def test_clear_error(bad):
+    clear_error(OPERATORS[bad.operator], bad)
+
+
+def test_every_operator_has_cases_and_errors():
+    assert {case.operator for case in CASES} == set(OPERATORS)
+    assert {case.operator for case in CASES if case.compiled} == set(OPERATORS)
+    assert {bad.operator for bad in BAD} == set(OPERATORS)
