@@ -72,7 +72,7 @@ def operator(*, reference: Callable[..., Any], raw: tuple[str, ...], cost: Calla
     def decorate(public: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(public)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if _has_dtensor(args):
+            if _has_dtensor(args, kwargs):
                 return _on_local_shards(public, args, kwargs)
             return public(*args, **kwargs)
 
@@ -111,11 +111,17 @@ def _without_out(flops: Callable[..., int]) -> Callable[..., int]:
 # --- DTensor: batch sharding -------------------------------------------------------------------
 
 
-def _has_dtensor(args: tuple[Any, ...]) -> bool:
+def _has_dtensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Among the arguments or in a list of tensors; cheap, as it is asked at every call."""
     tensor = sys.modules.get("torch.distributed.tensor")
     if tensor is None:
         return False
-    return any(isinstance(leaf, tensor.DTensor) for leaf in pytree.tree_leaves(args))
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, tensor.DTensor):
+            return True
+        if isinstance(value, list | tuple) and any(isinstance(v, tensor.DTensor) for v in value):
+            return True
+    return False
 
 
 def _on_local_shards(public: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -52,16 +52,23 @@ class Case:
         def make(shape: Any) -> Any:
             if not isinstance(shape, Shape):
                 return shape
-            sizes = shape.sizes if batch is None else (batch, *shape.sizes[1:])
+            new_batch = batch is not None and shape.batched
+            sizes = (batch, *shape.sizes[1:]) if new_batch else shape.sizes
             value = torch.randn(sizes, generator=generator, dtype=torch.float64)
             return relayout(value.to(device, dtype), layout)
 
-        return pytree.tree_map(make, self.inputs, is_leaf=lambda v: isinstance(v, Shape))
+        return pytree.tree_map(make, self.inputs)
+
+    def shapes(self) -> list[Shape]:
+        return [leaf for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Shape)]
 
 
 @dataclass(frozen=True)
 class Shape:
+    """A tensor of random values; without a batch (a weight) its sizes are fixed."""
+
     sizes: tuple[int, ...]
+    batched: bool = True
 
 
 @dataclass(frozen=True)

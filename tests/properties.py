@@ -298,12 +298,13 @@ def autocast(op: Operator, case: Case, device: str) -> None:
 @prop
 def dtensor_batch_sharding(op: Operator, case: Case, device: str) -> None:
     """Sharded along the batch, every rank computes its own part and the result stays sharded."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = _fake_mesh()
     args = case.args(torch.float32, "cpu")
+    placements = iter([Shard(0)] if s.batched else [Replicate()] for s in case.shapes())
     local = pytree.tree_map_only(
-        torch.Tensor, lambda t: DTensor.from_local(t, mesh, [Shard(0)], run_check=False), args
+        torch.Tensor, lambda t: DTensor.from_local(t, mesh, next(placements), run_check=False), args
     )
     local = detached(local)
     out = call(op, case, local)
@@ -342,7 +343,7 @@ def flop_formula(op: Operator, case: Case, device: str) -> None:
         with FlopCounterMode(display=False) as counter:
             out = call(op, case, args)
             torch.autograd.grad(out, tensors(args), cotangents_for(out))
-        flops = {str(k): v for k, v in counter.get_flop_counts()["Global"].items()}
+        flops = {str(k): v for k, v in counter.get_flop_counts().get("Global", {}).items()}
         counts.append({name: flops.get(name.replace("::", "."), 0) for name in op.raw})
     for name in op.raw:
         one, two = (count[name] for count in counts)

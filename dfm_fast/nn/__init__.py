@@ -1,0 +1,5 @@
+"""Drop-in modules."""
+
+from dfm_fast.nn.pyramids import LaplacianPyramid
+
+__all__ = ["LaplacianPyramid"]

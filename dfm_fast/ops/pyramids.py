@@ -448,7 +448,7 @@ class _HaarCollapse(torch.autograd.Function):
 # --- Public functions -----------------------------------------------------------------------------
 
 
-def _check_factor(op: str, factor: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+def check_factor(op: str, factor: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     per_axis = (factor,) * ndim if isinstance(factor, int) else factor
     if not isinstance(per_axis, Sequence) or not all(isinstance(f, int) for f in per_axis):
         _checks.fail(op, "factor", "an int or a sequence of ints", repr(factor), TypeError)
@@ -509,7 +509,7 @@ def _bytes(*tensors: Tensor) -> int:
 
 def _pyramid_cost(x: Tensor, num_levels: int = 2, *, factor: int | Sequence[int] = 2, **_) -> int:
     """Least bytes of a build: x read once, every level written once."""
-    factor = _check_factor("laplacian_build", factor, x.ndim - 2)
+    factor = check_factor("laplacian_build", factor, x.ndim - 2)
     sizes = level_sizes(x.shape[2:], num_levels, factor)
     levels = sum(math.prod(s) for s in sizes) * x.shape[0] * x.shape[1]
     return (x.numel() + levels) * x.element_size()
@@ -551,7 +551,7 @@ def laplacian_build(
     _checks.tensor(op, "x", x, (4, 5))
     num_levels = _checks.integer(op, "num_levels", num_levels, 1)
     filter = _checks.choice(op, "filter", filter, FILTERS)
-    factor = _check_factor(op, factor, x.ndim - 2)
+    factor = check_factor(op, factor, x.ndim - 2)
     _check_sizes(op, "x", x.shape[2:], num_levels, filter, factor)
     if num_levels == 1:
         return (x.clone(),)
@@ -582,7 +582,7 @@ def laplacian_collapse(
     levels = _check_levels(op, levels, (4, 5))
     filter = _checks.choice(op, "filter", filter, FILTERS)
     finest = levels[-1]
-    factor = _check_factor(op, factor, finest.ndim - 2)
+    factor = check_factor(op, factor, finest.ndim - 2)
     _check_sizes(op, f"levels[{len(levels) - 1}]", finest.shape[2:], len(levels), filter, factor)
     sizes = level_sizes(finest.shape[2:], len(levels), factor)
     _check_shapes(op, levels, [(*finest.shape[:2], *s) for s in sizes])
