@@ -53,6 +53,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: the rows of a run without --full")
+    # Inductor's own, on every compile.
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method:DeprecationWarning")
     option = config.getoption
     device = option("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
     config.stash[SESSION] = Session(

@@ -121,7 +121,7 @@ def speedups(record: dict[str, Any]) -> Figure:
     for y, row in enumerate(record["rows"]):
         bars = rivals_of(row)
         for slot, (kind, name) in enumerate(bars):
-            at = y + 0.27 * (slot - (len(bars) - 1) / 2)
+            at = y + 0.23 * (slot - (len(bars) - 1) / 2)
             speedup_bar(axes, at, row["speedup"][name], goal_of(row, name), kind, name, named)
     axes.set_xscale("log")
     axes.axvline(1, color=INK, linewidth=1)
@@ -145,12 +145,12 @@ def speedup_bar(
 ) -> None:
     median, text = speedup["median"], {"eager": "eager PyTorch", "compiled": "torch.compile"}
     shown = first_time(named, text.get(kind, "other libraries"))
-    axes.barh(y, median - 1, 0.24, left=1, color=RIVALS[kind], label=shown)
+    axes.barh(y, median - 1, 0.2, left=1, color=RIVALS[kind], label=shown)
     axes.plot([speedup["q1"], speedup["q3"]], [y, y], color=INK, linewidth=1)
     end, missed = max(speedup["q3"], 1), goal is not None and median < goal
     written = f"{median:.3g}{TIMES}" + (f" {name}" if kind == "library" else "")
     if goal is not None:
-        goal_tick(axes, goal, y, 0.13, first_time(named, "goal") is not None)
+        goal_tick(axes, goal, y, 0.115, first_time(named, "goal") is not None)
         end = max(end, goal)  # the text past the tick, not across it
     if missed:
         written += f", goal {goal:g}{TIMES}"

@@ -91,7 +91,7 @@ def load_file(path: Path) -> dict[str, Any]:
 
 def _touch(record: dict[str, Any]) -> None:
     """Use everything the report uses, so that a damaged file is an error at once."""
-    heading(record), facts(record)
+    heading(record), facts(record), remarks(record), record["machine"]["slug"]
     for row in record["rows"]:
         cells(row, with_ms=True)
         for goal in row["goals"]:
@@ -199,6 +199,18 @@ def cases(record: dict[str, Any]) -> str:
     return ", ".join(f"{name} {TIMES.join(map(str, s))}" for name, s in shapes.items())
 
 
+def remarks(record: dict[str, Any]) -> list[str]:
+    """What to know about rivals: those that differ, and those that are not installed."""
+    found: dict[str, None] = {}
+    for row in record["rows"]:
+        for name, entry in row["providers"].items():
+            if "note" in entry and name not in NOT_RIVALS:
+                found[f"{name}: {entry['note']}"] = None
+        for name, why in row["missing"].items():
+            found[f"no {name}: {why}"] = None
+    return list(found)
+
+
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(section(record) for record in records)
 
@@ -209,6 +221,7 @@ def section(record: dict[str, Any]) -> str:
     lines += ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     lines += ["| " + " | ".join(cells(row, is_gpu(record))) + " |" for row in record["rows"]]
     lines += ["", f"Shapes: {cases(record)}.", ""]
+    lines += [f"Rivals: {'; '.join(remarks(record))}.", ""] if remarks(record) else []
     held = list(goals(record))
     lines += (
         [f"Goals met: {sum(met is True for met, _ in held)} of {len(held)}.", ""] if held else []
@@ -279,6 +292,7 @@ def html_section(record: dict[str, Any], images: Sequence[Path]) -> str:
         + "".join(map(figure, images))
         + table(columns(is_gpu(record)), rows)
         + f"<p class='facts'>Shapes: {html.escape(cases(record))}.</p>"
+        + f"<p class='facts'>{html.escape('; '.join(remarks(record)))}</p>"
         + (f"<h3>Goals</h3><ul>{held}</ul>" if held else "")
     )
 

@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# One visit to a machine with a GPU, in one call of at most 9 minutes:
+#   bash benchmarks/gpu_visit.sh OUT_DIR [quick|full]
+# Installs, tests, checks memory, measures the ceilings, runs the benchmarks and makes the report.
+# A step that fails or runs out of time stops nothing; the summary at the end says which did.
+# With no GPU (or --dry-run as third argument) it runs the same steps on the CPU, cut short.
+# DFM_FAST_COMMIT names the commit where the folder is no git repository.
+set -uo pipefail
+
+out=${1:?usage: gpu_visit.sh OUT_DIR [quick|full] [--dry-run]}
+rows=${2:-quick}
+mode=${3:-}
+cd "$(dirname "$0")/.." || exit 2
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+log=$out/visit.log summary=$out/summary.txt
+: >"$log" && : >"$summary"
+deadline=$((SECONDS + ${VISIT_SECONDS:-530}))
+failed=0
+
+gpu=1
+command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || gpu=0
+[ "$mode" = --dry-run ] && gpu=0
+device=cuda
+[ "$gpu" = 1 ] || device=cpu
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+
+note() { printf '%-12s %s\n' "$1" "$2" | tee -a "$summary"; }
+
+# step NAME SECONDS COMMAND...: under its own time limit, and never past the deadline of the visit.
+step() {
+    local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS code verdict
+    shift 2
+    [ "$left" -lt "$limit" ] && limit=$left
+    if [ "$limit" -lt 5 ]; then
+        note "$name" "SKIPPED: no time left"
+        failed=1
+        return 1
+    fi
+    printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
+    timeout --kill-after=5 "$limit" "$@" >"$work/step.log" 2>&1
+    code=$?
+    cat "$work/step.log" >>"$log"
+    case $code in
+        0) verdict=ok ;;
+        124 | 137) verdict="TIME OUT after $limit s" ;;
+        *) verdict="FAILED with $code: $(grep -v '^[[:space:]]*$' "$work/step.log" | tail -n 1 | cut -c1-150)" ;;
+    esac
+    [ "$code" = 0 ] || failed=1
+    note "$name" "$verdict ($((SECONDS - start)) s)"
+    return "$code"
+}
+
+facts() {
+    [ "$gpu" = 1 ] && nvidia-smi
+    "$python" -c '
+import torch, platform
+print("python", platform.python_version(), "torch", torch.__version__, "cuda", torch.version.cuda)
+import triton; print("triton", triton.__version__)'
+    command -v nvcc >/dev/null && nvcc --version | tail -n 1
+    command -v compute-sanitizer >/dev/null && compute-sanitizer --version | tail -n 1
+    return 0
+}
+
+install_package() {
+    if compgen -G '.whl/*.whl' >/dev/null; then
+        "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site \
+            .whl/*.whl || return
+    fi
+    "$python" -m pip install -q --no-index --no-build-isolation --no-deps -e .
+}
+
+ceilings() {
+    "$python" -m benchmarks.ceilings --device "$device"
+}
+
+memcheck() {
+    compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m benchmarks.smoke "$device"
+}
+
+export -f facts install_package ceilings memcheck
+export python gpu device
+run() { bash -c "$1"; }
+export -f run
+
+[ "$gpu" = 1 ] || note visit "no GPU: the same steps on the CPU, cut short"
+step facts 30 bash -c facts
+if [ "$mode" = --dry-run ]; then
+    note install "skipped: dry run"
+else
+    step install 120 bash -c install_package
+fi
+[ -d /tmp/site ] && export PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
+step import 60 "$python" -c 'import dfm_fast; print(dfm_fast.__version__)'
+step smoke 60 "$python" -m benchmarks.smoke "$device"
+if [ "$gpu" = 1 ]; then
+    step tests 170 "$python" -m pytest tests -q -p no:cacheprovider
+else
+    step tests 60 "$python" -m pytest tests/test_harness.py tests/test_report.py -q -p no:cacheprovider
+fi
+cp "$work/step.log" "$out/tests.log" 2>/dev/null
+if [ "$gpu" = 1 ] && command -v compute-sanitizer >/dev/null; then
+    step memcheck 60 bash -c memcheck
+else
+    note memcheck "skipped: no compute-sanitizer or no GPU"
+fi
+step ceilings 40 bash -c ceilings
+options=(--benchmark-only --results "$work/results" -p no:cacheprovider)
+[ "$rows" = full ] && options+=(--full)
+[ "$gpu" = 1 ] || options+=(--device cpu --seconds 0.1 -k "haar_build or video")
+step photographs 40 "$python" -m benchmarks.photographs --out "$work/results/photographs" \
+    --device "$device"
+# The benchmarks write their results row by row: what the time limit cuts off is the last rows.
+step benchmarks $((deadline - SECONDS - 25)) "$python" -m pytest benchmarks/ "${options[@]}"
+cp "$work/step.log" "$out/benchmarks.log" 2>/dev/null
+step report 25 "$python" -c 'import sys; from dfm_fast.cli import main; sys.exit(main(sys.argv[1:]))' \
+    report "$work/results" --out "$work/results/report"
+cp "$work/results/report/index.html" "$out/report.html" 2>/dev/null
+cp "$work/results/report/report.md" "$out/report.md" 2>/dev/null
+[ -d "$work/results" ] && tar -C "$work/results" -czf "$out/results.tar.gz" .
+gzip -f "$log"
+echo
+cat "$out/report.md" 2>/dev/null
+echo "----- summary"
+cat "$summary"
+exit "$failed"
