@@ -1,0 +1,52 @@
+# make test   everything, and it passes
+# make bench  a parity-gated throughput table, plots and pictures of this machine, in minutes
+# Both need Python >= 3.11, a C++ compiler and make; `make setup` does the rest in .venv.
+
+PYTHON ?= python3
+RESULTS ?= benchmarks/results/local
+BIN := .venv/bin
+CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*.cpp)
+
+.PHONY: setup test bench bench-full check lint format clean
+
+setup: .venv/installed
+
+# A torch (and triton) that is already there is used, never a second one downloaded.
+.venv/installed: requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*/*)
+	have=$$($(PYTHON) -c "from importlib.util import find_spec as f; \
+	  print('|'.join(['numpy', *filter(f, ('torch', 'triton'))] if f('torch') else 'none'))"); \
+	test -d .venv || $(PYTHON) -m venv $$(test $$have = none || echo --system-site-packages) .venv; \
+	grep -vE "^($$have)==" requirements-dev.txt > .venv/requirements.txt
+	grep '^torch==' .venv/requirements.txt | $(BIN)/pip install -q -r /dev/stdin
+	$(BIN)/pip install -q -r .venv/requirements.txt
+	$(BIN)/pip install -q --no-index --no-build-isolation --no-deps -e .
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results $(RESULTS)
+	$(BIN)/python -m benchmarks.photographs --out $(RESULTS)/photographs
+	$(BIN)/dfm-fast report $(RESULTS)
+
+bench-full: setup
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --full --results $(RESULTS)
+	$(BIN)/python -m benchmarks.photographs --out $(RESULTS)/photographs
+	$(BIN)/dfm-fast report $(RESULTS)
+
+check: setup
+	$(BIN)/dfm-fast check
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf .venv build dist *.egg-info dfm_fast/*.so

@@ -1,0 +1,5 @@
+import sys
+
+from dfm_fast.cli import main
+
+sys.exit(main())

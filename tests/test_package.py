@@ -1,0 +1,72 @@
+"""What is shipped: a wheel is built from a copy of the tree and imported from elsewhere."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+from helpers import ROOT, run_python
+
+from dfm_fast._library import INTERPRET
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing of Triton in it")
+PURE = {"DFM_FAST_NO_EXT": "1", "PATH": "/usr/bin:/bin"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the tree: building in place would leave files behind."""
+    copy = tmp_path_factory.mktemp("package") / "source"
+    ignore = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "*.so", "results")
+    return shutil.copytree(ROOT, copy, ignore=ignore)
+
+
+@pytest.fixture(scope="module")
+def wheel(source):
+    """A pure-Python wheel."""
+    base = source.parent
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-index", "--no-deps"]
+    command += ["--no-build-isolation", "-w", str(base), str(source)]
+    subprocess.run(command, check=True, env=PURE, cwd=base)
+    return next(base.glob("*.whl"))
+
+
+def test_wheel_has_the_packages_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"dfm_fast", next(t for t in tops if t.endswith(".dist-info"))}
+    for name in ("__init__", "kernels/__init__", "kernels/pyramids", "ops/pyramids", "nn/pyramids"):
+        assert f"dfm_fast/{name}.py" in names
+    assert "dfm_fast/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_wheel_imports_and_runs(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+import torch, dfm_fast, dfm_fast.nn, dfm_fast.kernels
+assert dfm_fast.__file__.startswith({str(tmp_path)!r}), dfm_fast.__file__
+assert dfm_fast.kernels.__file__.startswith({str(tmp_path)!r}), dfm_fast.kernels.__file__
+x = torch.randn(1, 2, 8, 8)
+assert torch.allclose(dfm_fast.laplacian_collapse(dfm_fast.laplacian_build(x, 3)), x, atol=1e-6)
+"""
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_kernels_are_importable_under_one_name_only():
+    result = run_python("-c", "import kernels")
+    assert result.returncode != 0
+    assert "expected import as dfm_fast.kernels, got kernels" in result.stderr
+
+
+def test_sdist_holds_the_sources_of_the_extension(source, tmp_path):
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, check=True, env=PURE, cwd=source)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    for path in (*ROOT.glob("csrc/**/*.*"), *ROOT.glob("kernels/*.py"), ROOT / "setup.py"):
+        assert str(path.relative_to(ROOT)) in names
