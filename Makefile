@@ -13,9 +13,10 @@ setup: .venv/installed
 
 # A torch (and triton) that is already there is used, never a second one downloaded.
 .venv/installed: requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*/*)
-	have=$$($(PYTHON) -c "from importlib.util import find_spec as f; \
-	  print('|'.join(['numpy', *filter(f, ('torch', 'triton'))] if f('torch') else 'none'))"); \
-	test -d .venv || $(PYTHON) -m venv $$(test $$have = none || echo --system-site-packages) .venv; \
+	test -d .venv || { $(PYTHON) -m venv --system-site-packages .venv; \
+	  $(BIN)/python -c "import torch" 2>/dev/null || $(PYTHON) -m venv --clear .venv; }
+	have=$$($(BIN)/python -c "from importlib.util import find_spec; \
+	  print('|'.join(filter(find_spec, ('torch', 'triton', 'numpy'))) or 'none')"); \
 	grep -vE "^($$have)==" requirements-dev.txt > .venv/requirements.txt
 	grep '^torch==' .venv/requirements.txt | $(BIN)/pip install -q -r /dev/stdin
 	$(BIN)/pip install -q -r .venv/requirements.txt
