@@ -152,9 +152,14 @@ def _on_local_shards(public: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
     args, kwargs = pytree.tree_unflatten([local(leaf) for leaf in leaves], spec)
     out = public(*args, **kwargs)
-    return pytree.tree_map_only(
-        torch.Tensor, lambda t: DTensor.from_local(t, mesh, placements, run_check=False), out
-    )
+    sharded = [s for s in shards if batch in s.placements] or shards
+    n = sharded[0].shape[0]  # shards may be uneven: the global batch is not to be had from one
+
+    def whole(t: torch.Tensor) -> DTensor:
+        size = {"shape": torch.Size((n, *t.shape[1:])), "stride": t.stride()}
+        return DTensor.from_local(t, mesh, placements, run_check=False, **size)
+
+    return pytree.tree_map_only(torch.Tensor, whole, out)
 
 
 # --- The C++ extension --------------------------------------------------------------------------

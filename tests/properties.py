@@ -302,20 +302,26 @@ def dtensor_batch_sharding(op: Operator, case: Case, device: str) -> None:
 
     mesh = _fake_mesh()
     args = case.args(torch.float32, "cpu")
-    placements = iter([Shard(0)] if s.batched else [Replicate()] for s in case.shapes())
-    local = pytree.tree_map_only(
-        torch.Tensor, lambda t: DTensor.from_local(t, mesh, next(placements), run_check=False), args
+    shapes = iter(case.shapes())
+
+    def distributed(t: torch.Tensor, batched: bool) -> DTensor:
+        # An uneven batch: the other rank has one sample less.
+        size = (2 * len(t) - 1, *t.shape[1:]) if batched else t.shape
+        placement = Shard(0) if batched else Replicate()
+        size = {"shape": torch.Size(size), "stride": t.stride()}
+        return DTensor.from_local(t, mesh, [placement], run_check=False, **size)
+
+    local = detached(
+        pytree.tree_map_only(torch.Tensor, lambda t: distributed(t, next(shapes).batched), args)
     )
-    local = detached(local)
     out = call(op, case, local)
     for got, want in zip(out, call(op, case, args), strict=True):
         assert isinstance(got, DTensor), f"{case.id}: {type(got).__name__} out"
         assert got.placements == (Shard(0),), f"{case.id}: {got.placements}"
-        assert got.shape[0] == 2 * want.shape[0], f"{case.id}: global batch {got.shape[0]}"
+        assert got.shape[0] == 2 * len(want) - 1, f"{case.id}: global batch {got.shape[0]}"
         assert_same([got.to_local()], [want], f"{case.id}: local shard")
     dy = cotangents_for(call(op, case, args))
-    sharded = [DTensor.from_local(c, mesh, [Shard(0)], run_check=False) for c in dy]
-    got = torch.autograd.grad(out, tensors(local), sharded)
+    got = torch.autograd.grad(out, tensors(local), [distributed(c, True) for c in dy])
     want = grads(op.public, args, case.kwargs, dy)
     assert_same([g.to_local() for g in got], want, f"{case.id}: local gradient")
 
