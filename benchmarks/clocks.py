@@ -31,7 +31,7 @@ def cuda_clock(flush: Tensor) -> Callable[[Callable[[], Any]], Sampler]:
     """Clock of the GPU: `flush`, larger than L2, is overwritten before every sample."""
 
     def clock(call: Callable[[], Any]) -> Sampler:
-        replay = capture(call)
+        replay = capture(call) or call
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def sample() -> float:
@@ -42,19 +42,25 @@ def cuda_clock(flush: Tensor) -> Callable[[Callable[[], Any]], Sampler]:
             end.synchronize()
             return begin.elapsed_time(end)
 
+        sample.is_plain_call = replay is call
         return sample
 
     return clock
 
 
-def capture(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as a CUDA graph's replay; a backward must have been built on the current stream."""
+def capture(call: Callable[[], Any]) -> Callable[[], Any] | None:
+    """The call as a CUDA graph's replay, None where it cannot be captured (it copies from the host,
+    or synchronises). A backward must have been built on the current stream."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        keep = call()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            keep = call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
     # The graph writes into `keep`: its memory must live as long as the graph.
     return lambda keep=keep: graph.replay()
 
@@ -107,7 +113,10 @@ def count_launches(call: Callable[[], Any]) -> int:
     with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+    cuda = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    # Inductor annotates its graphs, and annotations appear on the GPU's timeline too.
+    labels = ("##", "Torch-Compiled Region")
+    return sum(not e.is_user_annotation and not e.name.startswith(labels) for e in cuda)
 
 
 def peak_mib(call: Callable[[], Any]) -> float:

@@ -4,6 +4,7 @@
 # Installs, tests, checks memory, measures the ceilings, runs the benchmarks and makes the report.
 # A step that fails or runs out of time stops nothing; the summary at the end says which did.
 # With no GPU (or --dry-run as third argument) it runs the same steps on the CPU, cut short.
+# SKIP="tests memcheck" leaves steps out.
 # DFM_FAST_COMMIT names the commit where the folder is no git repository.
 set -uo pipefail
 
@@ -33,6 +34,9 @@ note() { printf '%-12s %s\n' "$1" "$2" | tee -a "$summary"; }
 step() {
     local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS code verdict
     shift 2
+    case " ${SKIP:-} " in
+        *" $name "*) note "$name" "skipped as asked" && return 0 ;;
+    esac
     [ "$left" -lt "$limit" ] && limit=$left
     if [ "$limit" -lt 5 ]; then
         note "$name" "SKIPPED: no time left"

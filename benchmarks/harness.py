@@ -31,7 +31,7 @@ import torch._functorch.config
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from benchmarks.clocks import clock_of, count_launches, interleave, peak_mib, plain_call_ms
+from benchmarks.clocks import Sampler, clock_of, count_launches, interleave, peak_mib, plain_call_ms
 from benchmarks.shapes import GOALS
 
 # Compiled graphs may be walked backward more than once only where Inductor does not reuse buffers.
@@ -310,7 +310,9 @@ def figures(
     }
 
 
-def on_gpu(record: dict[str, Any], providers: dict[str, Provider]) -> None:
+def on_gpu(
+    record: dict[str, Any], providers: dict[str, Provider], samplers: dict[str, Sampler]
+) -> None:
     """Add what only a GPU shows."""
     for name, entry in record["providers"].items():
         source = f"compiled {entry['form']}" if name == "compiled" else name
@@ -318,6 +320,8 @@ def on_gpu(record: dict[str, Any], providers: dict[str, Provider]) -> None:
         entry["call_ms"] = plain_call_ms(call)
         entry["launches"] = count_launches(call)
         entry["peak_mib"] = peak_mib(call)
+        if getattr(samplers[source], "is_plain_call", False):
+            entry["note"] = "timed as a plain call: it cannot be captured as a CUDA graph"
 
 
 def measure(row: Row, device: str, seconds: float, say: Say) -> tuple[dict, Callable[[], Any]]:
@@ -335,6 +339,6 @@ def measure(row: Row, device: str, seconds: float, say: Say) -> tuple[dict, Call
             if provider.note and name in record["providers"]:
                 record["providers"][name]["note"] = provider.note
         if device != "cpu":
-            on_gpu(record, providers)
+            on_gpu(record, providers, samplers)
     record["goals"] = judge(row.id, torch.device(device).type, record)
     return record, providers["ours"].call

@@ -6,6 +6,7 @@ Every form is a pair (down, up) for one level: down(x) -> coarse, up(coarse) -> 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,13 @@ from torch import Tensor
 from benchmarks.harness import Rival
 
 Step = Callable[[Tensor], Tensor]
+
+
+def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Weights, made once per (dtype, device, size), as a module's buffers would be. Also a constant
+    to torch.compile, and no copy from the host inside a CUDA graph."""
+    cached = functools.cache(make)
+    return torch.compiler.assume_constant_result(lambda *args: cached(*args))
 
 
 class Form(NamedTuple):
@@ -134,9 +142,10 @@ def _lerp(factor: Sequence[int]) -> Step:
 # --- binomial -------------------------------------------------------------------------------------
 
 
-def _binomial_kernel(x: Tensor) -> Tensor:
-    row = torch.tensor([1, 4, 6, 4, 1], dtype=x.dtype, device=x.device) / 16
-    return torch.outer(row, row).expand(x.shape[1], 1, 5, 5)
+@constant
+def _binomial_kernel(dtype: torch.dtype, device: torch.device, channels: int) -> Tensor:
+    row = torch.tensor([1, 4, 6, 4, 1], dtype=dtype, device=device) / 16
+    return torch.outer(row, row).repeat(channels, 1, 1, 1)
 
 
 def _pad_coarse(x: Tensor) -> Tensor:
@@ -146,12 +155,16 @@ def _pad_coarse(x: Tensor) -> Tensor:
 
 def _binomial_conv_down(x: Tensor) -> Tensor:
     padded = F.pad(x, (2, 2, 2, 2), "reflect")
-    return F.conv2d(padded, _binomial_kernel(x), stride=2, groups=x.shape[1])
+    return F.conv2d(
+        padded, _binomial_kernel(x.dtype, x.device, x.shape[1]), stride=2, groups=x.shape[1]
+    )
 
 
 def _binomial_conv_up(x: Tensor) -> Tensor:
     options = {"stride": 2, "padding": 4, "output_padding": 1, "groups": x.shape[1]}
-    return F.conv_transpose2d(_pad_coarse(x), 4 * _binomial_kernel(x), **options)
+    return F.conv_transpose2d(
+        _pad_coarse(x), 4 * _binomial_kernel(x.dtype, x.device, x.shape[1]), **options
+    )
 
 
 def _binomial_slices_down(x: Tensor) -> Tensor:
@@ -174,39 +187,39 @@ def _binomial_slices_up(x: Tensor) -> Tensor:
 # --- dct ------------------------------------------------------------------------------------------
 
 
-def _dct_matrix(like: Tensor) -> Tensor:
-    """[4, 8]: 8-point DCT, low half, 4-point inverse, mean kept."""
+@constant
+def _dct_matrix(dtype: torch.dtype, device: torch.device, blocks: int) -> Tensor:
+    """[4 blocks, 8 blocks]: 8-point DCT, low half, 4-point inverse, mean kept."""
 
     def basis(n: int) -> Tensor:
         k, m = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
         scale = torch.where(k == 0, math.sqrt(1 / n), math.sqrt(2 / n))
         return scale * torch.cos(math.pi * (m + 0.5) * k / n)
 
-    return (basis(4).T @ basis(8)[:4] / math.sqrt(2)).to(like)
+    block = basis(4).T @ basis(8)[:4] / math.sqrt(2)
+    return torch.block_diag(*[block] * blocks).to(device, dtype)
 
 
 def _dct_einsum_down(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
-    m, blocks = _dct_matrix(x), x.reshape(n, c, h // 8, 8, w // 8, 8)
+    m, blocks = _dct_matrix(x.dtype, x.device, 1), x.reshape(n, c, h // 8, 8, w // 8, 8)
     return torch.einsum("nchiwj,ai,bj->nchawb", blocks, m, m).reshape(n, c, h // 2, w // 2)
 
 
 def _dct_einsum_up(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
-    m, blocks = 2 * _dct_matrix(x), x.reshape(n, c, h // 4, 4, w // 4, 4)
+    m, blocks = 2 * _dct_matrix(x.dtype, x.device, 1), x.reshape(n, c, h // 4, 4, w // 4, 4)
     return torch.einsum("nchawb,ai,bj->nchiwj", blocks, m, m).reshape(n, c, 2 * h, 2 * w)
 
 
 def _dct_matmul_down(x: Tensor) -> Tensor:
-    m = _dct_matrix(x)
-    rows, columns = (torch.block_diag(*[m] * (n // 8)) for n in x.shape[2:])
+    rows, columns = (_dct_matrix(x.dtype, x.device, n // 8) for n in x.shape[2:])
     return rows @ x @ columns.T
 
 
 def _dct_matmul_up(x: Tensor) -> Tensor:
-    m = 2 * _dct_matrix(x)
-    rows, columns = (torch.block_diag(*[m] * (n // 4)) for n in x.shape[2:])
-    return rows.T @ x @ columns
+    rows, columns = (_dct_matrix(x.dtype, x.device, n // 4) for n in x.shape[2:])
+    return 4 * (rows.T @ x @ columns)
 
 
 # --- haar -----------------------------------------------------------------------------------------
@@ -226,16 +239,19 @@ def _haar_slices_merge(x: Tensor, detail: Tensor) -> Tensor:
     return _interleave(top, bottom, 2) / 2
 
 
-def _haar_kernel(x: Tensor, channels: int) -> Tensor:
-    """[4C, 1, 2, 2]: all low-pass channels, then LH, HL, HH."""
+@constant
+def _haar_kernel(dtype: torch.dtype, device: torch.device, channels: int) -> Tensor:
+    """[4C, 1, 2, 2]: per channel the low-pass, LH, HL, HH."""
     bands = [[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]
-    kernel = torch.tensor(bands, dtype=x.dtype, device=x.device) / 2
+    kernel = torch.tensor(bands, dtype=dtype, device=device) / 2
     return kernel[:, None].repeat(channels, 1, 1, 1)
 
 
 def _haar_conv_split(x: Tensor) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
-    y = F.conv2d(x, _haar_kernel(x, c), stride=2, groups=c).view(n, c, 4, h // 2, w // 2)
+    y = F.conv2d(x, _haar_kernel(x.dtype, x.device, c), stride=2, groups=c).view(
+        n, c, 4, h // 2, w // 2
+    )
     return y[:, :, 0], y[:, :, 1:].transpose(1, 2).reshape(n, 3 * c, h // 2, w // 2)
 
 
@@ -243,7 +259,7 @@ def _haar_conv_merge(x: Tensor, detail: Tensor) -> Tensor:
     n, c, h, w = x.shape
     y = torch.cat((x[:, None], detail.reshape(n, 3, c, h, w)), 1).transpose(1, 2)
     y = y.reshape(n, 4 * c, h, w)
-    return F.conv_transpose2d(y, _haar_kernel(x, c), stride=2, groups=c)
+    return F.conv_transpose2d(y, _haar_kernel(x.dtype, x.device, c), stride=2, groups=c)
 
 
 def haar_build(split: Callable, num_levels: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
