@@ -140,15 +140,22 @@ def compile_forms(
     torch._dynamo.reset()
     for form, function in row.compiled.items():
         start = time.monotonic()
+        bind(function, inputs, row.direction)()  # makes its weights outside the compiled graph
         try:
             compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
             call = bind(compiled, inputs, row.direction)
             call()
         except Exception as error:
-            missing[f"compiled {form}"] = f"does not compile: {str(error).splitlines()[0][:120]}"
+            missing[f"compiled {form}"] = f"does not compile: {reason(error)}"
         else:
             yield f"compiled {form}", Provider(call)
         say(f"compiled {form} in {time.monotonic() - start:.1f} s")
+
+
+def reason(error: Exception) -> str:
+    """The line of a compiler's message that says why."""
+    lines = [line for line in str(error).splitlines() if line and not line.endswith("raised:")]
+    return lines[0][:100] if lines else type(error).__name__
 
 
 def rival_provider(rival: Rival | str, inputs: Sequence[Tensor]) -> Provider | str:

@@ -6,7 +6,6 @@ Every form is a pair (down, up) for one level: down(x) -> coarse, up(coarse) -> 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,11 +19,20 @@ from benchmarks.harness import Rival
 Step = Callable[[Tensor], Tensor]
 
 
+_WEIGHTS: dict[tuple[str, torch.dtype, torch.device, int], Tensor] = {}
+
+
 def constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Weights, made once per (dtype, device, size), as a module's buffers would be. Also a constant
-    to torch.compile, and no copy from the host inside a CUDA graph."""
-    cached = functools.cache(make)
-    return torch.compiler.assume_constant_result(lambda *args: cached(*args))
+    """Weights, made once per (dtype, device, size), as a module's buffers would be: no work in the
+    compiled graph, and no copy from the host inside a CUDA graph."""
+
+    def get(dtype: torch.dtype, device: torch.device, size: int) -> Tensor:
+        key = (make.__name__, dtype, device, size)
+        if key not in _WEIGHTS:
+            _WEIGHTS[key] = make(dtype, device, size)
+        return _WEIGHTS[key]
+
+    return get
 
 
 class Form(NamedTuple):
@@ -148,23 +156,21 @@ def _binomial_kernel(dtype: torch.dtype, device: torch.device, channels: int) ->
     return torch.outer(row, row).repeat(channels, 1, 1, 1)
 
 
-def _pad_coarse(x: Tensor) -> Tensor:
+def _pad_coarse(x: Tensor, axis: int) -> Tensor:
     """One more on each side: -1 is 1, n is n-1 (OpenCV's pyrUp)."""
-    return F.pad(F.pad(x, (1, 0, 1, 0), "reflect"), (0, 1, 0, 1), "replicate")
+    n = x.shape[axis]
+    return torch.cat((x.narrow(axis, 1, 1), x, x.narrow(axis, n - 1, 1)), axis)
 
 
 def _binomial_conv_down(x: Tensor) -> Tensor:
-    padded = F.pad(x, (2, 2, 2, 2), "reflect")
-    return F.conv2d(
-        padded, _binomial_kernel(x.dtype, x.device, x.shape[1]), stride=2, groups=x.shape[1]
-    )
+    kernel = _binomial_kernel(x.dtype, x.device, x.shape[1])
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), "reflect"), kernel, stride=2, groups=x.shape[1])
 
 
 def _binomial_conv_up(x: Tensor) -> Tensor:
+    kernel = 4 * _binomial_kernel(x.dtype, x.device, x.shape[1])
     options = {"stride": 2, "padding": 4, "output_padding": 1, "groups": x.shape[1]}
-    return F.conv_transpose2d(
-        _pad_coarse(x), 4 * _binomial_kernel(x.dtype, x.device, x.shape[1]), **options
-    )
+    return F.conv_transpose2d(_pad_coarse(_pad_coarse(x, 2), 3), kernel, **options)
 
 
 def _binomial_slices_down(x: Tensor) -> Tensor:
@@ -178,7 +184,7 @@ def _binomial_slices_down(x: Tensor) -> Tensor:
 
 def _binomial_slices_up(x: Tensor) -> Tensor:
     for axis, n in ((2, x.shape[2]), (3, x.shape[3])):
-        p = torch.cat((x.narrow(axis, 1, 1), x, x.narrow(axis, n - 1, 1)), axis)
+        p = _pad_coarse(x, axis)
         before, after = p.narrow(axis, 0, n), p.narrow(axis, 2, n)
         x = _interleave((before + 6 * x + after) / 8, (x + after) / 2, axis)
     return x

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
-from dfm_fast.cli.report import NOT_RIVALS, TIMES, dtype, heading, label
+from dfm_fast.cli.report import NOT_RIVALS, TIMES, dtype, heading, label, stem
 
 LIMIT = 200_000  # bytes of one PNG
 # Okabe & Ito's palette: told apart by colour-blind readers, and in grey.
@@ -20,11 +20,10 @@ RIVALS = {"eager": "#999999", "compiled": "#0072B2", "library": "#009E73"}
 
 def write(record: dict[str, Any], out: Path) -> list[Path]:
     """Two plots of one machine and family."""
-    stem = f"{record['machine']['slug']}-{record['family']}"
     plots = {"roofline": roofline(record), "speedups": speedups(record)}
     paths = []
     for name, figure in plots.items():
-        paths.append(out / f"{stem}-{name}.png")
+        paths.append(out / f"{stem(record)}-{name}.png")
         save(figure, paths[-1])
     return paths
 

@@ -91,7 +91,7 @@ def load_file(path: Path) -> dict[str, Any]:
 
 def _touch(record: dict[str, Any]) -> None:
     """Use everything the report uses, so that a damaged file is an error at once."""
-    heading(record), facts(record), remarks(record), record["machine"]["slug"]
+    heading(record), facts(record), remarks(record), stem(record)
     for row in record["rows"]:
         cells(row, with_ms=True)
         for goal in row["goals"]:
@@ -109,12 +109,18 @@ def heading(record: dict[str, Any]) -> str:
     return f"{record['family']} on {record['machine']['name']}"
 
 
+def stem(record: dict[str, Any]) -> str:
+    """Of file names; no two results share it."""
+    return f"{record['machine']['slug']}-{record['family']}"
+
+
 def facts(record: dict[str, Any]) -> str:
     """One line: what was measured, with what, on what."""
     machine, versions = record["machine"], record["versions"]
-    where = [f"{record['threads']} threads", machine["capability"]]
     if machine["device"] == "cuda":
         where = [f"CUDA {machine['cuda']}", f"{machine['memory_gib']} GiB"]
+    else:
+        where = [f"{record['threads']} threads", machine["capability"]]
     dirty = " with changes" if record["dirty"] else ""
     copy = record["copy_gb_s"]
     parts = [
@@ -244,7 +250,7 @@ def draw(records: Sequence[dict[str, Any]], out: Path) -> dict[str, list[Path]]:
     drawn: dict[str, list[Path]] = {}
     for record in records:
         if record["rows"]:
-            drawn[heading(record)] = _plots.write(record, out)
+            drawn[stem(record)] = _plots.write(record, out)
     return drawn
 
 
@@ -268,7 +274,7 @@ def page(
     errors: Sequence[Sequence[str]],
 ) -> str:
     """One page that needs nothing beside it."""
-    body = "".join(html_section(record, plots.get(heading(record), [])) for record in records)
+    body = "".join(html_section(record, plots.get(stem(record), [])) for record in records)
     if photographs:
         body += "<h2>Photographs</h2>" + "".join(map(figure, photographs))
     if errors:

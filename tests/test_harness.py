@@ -1,0 +1,238 @@
+"""The benchmark harness: who is timed, in what order, and what it refuses to time."""
+
+import dataclasses
+import getpass
+import json
+import math
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # `benchmarks` is not installed
+
+from benchmarks import bench_pyramids, harness, records, shapes
+from benchmarks.clocks import interleave
+from dfm_fast._library import OPERATORS
+
+
+def halve(x):
+    return x / 2
+
+
+def tiny_row(**changes):
+    row = harness.Row(
+        op="halve",
+        variant="plain",
+        case="tiny",
+        shapes=((4, 8),),
+        ours=halve,
+        reference=halve,
+        least_bytes=2 * 4 * 8 * 4,
+        eager=halve,
+        compiled={},
+    )
+    return dataclasses.replace(row, **changes)
+
+
+def measure(row):
+    return harness.measure(row, "cpu", 0.0, lambda text: None)
+
+
+def test_everybody_takes_a_turn_in_every_round_in_changing_order():
+    turns = []
+    samplers = {name: lambda name=name: turns.append(name) or 1.0 for name in "abcd"}
+    times = interleave(samplers, seconds=0.0, rounds=(12, 12))
+    rounds = [tuple(turns[i : i + 4]) for i in range(4, len(turns), 4)]  # after the warm-up
+    assert len(rounds) == 12
+    assert all(sorted(r) == list("abcd") for r in rounds)
+    assert len(set(rounds)) > 4
+    assert {r[0] for r in rounds} == set("abcd")
+    assert all(len(samples) == 12 for samples in times.values())
+
+
+def test_rounds_stop_with_the_time_but_not_before_the_least():
+    assert len(interleave({"a": lambda: 1.0}, 0.0, rounds=(3, 10**9))["a"]) == 3
+    assert len(interleave({"a": lambda: 1.0}, 60.0, rounds=(3, 7))["a"]) == 7
+
+
+def test_a_row_records_what_it_measured():
+    record, call = measure(tiny_row())
+    assert set(record["providers"]) == {"ours", "eager", "copy"}
+    assert record["rounds"] >= 11
+    assert record["speedup"]["eager"]["median"] > 0
+    assert record["copy_fraction"]["q1"] <= record["copy_fraction"]["q3"]
+    assert call().shape == (4, 8)
+
+
+def test_fraction_of_copy_is_in_bytes_per_second():
+    times = {"ours": [2.0] * 5, "copy": [1.0] * 5, "eager": [8.0] * 5}
+    record = harness.figures(tiny_row(least_bytes=300), times, copied=200, missing={})
+    assert record["copy_fraction"]["median"] == pytest.approx(0.75)
+    assert record["speedup"]["eager"]["median"] == pytest.approx(4.0)
+
+
+def test_speedups_compare_within_a_round():
+    """A minute in which everything is ten times slower changes no ratio."""
+    slow = [1.0, 1.0, 10.0, 10.0, 10.0]
+    times = {"ours": slow, "copy": slow, "eager": [3 * t for t in slow]}
+    speedup = harness.figures(tiny_row(), times, 1, {})["speedup"]["eager"]
+    assert speedup == pytest.approx({"median": 3.0, "q1": 3.0, "q3": 3.0})
+
+
+def test_the_fastest_compiled_form_is_the_rival():
+    times = {n: [t] * 3 for n, t in {"ours": 1.0, "copy": 1.0, "eager": 9.0}.items()}
+    times |= {"compiled slow": [5.0] * 3, "compiled fast": [4.0] * 3}
+    record = harness.figures(tiny_row(), times, 1, {})
+    assert record["providers"]["compiled"]["form"] == "fast"
+    assert record["speedup"]["compiled"]["median"] == pytest.approx(4.0)
+    assert record["strongest"] is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x / 2 + 1e-3,
+        lambda x: x / 2 * float("nan"),
+        lambda x: x[:, :4] / 2,
+        lambda x: (x / 2).double(),
+        lambda x: (x / 2, x / 2),
+    ],
+    ids=["values", "nan", "shape", "dtype", "count"],
+)
+def test_the_gate_stops_ours_when_wrong(wrong):
+    with pytest.raises(harness.GateError, match="ours"):
+        measure(tiny_row(ours=wrong))
+
+
+def test_the_gate_stops_a_rival_that_computes_something_else():
+    other = harness.Rival(lambda x: lambda: x / 3)
+    with pytest.raises(harness.GateError, match="other"):
+        measure(tiny_row(rivals={"other": other}))
+    with pytest.raises(harness.GateError, match="eager"):
+        measure(tiny_row(eager=lambda x: x / 3))
+
+
+def test_the_gate_stops_a_wrong_backward():
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x / 2
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy / 3
+
+    with pytest.raises(harness.GateError, match="ours"):
+        measure(tiny_row(ours=Wrong.apply, direction="backward"))
+
+
+def test_a_rival_known_to_differ_is_timed_and_says_so():
+    other = harness.Rival(lambda x: lambda: x / 3, differs="a third, not a half")
+    record, _ = measure(tiny_row(rivals={"other": other}))
+    assert record["providers"]["other"]["note"] == "a third, not a half"
+    assert record["strongest"] == "other"
+
+
+def test_missing_rivals_are_reported():
+    rivals = {
+        "absent": harness.Rival(lambda x: lambda: x / 2, package="no_such_package"),
+        "elsewhere": harness.Rival(lambda x: lambda: x / 2, device="cuda"),
+        "never": "has no backward",
+    }
+    record, _ = measure(tiny_row(rivals=rivals))
+    assert record["missing"] == {
+        "absent": "no_such_package is not installed",
+        "elsewhere": "runs on cuda only",
+        "never": "has no backward",
+    }
+    assert not set(rivals) & set(record["providers"])
+
+
+def test_a_form_that_does_not_compile_is_reported(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("backend raised:\nno compiler found")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    record, _ = measure(tiny_row(compiled={"plain": halve}))
+    assert record["missing"] == {"compiled plain": "does not compile: no compiler found"}
+
+
+def test_a_backward_row_times_the_backward_alone():
+    forwards = []
+
+    def ours(x):
+        forwards.append(1)
+        return x / 2
+
+    call = harness.bind(ours, [torch.randn(4, 8)], "backward")
+    first, second = call(), call()
+    assert len(forwards) == 1
+    assert torch.equal(first[0], second[0])
+
+
+def test_low_precision_is_held_against_float32():
+    record, _ = measure(tiny_row(dtype=torch.bfloat16))
+    assert record["providers"]["float32"]["note"] == "ours in float32"
+    assert "float32" in record["speedup"]
+
+
+def test_goals_are_judged_and_misses_are_kept(monkeypatch):
+    goals = (
+        shapes.Goal("cpu", "halve-*", "copy", 0.5),
+        shapes.Goal("*", "halve-*", "eager", 5.0),
+        shapes.Goal("*", "halve-*", "absent", 2.0),
+        shapes.Goal("cuda", "halve-*", "copy", 0.9),
+    )
+    monkeypatch.setattr(harness, "GOALS", goals)
+    record = {"copy_fraction": {"median": 0.7}, "speedup": {"eager": {"median": 4.0}}}
+    judged = harness.judge("halve-plain", "cpu", record)
+    assert [(g["against"], g["measured"], g["met"]) for g in judged] == [
+        ("copy", 0.7, True),
+        ("eager", 4.0, False),
+        ("absent", None, None),
+    ]
+
+
+def test_every_goal_is_some_rows():
+    ids = list(bench_pyramids.ROWS)
+    for goal in shapes.GOALS:
+        assert any(harness.fnmatch(i, goal.row) for i in ids), goal
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "machine" / "family.json"
+    records.write_json(path, {"rows": [1.23456789]})
+    with pytest.raises(TypeError):
+        records.write_json(path, {"rows": object()})
+    assert json.loads(path.read_text()) == {"rows": [1.2346]}
+    assert [p.name for p in path.parent.iterdir()] == ["family.json"]
+
+
+def test_results_name_no_host_user_or_folder():
+    text = json.dumps(records.header("cpu", "pyramids", full=False))
+    assert str(records.ROOT) not in text
+    assert str(Path.home()) not in text
+    words = text.replace('"', " ").replace("/", " ").split()
+    assert socket.gethostname() not in words
+    assert getpass.getuser() not in words
+
+
+def _cost(row):
+    case = shapes.CASES[row.case]
+    inputs = [torch.empty(s, dtype=row.dtype, device="meta") for s in row.shapes]
+    options = {} if row.variant == "haar" else {"factor": case.factor}
+    if row.op.endswith("_build"):
+        return OPERATORS[row.op].cost(*inputs, case.num_levels, **options)
+    return OPERATORS[row.op].cost(inputs, **options)
+
+
+def test_rows_count_the_bytes_of_the_operators_own_formula():
+    for row in bench_pyramids.ROWS.values():
+        expected = _cost(row)
+        if row.op == "laplacian_collapse" and row.direction == "backward":
+            # The finest level's gradient is that of the output, not written again.
+            expected -= math.prod(shapes.CASES[row.case].shape) * row.dtype.itemsize
+        assert row.least_bytes == expected, row.id
