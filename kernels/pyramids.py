@@ -1,10 +1,523 @@
-"""Laplacian and Haar pyramids in Triton."""
+"""Laplacian and Haar pyramids in Triton: one launch for two halvings at any size.
+
+A lane owns a patch of the finest level (see `patches`) and computes every coarser value it needs
+from it and a halo, so that x is read once from memory, every level is written once, and no lane
+waits for another. What is not "nearest" or "bilinear" halving height and width goes to `resample`
+(or, for "binomial" in CUDA builds, to csrc/cuda).
+"""
 
 from __future__ import annotations
 
-from dfm_fast.kernels import resample
+import functools
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
 
-laplacian_build = resample.build
-laplacian_build_backward = resample.build_backward
-laplacian_collapse = resample.collapse
-laplacian_collapse_backward = resample.collapse_backward
+import torch
+import triton
+import triton.language as tl
+from dfm_fast.kernels import resample
+from dfm_fast.kernels.patches import (
+    combine,
+    crop,
+    haar,
+    haar_inverse,
+    lanes,
+    load,
+    load_row,
+    mirror,
+    mirrored,
+    plane_of,
+    pool,
+    repeat,
+    residual,
+    rounded,
+    scaled,
+    store,
+    store_row,
+    up,
+    up_adjoint,
+    up_row,
+)
+from torch import Tensor
+
+from dfm_fast.ops.pyramids import memory_format
+
+# --- Kernels. Levels are [P, H, W, C]. STEPS halvings; factor 4 has two and no middle level ---
+
+
+@triton.jit
+def _laplacian_build_fwd_kernel(
+    x_ptr, coarse_ptr, middle_ptr, fine_ptr, P, H, WP, CG, FILTER: tl.constexpr,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
+    LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    EDGE: tl.constexpr = 1 if FILTER == "bilinear" else 0  # halo that `up` takes and leaves
+    UP: tl.constexpr = 0.0625 if FILTER == "bilinear" else 1.0  # what makes it a mean
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    size = (H, WP, CG * VEC if LAST else 1)
+    x = load(x_ptr, at, size, 0, ROWS, COLS, EDGE << STEPS, VEC, LAST)
+    coarse = pool(x, 0.25)
+    if STEPS == 1:
+        coarse = rounded(coarse, DTYPE)
+        store(coarse_ptr, coarse, at, size, 1, EDGE, VEC, LAST)
+        predicted, scale = up(coarse, FILTER), UP
+    elif middle_ptr is not None:
+        middle = rounded(coarse, DTYPE)
+        coarse = rounded(pool(middle, 0.25), DTYPE)
+        store(coarse_ptr, coarse, at, size, 2, EDGE, VEC, LAST)
+        detail = combine(middle, up(coarse, FILTER), -UP, 2 * EDGE, EDGE)
+        store(middle_ptr, detail, at, size, 1, 0, VEC, LAST)
+        middle = crop(mirror(middle, at[2], WP, 2 * EDGE), EDGE)
+        predicted, scale = up(middle, FILTER), UP
+    else:
+        coarse = rounded(pool(coarse, 0.25), DTYPE)
+        store(coarse_ptr, coarse, at, size, 2, EDGE, VEC, LAST)
+        predicted, scale = up(up(coarse, FILTER), FILTER), UP * UP
+    detail = combine(x, predicted, -scale, EDGE << STEPS, EDGE)
+    store(fine_ptr, detail, at, size, 0, 0, VEC, LAST)
+
+
+@triton.jit
+def _bands(x_ptr, at, size, i, STEPS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
+           LAST: tl.constexpr):  # fmt: skip
+    """Rows i 2^STEPS on of x with their halo, and what they come to: middle rows, coarse row."""
+    H, WP, C = size[0], size[1], size[2]
+    ptr = plane_of(x_ptr, at, H, WP * COLS, C, VEC, LAST)
+    x = ()
+    for k in tl.static_range(1 << STEPS):
+        line = ptr + mirrored((i << STEPS) + k, H) * (WP * COLS * C)
+        x = x + (load_row(line, at[2], WP, C, COLS, 1 << STEPS, VEC, LAST),)
+    middle = rounded(pool(x, 0.25), x_ptr.dtype.element_ty)
+    coarse = middle
+    if STEPS == 2:
+        coarse = rounded(pool(middle, 0.25), x_ptr.dtype.element_ty)
+        middle = mirror(middle, at[2], WP, 2)
+    return x, middle, coarse[0]
+
+
+@triton.jit
+def _bilinear_build_fwd_kernel(
+    x_ptr, coarse_ptr, middle_ptr, fine_ptr, P, H, WP, CG, STEPS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
+    TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # A lane walks down its columns, 2^STEPS rows at a time, and keeps the last row of each level:
+    # what lies between two rows can be predicted once the lower is known, one row late.
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    size = (H, WP, CG * VEC if LAST else 1)
+    HALO: tl.constexpr = 1 << STEPS
+    EXTRA: tl.constexpr = STEPS - 1  # columns of a middle row's halo that only the coarse row needs
+    C = size[2]
+    coarse_at = plane_of(coarse_ptr, at, H >> STEPS, WP * (COLS >> STEPS), C, VEC, LAST)
+    fine_at = plane_of(fine_ptr, at, H, WP * COLS, C, VEC, LAST)
+    if STEPS == 2:
+        middle_at = plane_of(middle_ptr, at, H // 2, WP * (COLS // 2), C, VEC, LAST)
+    first, end = at[1] >> STEPS, (at[1] + ROWS) >> STEPS
+    x, middle, coarse = _bands(x_ptr, at, size, first - 1, STEPS, COLS, VEC, LAST)
+    last_x, last_m, last_c = x[HALO - 1], middle[EXTRA], coarse
+    for step in range((ROWS >> STEPS) + 1):
+        i = first + step
+        x, middle, coarse = _bands(x_ptr, at, size, i, STEPS, COLS, VEC, LAST)
+        before, inside = i > first, i < end
+        row = i * ((COLS >> STEPS) * WP * C)
+        store_row(coarse_at + row, coarse, inside, at[2], C, 1, VEC, LAST)
+        if STEPS == 2:
+            above, near = up_row(last_c, 0), up_row(coarse, 0)
+            row = i * (COLS * WP * C)
+            width = COLS // 2 * WP * C
+            detail = residual(last_m, near, above, 0.0625, 2)
+            store_row(middle_at + row - width, detail, before, at[2], C, 0, VEC, LAST)
+            detail = residual(middle[0], above, near, 0.0625, 2)
+            store_row(middle_at + row, detail, inside, at[2], C, 0, VEC, LAST)
+        wide = up_row(last_m, EXTRA)
+        row = (i << STEPS) * (COLS * WP * C)
+        for k in tl.static_range(STEPS):
+            near = up_row(middle[k], EXTRA)
+            upper = last_x if k == 0 else x[2 * k - 1]
+            detail = residual(upper, near, wide, 0.0625, HALO)
+            line = fine_at + row + (2 * k - 1) * (COLS * WP * C)
+            store_row(line, detail, before if k == 0 else inside, at[2], C, 0, VEC, LAST)
+            detail = residual(x[2 * k], wide, near, 0.0625, HALO)
+            line = fine_at + row + 2 * k * (COLS * WP * C)
+            store_row(line, detail, inside, at[2], C, 0, VEC, LAST)
+            wide = near
+        last_x, last_m, last_c = x[HALO - 1], middle[EXTRA], coarse
+
+
+@triton.jit
+def _laplacian_collapse_fwd_kernel(
+    coarse_ptr, middle_ptr, fine_ptr, out_ptr, P, H, WP, CG, FILTER: tl.constexpr,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
+    LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    EDGE: tl.constexpr = 1 if FILTER == "bilinear" else 0
+    UP: tl.constexpr = 0.0625 if FILTER == "bilinear" else 1.0
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    size = (H, WP, CG * VEC if LAST else 1)
+    x = load(coarse_ptr, at, size, STEPS, ROWS >> STEPS, COLS >> STEPS, EDGE, VEC, LAST)
+    x = up(x, FILTER)
+    if STEPS == 2 and middle_ptr is not None:
+        middle = load(middle_ptr, at, size, 1, ROWS // 2, COLS // 2, EDGE, VEC, LAST)
+        x = up(rounded(combine(middle, x, UP, 0, 0), middle_ptr.dtype.element_ty), FILTER)
+    fine = load(fine_ptr, at, size, 0, ROWS, COLS, 0, VEC, LAST)
+    if STEPS == 2 and middle_ptr is None:
+        out = combine(fine, up(x, FILTER), UP * UP, 0, EDGE)
+    else:
+        out = combine(fine, x, UP, 0, EDGE)
+    store(out_ptr, out, at, size, 0, 0, VEC, LAST)
+
+
+@triton.jit
+def _laplacian_build_bwd_kernel(
+    dfine_ptr, dmiddle_ptr, dcoarse_ptr, dx_ptr, P, H, WP, CG, FILTER: tl.constexpr,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
+    LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # No halo of a gradient is needed beyond its own level: down^T is repeat / 4.
+    EDGE: tl.constexpr = 1 if FILTER == "bilinear" else 0
+    UP: tl.constexpr = 0.0625 if FILTER == "bilinear" else 1.0
+    FACTOR4: tl.constexpr = STEPS == 2 and dmiddle_ptr is None
+    FAR: tl.constexpr = 4 * EDGE if FACTOR4 else EDGE
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    size = (H, WP, CG * VEC if LAST else 1)
+    grad = load(dcoarse_ptr, at, size, STEPS, ROWS >> STEPS, COLS >> STEPS, 0, VEC, LAST)
+    dfine = load(dfine_ptr, at, size, 0, ROWS, COLS, FAR, VEC, LAST)
+    if dmiddle_ptr is not None:
+        dmiddle = load(dmiddle_ptr, at, size, 1, ROWS // 2, COLS // 2, EDGE, VEC, LAST)
+        grad = combine(grad, up_adjoint(dmiddle, FILTER), -UP, 0, 0)
+        grad = combine(crop(dmiddle, EDGE), repeat(grad), 0.25, 0, 0)
+    if FACTOR4:
+        inner = crop(mirror(dfine, at[2], WP, FAR), EDGE)
+        inner = up_adjoint(up_adjoint(inner, FILTER), FILTER)
+        grad = repeat(combine(grad, inner, -UP * UP, 0, 0))
+        dx = combine(dfine, repeat(grad), 0.0625, FAR, 0)
+    else:
+        grad = combine(grad, up_adjoint(dfine, FILTER), -UP, 0, 0)
+        dx = combine(dfine, repeat(grad), 0.25, FAR, 0)
+    store(dx_ptr, dx, at, size, 0, 0, VEC, LAST)
+
+
+@triton.jit
+def _laplacian_collapse_bwd_kernel(
+    dy_ptr, dcoarse_ptr, dmiddle_ptr, P, H, WP, CG, FILTER: tl.constexpr,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
+    LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    EDGE: tl.constexpr = 1 if FILTER == "bilinear" else 0
+    UP: tl.constexpr = 0.0625 if FILTER == "bilinear" else 1.0
+    FAR: tl.constexpr = 4 * EDGE if STEPS == 2 else EDGE
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    size = (H, WP, CG * VEC if LAST else 1)
+    grad = load(dy_ptr, at, size, 0, ROWS, COLS, FAR, VEC, LAST)
+    if STEPS == 2:
+        grad = crop(mirror(grad, at[2], WP, FAR), EDGE)
+        grad = scaled(up_adjoint(grad, FILTER), UP)
+        if dmiddle_ptr is not None:
+            store(dmiddle_ptr, grad, at, size, 1, EDGE, VEC, LAST)
+    grad = scaled(up_adjoint(grad, FILTER), UP)
+    store(dcoarse_ptr, grad, at, size, STEPS, 0, VEC, LAST)
+
+
+@triton.jit
+def _band(at, size, channels, BAND: tl.constexpr, LAST: tl.constexpr):
+    """Where sub-band LH, HL or HH of a plane lies in a detail level [N, 3C, H, W]."""
+    if LAST:
+        to, size = at, (size[0], size[1], 3 * channels)
+    else:
+        to, size = (at[0] + (at[0] // channels * 2 + BAND) * channels, at[1], at[2], at[3]), size
+    return to, size
+
+
+@triton.jit
+def _haar_build_kernel(
+    x_ptr, coarse_ptr, detail1_ptr, detail2_ptr, detail3_ptr, P, H, WP, CG, channels,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
+    LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    size = (H, WP, CG * VEC if LAST else 1)
+    details = (detail1_ptr, detail2_ptr, detail3_ptr)
+    x = load(x_ptr, at, size, 0, ROWS, COLS, 0, VEC, LAST)
+    for s in tl.static_range(1, STEPS + 1):
+        bands = haar(x)
+        for b in tl.static_range(3):
+            to, wide = _band(at, size, channels, b, LAST)
+            ptr = details[s - 1] + (b * channels if LAST else 0)
+            store(ptr, bands[b + 1], to, wide, s, 0, VEC, LAST)
+        x = rounded(bands[0], x_ptr.dtype.element_ty)
+    store(coarse_ptr, x, at, size, STEPS, 0, VEC, LAST)
+
+
+@triton.jit
+def _haar_collapse_kernel(
+    coarse_ptr, detail1_ptr, detail2_ptr, detail3_ptr, out_ptr, P, H, WP, CG, channels,
+    STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
+    LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    size = (H, WP, CG * VEC if LAST else 1)
+    details = (detail1_ptr, detail2_ptr, detail3_ptr)
+    x = load(coarse_ptr, at, size, STEPS, ROWS >> STEPS, COLS >> STEPS, 0, VEC, LAST)
+    for s in tl.static_range(STEPS, 0, -1):
+        bands = (x,)
+        for b in tl.static_range(3):
+            to, wide = _band(at, size, channels, b, LAST)
+            ptr = details[s - 1] + (b * channels if LAST else 0)
+            band = load(ptr, to, wide, s, ROWS >> s, COLS >> s, 0, VEC, LAST)
+            bands = bands + (band,)  # noqa: RUF005
+        x = rounded(haar_inverse(bands), out_ptr.dtype.element_ty)
+    store(out_ptr, x, at, size, 0, 0, VEC, LAST)
+
+
+# --- Launching -----------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """A lane's patch and a program's width; `vec` elements are one load (`vec_last`: along C)."""
+
+    rows: int
+    cols: int
+    vec_last: int
+    warps: int
+
+
+# Per kernel and bytes an element: chosen from static counts (see the module docstring), to be
+# overwritten by measured ones. The first fits few elements (up to SMALL), the second many. In
+# "build_walk" the rows are those that a lane walks down.
+SMALL = 1 << 22
+_PATCHES = {
+    2: (Tile(4, 8, 2, 4), Tile(8, 8, 2, 4)),
+    4: (Tile(4, 4, 1, 4), Tile(8, 4, 1, 4)),
+    8: (Tile(4, 2, 1, 4), Tile(4, 2, 1, 4)),
+}
+TILES: dict[str, dict[int, tuple[Tile, Tile]]] = {
+    "build_walk": {
+        2: (Tile(8, 8, 2, 4), Tile(64, 8, 2, 4)),
+        4: (Tile(8, 4, 2, 4), Tile(64, 4, 2, 4)),
+        8: (Tile(8, 4, 1, 4), Tile(64, 4, 1, 4)),
+    },
+    "build": _PATCHES,
+    "collapse": _PATCHES,
+    "build_backward": _PATCHES,
+    "collapse_backward": _PATCHES,
+    "haar": _PATCHES,
+}
+
+
+def _power(n: int, most: int) -> int:
+    """The least power of two from n on, at most `most`."""
+    return min(triton.next_power_of_2(n), most)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    kernel: str, shape: torch.Size, last: bool, itemsize: int, steps: int
+) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
+    """(programs, run-time sizes, constants, warps) for a finest level of `shape`."""
+    tile = TILES[kernel][itemsize][shape.numel() > SMALL]
+    *_, height, width = shape
+    channels = shape[1] if last else 1
+    planes = shape.numel() // (height * width * channels)
+    rows, cols = max(tile.rows, 1 << steps), max(tile.cols, 1 << steps)
+    while height < rows:
+        rows //= 2
+    while width % cols:
+        cols //= 2
+    vec = tile.vec_last if last else 16 // itemsize
+    while last and channels % vec:
+        vec //= 2
+    groups = channels // vec if last else 1
+    across, down = width // cols, triton.cdiv(height, rows)
+    block = 32 * tile.warps
+    tc = _power(groups, 32)
+    tw = _power(across, min(16, block // tc))
+    th = _power(down, block // (tc * tw))
+    tp = block // (tc * tw * th)
+    programs = triton.cdiv(groups, tc) * triton.cdiv(across, tw) * triton.cdiv(down, th)
+    programs *= triton.cdiv(planes, tp)
+    constants = (rows, cols, vec, last, tc, tw, th, block)
+    return programs, (planes, height, across, groups), constants, tile.warps
+
+
+def _last(x: Tensor) -> bool:
+    return memory_format(x) != torch.contiguous_format
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    name: str,
+    shape: torch.Size,  # of the finest level
+    last: bool,  # channels_last
+    tensors: Sequence[Tensor | None],
+    *options: int | str,  # what the kernel takes between the sizes and the patch; STEPS is the last
+) -> None:
+    if not shape.numel():
+        return
+    itemsize = tensors[0].element_size()
+    programs, sizes, constants, warps = _plan(name, shape, last, itemsize, options[-1])
+    with resample.on_device(tensors[0]):
+        kernel[(programs,)](*tensors, *sizes, *options, *constants, num_warps=warps)
+
+
+def _launches(
+    inputs: Sequence[Tensor], num_levels: int, filter: str, factor: Sequence[int]
+) -> list[tuple[int, int]] | None:
+    """(halvings, levels) of each launch, finest first; None where the fused kernels do not apply.
+
+    Factor 2 takes up to two levels a launch; factor 4 is two halvings and one level.
+    """
+    (*frames, f, g), x = factor, inputs[-1]
+    plane = x.shape[-1] * x.shape[-2] * (x.shape[1] if _last(x) else 1)
+    if filter not in ("nearest", "bilinear") or f != g or f == 1 or max(frames, default=1) > 1:
+        return None
+    if plane >= 2**31 or any(v.data_ptr() % 4 for v in inputs):  # bfloat16 is read in pairs
+        return None
+    levels = num_levels - 1
+    if f == 4:
+        return [(2, 1)] * levels
+    return [(2, 2)] * (levels // 2) + [(1, 1)] * (levels % 2)
+
+
+def _coarser(x: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A new level `steps` halvings coarser than x."""
+    *frames, height, width = x.shape[2:]
+    return resample.empty(x, x.shape[1], (*frames, height >> steps, width >> steps), dtype)
+
+
+@functools.cache
+def _binomial() -> ModuleType | None:
+    """The CUDA C++ kernels, which only CUDA builds have."""
+    try:
+        return importlib.import_module("dfm_fast._C_cuda")
+    except ImportError:
+        return None
+
+
+def _takes_binomial(x: Tensor, filter: str, factor: Sequence[int]) -> bool:
+    two = tuple(factor) in ((2, 2), (1, 2, 2))
+    return filter == "binomial" and two and x.is_cuda and not _last(x) and _binomial() is not None
+
+
+def _images(x: Tensor) -> Tensor:
+    """A contiguous video as images: frames join the channels."""
+    return x if x.ndim == 4 else x.flatten(1, 2)
+
+
+def laplacian_build(
+    x: Tensor,  # [N, C, (T,) H, W]
+    num_levels: int,
+    filter: str,
+    factor: Sequence[int],
+) -> list[Tensor]:
+    if _takes_binomial(x, filter, factor):
+        levels = _binomial().binomial_build(_images(x), num_levels)
+        return [v.view(*x.shape[:-2], *v.shape[-2:]) for v in levels]
+    launches = _launches([x], num_levels, filter, factor)
+    if launches is None:
+        return resample.build(x, num_levels, filter, factor)
+    kernel, name, options = _laplacian_build_fwd_kernel, "build", (filter,)
+    if filter == "bilinear" and factor[-1] == 2:
+        kernel, name, options = _bilinear_build_fwd_kernel, "build_walk", ()
+    details = []
+    for steps, count in launches:
+        levels = [_coarser(x, s) for s in range(count)]
+        coarse, middle = _coarser(x, steps), levels[1] if count == 2 else None
+        tensors = (x, coarse, middle, levels[0])
+        _launch(kernel, name, x.shape, _last(x), tensors, *options, steps)
+        details += levels
+        x = coarse
+    return [x, *reversed(details)]
+
+
+def laplacian_collapse(levels: Sequence[Tensor], filter: str, factor: Sequence[int]) -> Tensor:
+    finest = levels[-1]
+    if _takes_binomial(finest, filter, factor):
+        return _binomial().binomial_collapse([_images(v) for v in levels]).view(finest.shape)
+    launches = _launches(levels, len(levels), filter, factor)
+    if launches is None:
+        return resample.collapse(levels, filter, factor)
+    x, s, last = levels[0], 1, _last(finest)
+    for steps, count in reversed(launches):
+        fine, middle = levels[s + count - 1], levels[s] if count == 2 else None
+        tensors = (x, middle, fine, torch.empty_like(fine))
+        shape = fine.shape
+        _launch(_laplacian_collapse_fwd_kernel, "collapse", shape, last, tensors, filter, steps)
+        x, s = tensors[-1], s + count
+    return x
+
+
+def laplacian_build_backward(grads: Sequence[Tensor], filter: str, factor: Sequence[int]) -> Tensor:
+    """What one launch hands to the next stays in fp32, as in the reference."""
+    finest = grads[-1]
+    if _takes_binomial(finest, filter, factor):
+        return _binomial().binomial_build_backward([_images(g) for g in grads]).view(finest.shape)
+    launches = _launches(grads, len(grads), filter, factor)
+    if launches is None:
+        return resample.build_backward(grads, filter, factor)
+    grad, s, last = grads[0], 1, _last(finest)
+    wide = torch.promote_types(finest.dtype, torch.float32)
+    for steps, count in reversed(launches):
+        fine, middle = grads[s + count - 1], grads[s] if count == 2 else None
+        dtype = finest.dtype if fine is finest else wide
+        tensors = (fine, middle, grad, torch.empty_like(fine, dtype=dtype))
+        shape = fine.shape
+        _launch(_laplacian_build_bwd_kernel, "build_backward", shape, last, tensors, filter, steps)
+        grad, s = tensors[-1], s + count
+    return grad
+
+
+def laplacian_collapse_backward(
+    grad: Tensor, num_levels: int, filter: str, factor: Sequence[int]
+) -> list[Tensor]:
+    """What one launch hands to the next is rounded."""
+    if _takes_binomial(grad, filter, factor):
+        grads = _binomial().binomial_collapse_backward(_images(grad), num_levels)
+        return [g.view(*grad.shape[:-2], *g.shape[-2:]) for g in grads]
+    launches = _launches([grad], num_levels, filter, factor)
+    if launches is None:
+        return resample.collapse_backward(grad, num_levels, filter, factor)
+    grads, last = [], _last(grad)
+    for steps, count in launches:
+        coarse, middle = _coarser(grad, steps), _coarser(grad, 1) if count == 2 else None
+        tensors = (grad, coarse, middle)
+        kernel, name = _laplacian_collapse_bwd_kernel, "collapse_backward"
+        _launch(kernel, name, grad.shape, last, tensors, filter, steps)
+        grads += [middle, coarse] if count == 2 else [coarse]
+        grad = coarse
+    return grads[::-1]
+
+
+HAAR_STEPS = 3  # levels a launch
+
+
+def haar_build(x: Tensor, num_levels: int) -> list[Tensor]:
+    channels = x.shape[1]
+    details, last = [], _last(x)
+    for start in range(0, num_levels - 1, HAAR_STEPS):
+        steps = min(HAAR_STEPS, num_levels - 1 - start)
+        sizes = [(x.shape[2] >> s, x.shape[3] >> s) for s in range(1, steps + 1)]
+        levels = [resample.empty(x, 3 * channels, size) for size in sizes]
+        coarse, none = resample.empty(x, channels, sizes[-1]), [None] * (HAAR_STEPS - steps)
+        tensors = (x, coarse, *levels, *none)
+        _launch(_haar_build_kernel, "haar", x.shape, last, tensors, channels, steps)
+        details += levels
+        x = coarse
+    return [x, *reversed(details)]
+
+
+def haar_collapse(levels: Sequence[Tensor]) -> Tensor:
+    x, details = levels[0], list(levels[1:])
+    channels, last = x.shape[1], _last(levels[-1])
+    while details:
+        # The finest launch takes HAAR_STEPS levels, so that the odd ones out are small.
+        steps = (len(details) - 1) % HAAR_STEPS + 1
+        taken, details = details[:steps], details[steps:]
+        height, width = taken[-1].shape[2:]
+        out = resample.empty(levels[-1], channels, (2 * height, 2 * width))
+        tensors = (x, *taken[::-1], *[None] * (HAAR_STEPS - steps), out)
+        _launch(_haar_collapse_kernel, "haar", out.shape, last, tensors, channels, steps)
+        x = out
+    return x
