@@ -41,7 +41,7 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     # Absolute cap on the error, in units of eps times the largest magnitude involved.
     cap: float = 4.0
-    compiled: bool = False  # also through torch.compile, which takes seconds
+    compiled: str = ""  # also through torch.compile with this backend, which takes seconds
 
     def args(
         self, dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", batch=None

@@ -264,7 +264,7 @@ def _check_fake_strides(func: Any, args: Any, kwargs: Any, what: str) -> None:
         assert r.stride() == f.stride(), f"{what}: fake {f.stride()}, real {r.stride()}"
 
 
-def compiles(op: Operator, case: Case, device: str, backend: str = "inductor") -> None:
+def compiles(op: Operator, case: Case, device: str) -> None:
     """One graph without breaks, forward and backward, with dynamic shapes and layouts. Slow, so
     for the cases that say so."""
 
@@ -274,7 +274,7 @@ def compiles(op: Operator, case: Case, device: str, backend: str = "inductor") -
         return [out.sin() for out in call(op, case, args)]
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=case.compiled)
     for layout, batch in (("contiguous", 2), ("channels_last", 3), ("permuted", 5)):
         args = case.args(torch.float32, device, layout, batch)
         for what, run in (

@@ -15,7 +15,7 @@ from dfm_fast import _checks
 from dfm_fast._library import Operator, _has_dtensor, _on_local_shards
 from dfm_fast.ops.pyramids import memory_format
 
-CASE = Case("toy", "toy", (Shape((4, 3, 5, 6)), Shape((3,), batched=False)))
+CASE = Case("toy", "toy", (Shape((4, 3, 5, 6)), Shape((3,), batched=False)), compiled="inductor")
 
 # defect: the property that must catch it
 DEFECTS = {

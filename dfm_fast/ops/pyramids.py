@@ -62,7 +62,8 @@ def _dct_down() -> Tensor:
 
     def basis(n: int) -> Tensor:  # orthonormal DCT-II [frequency, sample]
         k, m = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
-        scale = torch.where(k == 0, math.sqrt(1 / n), math.sqrt(2 / n))
+        scale = torch.full_like(k, math.sqrt(2 / n))
+        scale[0] = math.sqrt(1 / n)
         return scale * torch.cos(math.pi * (m + 0.5) * k / n)
 
     return basis(4).T @ basis(8)[:4] / math.sqrt(2)
