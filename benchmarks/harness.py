@@ -31,7 +31,15 @@ import torch._functorch.config
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from benchmarks.clocks import Sampler, clock_of, count_launches, interleave, peak_mib, plain_call_ms
+from benchmarks.clocks import (
+    Sampler,
+    clock_of,
+    count_launches,
+    interleave,
+    peak_mib,
+    plain_call_ms,
+    settled,
+)
 from benchmarks.shapes import GOALS
 
 # Compiled graphs may be walked backward more than once only where Inductor does not reuse buffers.
@@ -54,7 +62,7 @@ class Rival:
     prepare: Callable[..., Callable[[], Any]]  # the row's inputs -> what is timed
     gather: Callable[[Any], Any] = lambda result: result  # its result -> tensors like ours
     package: str = ""  # must be installed
-    device: str = ""  # "cpu" where it runs nowhere else
+    device: str = ""  # "cpu" where it runs nowhere else, with threads of its own
     differs: str = ""  # how its function differs, where it does: then timed, not compared
 
 
@@ -96,6 +104,7 @@ class Provider:
     gather: Callable[[Any], Any] = lambda result: result
     compare: bool = True
     note: str = ""
+    foreign: bool = False  # has threads of its own
 
 
 # --- Inputs, and what is called -------------------------------------------------------------------
@@ -167,7 +176,8 @@ def rival_provider(rival: Rival | str, inputs: Sequence[Tensor]) -> Provider | s
     if rival.device and rival.device != inputs[0].device.type:
         return f"runs on {rival.device} only"
     call = rival.prepare(*inputs)
-    return Provider(call, rival.gather, not rival.differs, rival.differs)
+    foreign = rival.device == "cpu"
+    return Provider(call, rival.gather, not rival.differs, rival.differs, foreign)
 
 
 def copy_provider(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Provider, int]:
@@ -340,6 +350,9 @@ def measure(row: Row, device: str, seconds: float, say: Say) -> tuple[dict, Call
         outputs = tensors(providers["ours"].call())
         providers["copy"], copied = copy_provider(inputs, outputs)
         samplers = {name: clock(provider.call) for name, provider in providers.items()}
+        samplers |= {
+            n: settled(samplers[n]) for n, provider in providers.items() if provider.foreign
+        }
         times = interleave(samplers, seconds)
         record = figures(row, times, copied, missing)
         for name, provider in providers.items():
