@@ -143,6 +143,7 @@ def summary(record: dict[str, Any]) -> str:
     form = record["providers"].get("compiled", {}).get("form")
     parts += [f"fastest compiled: {form}"] if form else []
     parts += [f"no {name}: {why}" for name, why in record["missing"].items()]
+    parts += [] if record["steady"] else ["UNSTEADY: the machine is busy, repeat when it is not"]
     return ", ".join(parts)
 
 

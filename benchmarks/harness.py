@@ -261,12 +261,19 @@ def gate(row: Row, inputs: Sequence[Tensor], providers: dict[str, Provider]) -> 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return {"median": median, "q1": low, "q3": high}
+    return {"median": median, "q1": low, "q3": high, "min": min(samples)}
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Spread of the ratios within each round."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+def steady(samples: Sequence[float]) -> bool:
+    """Whether the machine was quiet: a copy that takes 1.5x as long in every second round tells
+    that somebody else was using it, and that the row's figures are worth little."""
+    copied = spread(samples)
+    return copied["q3"] <= 1.5 * copied["q1"]
 
 
 def keep_fastest_form(times: dict[str, list[float]]) -> str | None:
@@ -319,6 +326,7 @@ def figures(
         "shape": max(row.shapes, key=lambda s: torch.Size(s).numel()),
         "bytes": row.least_bytes,
         "rounds": len(times["ours"]),
+        "steady": steady(times["copy"]),
         "copy_fraction": {k: v * scale for k, v in fraction.items()},
         "speedup": {n: ratios(times[n], times["ours"]) for n in times if n not in ("ours", "copy")},
         "strongest": min(rivals, key=lambda n: providers[n]["ms"]["median"], default=None),

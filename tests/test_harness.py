@@ -79,7 +79,12 @@ def test_speedups_compare_within_a_round():
     slow = [1.0, 1.0, 10.0, 10.0, 10.0]
     times = {"ours": slow, "copy": slow, "eager": [3 * t for t in slow]}
     speedup = harness.figures(tiny_row(), times, 1, {})["speedup"]["eager"]
-    assert speedup == pytest.approx({"median": 3.0, "q1": 3.0, "q3": 3.0})
+    assert speedup == pytest.approx({"median": 3.0, "q1": 3.0, "q3": 3.0, "min": 3.0})
+
+
+def test_a_busy_machine_is_noticed():
+    assert harness.steady([1.0, 1.1, 1.0, 1.2, 1.1])
+    assert not harness.steady([1.0, 8.0, 1.0, 9.0, 1.1])
 
 
 def test_the_fastest_compiled_form_is_the_rival():

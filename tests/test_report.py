@@ -42,6 +42,7 @@ ROW = {
         "kornia": spread(140.0),
     },
     "strongest": "opencv",
+    "steady": True,
     "missing": {"pywavelets": "pywt is not installed"},
     "providers": {
         "ours": provider(1.25),
@@ -60,6 +61,7 @@ SECOND = {
     "dtype": "bfloat16",
     "speedup": {"eager": spread(0.4), "float32": spread(1.5)},
     "strongest": None,
+    "steady": False,
     "goals": [],
 }
 RECORD = {
@@ -124,12 +126,14 @@ def test_milliseconds_are_for_gpus():
     assert any("| fp32 | 1.25 | 71% |" in line for line in lines)
 
 
-def test_missed_goals_and_absent_rivals_are_shown():
+def test_missed_goals_absent_rivals_and_a_busy_machine_are_shown():
     text = report.markdown([RECORD])
     assert "Goals met: 1 of 3." in text
     name = "laplacian_build binomial photos_512 fp32"
     assert f"- missed: {name}: 3.1 {report.TIMES} opencv, goal 4 {report.TIMES} opencv" in text
     assert f"- open: {name}: not measured" in text
+    busy = "laplacian_build binomial photos_512 channels_last backward bf16"
+    assert f"measured on a busy machine, repeat: {busy};" in text
     assert "kornia: half a pixel off" in text
     assert "no pywavelets: pywt is not installed" in text
 

@@ -206,7 +206,7 @@ def cases(record: dict[str, Any]) -> str:
 
 
 def remarks(record: dict[str, Any]) -> list[str]:
-    """What to know about rivals: those that differ, and those that are not installed."""
+    """Rivals that differ or did not run, and rows measured on a busy machine."""
     found: dict[str, None] = {}
     for row in record["rows"]:
         for name, entry in row["providers"].items():
@@ -214,7 +214,9 @@ def remarks(record: dict[str, Any]) -> list[str]:
                 found[f"{name}: {entry['note']}"] = None
         for name, why in row["missing"].items():
             found[f"no {name}: {why}"] = None
-    return list(found)
+    shaky = [f"{label(row)} {dtype(row)}" for row in record["rows"] if not row["steady"]]
+    busy = [f"measured on a busy machine, repeat: {', '.join(shaky)}"] if shaky else []
+    return [*busy, *found]
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
@@ -227,7 +229,7 @@ def section(record: dict[str, Any]) -> str:
     lines += ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     lines += ["| " + " | ".join(cells(row, is_gpu(record))) + " |" for row in record["rows"]]
     lines += ["", f"Shapes: {cases(record)}.", ""]
-    lines += [f"Rivals: {'; '.join(remarks(record))}.", ""] if remarks(record) else []
+    lines += [f"Remarks: {'; '.join(remarks(record))}.", ""] if remarks(record) else []
     held = list(goals(record))
     lines += (
         [f"Goals met: {sum(met is True for met, _ in held)} of {len(held)}.", ""] if held else []
