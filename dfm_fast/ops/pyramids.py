@@ -34,7 +34,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -460,26 +460,35 @@ def check_factor(op: str, factor: int | Sequence[int], ndim: int) -> tuple[int, 
     return tuple(per_axis)
 
 
-def _check_sizes(
+def _plan(
     op: str, argument: str, sizes: Sequence[int], levels: int, filter: str, factor: Sequence[int]
-) -> None:
-    """Every side that a level halves must be one the filter takes."""
+) -> list[tuple[int, ...]]:
+    """Sizes of the levels, coarse to fine; every side that a level halves must suit the filter."""
     multiple = {"binomial": 1, "dct": 8}.get(filter, 2)
     fine = tuple(sizes)
     for level in range(levels - 1):
         for axes in halvings(factor):
-            for axis in axes:
-                n = fine[axis]
-                if n < 2 or n % multiple:
-                    need = f"multiples of {multiple}" if multiple > 1 else "sides of at least 2"
-                    _checks.fail(
-                        op,
-                        argument,
-                        f"{need} at each of {levels - 1} halvings by {tuple(factor)} for "
-                        f"filter {filter!r}",
-                        f"{tuple(sizes)}, which comes to {tuple(fine)} after {level}",
-                    )
+            if any(fine[a] < 2 or fine[a] % multiple for a in axes):
+                need = f"multiples of {multiple}" if multiple > 1 else "sides of at least 2"
+                _checks.fail(
+                    op,
+                    argument,
+                    f"{need} at each of {levels - 1} halvings by {tuple(factor)} for filter "
+                    f"{filter!r}",
+                    f"{tuple(sizes)}, which comes to {fine} after {level}",
+                )
             fine = halve(fine, axes)
+    return level_sizes(sizes, levels, factor)
+
+
+_cached_plan = functools.lru_cache(maxsize=1024)(_plan)
+
+
+def plan(*args: Any) -> list[tuple[int, ...]]:
+    """`_plan`, remembered (it costs 10 us); symbolic sizes do not hash, and Dynamo must trace."""
+    if torch.compiler.is_compiling() or not all(type(n) is int for n in args[2]):
+        return _plan(*args)
+    return _cached_plan(*args)
 
 
 def _dense(x: Tensor, layout: torch.memory_format | None = None) -> Tensor:
@@ -500,8 +509,8 @@ def _check_levels(op: str, levels: Sequence[Tensor], ndim: tuple[int, ...]) -> l
 
 def _check_shapes(op: str, levels: Sequence[Tensor], expected: Sequence[Sequence[int]]) -> None:
     for s, (level, shape) in enumerate(zip(levels, expected, strict=True)):
-        if tuple(level.shape) != tuple(shape):
-            _checks.fail(op, f"levels[{s}]", f"shape {tuple(shape)}", tuple(level.shape))
+        if level.shape != shape:
+            _checks.fail(op, f"levels[{s}]", f"shape {shape}", tuple(level.shape))
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -553,7 +562,7 @@ def laplacian_build(
     num_levels = _checks.integer(op, "num_levels", num_levels, 1)
     filter = _checks.choice(op, "filter", filter, FILTERS)
     factor = check_factor(op, factor, x.ndim - 2)
-    _check_sizes(op, "x", x.shape[2:], num_levels, filter, factor)
+    plan(op, "x", x.shape[2:], num_levels, filter, factor)
     if num_levels == 1:
         return (x.clone(),)
     return _LaplacianBuild.apply(_dense(x), num_levels, filter, factor)
@@ -584,8 +593,7 @@ def laplacian_collapse(
     filter = _checks.choice(op, "filter", filter, FILTERS)
     finest = levels[-1]
     factor = check_factor(op, factor, finest.ndim - 2)
-    _check_sizes(op, f"levels[{len(levels) - 1}]", finest.shape[2:], len(levels), filter, factor)
-    sizes = level_sizes(finest.shape[2:], len(levels), factor)
+    sizes = plan(op, f"levels[{len(levels) - 1}]", finest.shape[2:], len(levels), filter, factor)
     _check_shapes(op, levels, [(*finest.shape[:2], *s) for s in sizes])
     if len(levels) == 1:
         return finest.clone()
@@ -615,7 +623,7 @@ def haar_build(x: Tensor, num_levels: int = 2) -> tuple[Tensor, ...]:
     op = "haar_build"
     _checks.tensor(op, "x", x, (4,))
     num_levels = _checks.integer(op, "num_levels", num_levels, 1)
-    _check_sizes(op, "x", x.shape[2:], num_levels, "haar", (2, 2))
+    plan(op, "x", x.shape[2:], num_levels, "haar", (2, 2))
     if num_levels == 1:
         return (x.clone(),)
     return _HaarBuild.apply(_dense(x), num_levels)
