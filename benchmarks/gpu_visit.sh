@@ -81,7 +81,7 @@ ceilings() {
 }
 
 memcheck() {
-    compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m benchmarks.smoke "$device"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m benchmarks.smoke "$device"
 }
 
 export -f facts install_package ceilings memcheck
@@ -106,7 +106,7 @@ else
 fi
 cp "$work/step.log" "$out/tests.log" 2>/dev/null
 if [ "$gpu" = 1 ] && command -v compute-sanitizer >/dev/null; then
-    step memcheck 60 bash -c memcheck
+    step memcheck 75 bash -c memcheck
 else
     note memcheck "skipped: no compute-sanitizer or no GPU"
 fi

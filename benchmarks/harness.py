@@ -47,7 +47,8 @@ torch._functorch.config.donated_buffer = False
 
 Say = Callable[[str], None]
 # Relative L2 distance from the float64 reference, over which a rival computes something else.
-LOOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# cuDNN convolves float32 in TF32 by default: rivals run as their users run them.
+LOOSE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 NOT_RIVALS = ("ours", "copy", "eager", "compiled", "float32")
 
 
