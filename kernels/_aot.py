@@ -41,7 +41,7 @@ class Specialisation:
     dtype: str  # bf16, fp16, fp32 or fp64: what "*" stands for in `arguments`
     arguments: dict[str, str | None]  # "*", "*fp32", "i32"; None where no tensor is passed
     constants: dict[str, Any]
-    warps: int = 4
+    warps: int = 4  # of 32 threads: half as many where a warp has 64
     targets: tuple[str, ...] = tuple(TARGETS)
     load_bits: int = 0  # the widest global load must have at least so many
     options: dict[str, Any] = field(default_factory=dict)
@@ -105,7 +105,8 @@ def _compile(spec: Specialisation, gpu: GPUTarget) -> Any:
             if kind.startswith("*"):
                 attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, signature, constants, attrs)
-    return triton.compile(source, target=gpu, options={"num_warps": spec.warps, **spec.options})
+    options = {"num_warps": max(1, spec.warps * 32 // gpu.warp_size), **spec.options}
+    return triton.compile(source, target=gpu, options=options)
 
 
 # --- Reading machine code ------------------------------------------------------------------------

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from dfm_fast.kernels import resample
+from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.patches import (
     combine,
     crop,
@@ -40,9 +41,8 @@ from dfm_fast.kernels.patches import (
     up_adjoint,
     up_row,
 )
+from dfm_fast.kernels.tiles import described, is_last, launch
 from torch import Tensor
-
-from dfm_fast.ops.pyramids import memory_format
 
 # --- Kernels. Levels are [P, H, W, C]. STEPS halvings; factor 4 has two and no middle level ---
 
@@ -89,7 +89,8 @@ def _bands(x_ptr, at, size, i, STEPS: tl.constexpr, COLS: tl.constexpr, VEC: tl.
     x = ()
     for k in tl.static_range(1 << STEPS):
         line = ptr + mirrored((i << STEPS) + k, H) * (WP * COLS * C)
-        x = x + (load_row(line, at[2], WP, C, COLS, 1 << STEPS, VEC, LAST),)
+        row = load_row(line, at[2], WP, C, COLS, 1 << STEPS, VEC, LAST)
+        x = x + (row,)  # noqa: RUF005
     middle = rounded(pool(x, 0.25), x_ptr.dtype.element_ty)
     coarse = middle
     if STEPS == 2:
@@ -275,93 +276,6 @@ def _haar_collapse_kernel(
 # --- Launching -----------------------------------------------------------------------------------
 
 
-class Tile(NamedTuple):
-    """A lane's patch and a program's width; `vec` elements are one load (`vec_last`: along C)."""
-
-    rows: int
-    cols: int
-    vec_last: int
-    warps: int
-
-
-# Per kernel and bytes an element: chosen from static counts (see the module docstring), to be
-# overwritten by measured ones. The first fits few elements (up to SMALL), the second many. In
-# "build_walk" the rows are those that a lane walks down.
-SMALL = 1 << 22
-_PATCHES = {
-    2: (Tile(4, 8, 2, 4), Tile(8, 8, 2, 4)),
-    4: (Tile(4, 4, 1, 4), Tile(8, 4, 1, 4)),
-    8: (Tile(4, 2, 1, 4), Tile(4, 2, 1, 4)),
-}
-TILES: dict[str, dict[int, tuple[Tile, Tile]]] = {
-    "build_walk": {
-        2: (Tile(8, 8, 2, 4), Tile(64, 8, 2, 4)),
-        4: (Tile(8, 4, 2, 4), Tile(64, 4, 2, 4)),
-        8: (Tile(8, 4, 1, 4), Tile(64, 4, 1, 4)),
-    },
-    "build": _PATCHES,
-    "collapse": _PATCHES,
-    "build_backward": _PATCHES,
-    "collapse_backward": _PATCHES,
-    "haar": _PATCHES,
-}
-
-
-def _power(n: int, most: int) -> int:
-    """The least power of two from n on, at most `most`."""
-    return min(triton.next_power_of_2(n), most)
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    kernel: str, shape: torch.Size, last: bool, itemsize: int, steps: int
-) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
-    """(programs, run-time sizes, constants, warps) for a finest level of `shape`."""
-    tile = TILES[kernel][itemsize][shape.numel() > SMALL]
-    *_, height, width = shape
-    channels = shape[1] if last else 1
-    planes = shape.numel() // (height * width * channels)
-    rows, cols = max(tile.rows, 1 << steps), max(tile.cols, 1 << steps)
-    while height < rows:
-        rows //= 2
-    while width % cols:
-        cols //= 2
-    vec = tile.vec_last if last else 16 // itemsize
-    while last and channels % vec:
-        vec //= 2
-    groups = channels // vec if last else 1
-    across, down = width // cols, triton.cdiv(height, rows)
-    block = 32 * tile.warps
-    tc = _power(groups, 32)
-    tw = _power(across, min(16, block // tc))
-    th = _power(down, block // (tc * tw))
-    tp = block // (tc * tw * th)
-    programs = triton.cdiv(groups, tc) * triton.cdiv(across, tw) * triton.cdiv(down, th)
-    programs *= triton.cdiv(planes, tp)
-    constants = (rows, cols, vec, last, tc, tw, th, block)
-    return programs, (planes, height, across, groups), constants, tile.warps
-
-
-def _last(x: Tensor) -> bool:
-    return memory_format(x) != torch.contiguous_format
-
-
-def _launch(
-    kernel: triton.JITFunction,
-    name: str,
-    shape: torch.Size,  # of the finest level
-    last: bool,  # channels_last
-    tensors: Sequence[Tensor | None],
-    *options: int | str,  # what the kernel takes between the sizes and the patch; STEPS is the last
-) -> None:
-    if not shape.numel():
-        return
-    itemsize = tensors[0].element_size()
-    programs, sizes, constants, warps = _plan(name, shape, last, itemsize, options[-1])
-    with resample.on_device(tensors[0]):
-        kernel[(programs,)](*tensors, *sizes, *options, *constants, num_warps=warps)
-
-
 def _launches(
     inputs: Sequence[Tensor], num_levels: int, filter: str, factor: Sequence[int]
 ) -> list[tuple[int, int]] | None:
@@ -370,7 +284,7 @@ def _launches(
     Factor 2 takes up to two levels a launch; factor 4 is two halvings and one level.
     """
     (*frames, f, g), x = factor, inputs[-1]
-    plane = x.shape[-1] * x.shape[-2] * (x.shape[1] if _last(x) else 1)
+    plane = x.shape[-1] * x.shape[-2] * (x.shape[1] if is_last(x) else 1)
     if filter not in ("nearest", "bilinear") or f != g or f == 1 or max(frames, default=1) > 1:
         return None
     if plane >= 2**31 or any(v.data_ptr() % 4 for v in inputs):  # bfloat16 is read in pairs
@@ -398,7 +312,7 @@ def _binomial() -> ModuleType | None:
 
 def _takes_binomial(x: Tensor, filter: str, factor: Sequence[int]) -> bool:
     two = tuple(factor) in ((2, 2), (1, 2, 2))
-    return filter == "binomial" and two and x.is_cuda and not _last(x) and _binomial() is not None
+    return filter == "binomial" and two and x.is_cuda and not is_last(x) and _binomial() is not None
 
 
 def _images(x: Tensor) -> Tensor:
@@ -426,7 +340,7 @@ def laplacian_build(
         levels = [_coarser(x, s) for s in range(count)]
         coarse, middle = _coarser(x, steps), levels[1] if count == 2 else None
         tensors = (x, coarse, middle, levels[0])
-        _launch(kernel, name, x.shape, _last(x), tensors, *options, steps)
+        launch(kernel, name, x.shape, is_last(x), tensors, *options, steps)
         details += levels
         x = coarse
     return [x, *reversed(details)]
@@ -439,12 +353,12 @@ def laplacian_collapse(levels: Sequence[Tensor], filter: str, factor: Sequence[i
     launches = _launches(levels, len(levels), filter, factor)
     if launches is None:
         return resample.collapse(levels, filter, factor)
-    x, s, last = levels[0], 1, _last(finest)
+    x, s, last = levels[0], 1, is_last(finest)
     for steps, count in reversed(launches):
         fine, middle = levels[s + count - 1], levels[s] if count == 2 else None
         tensors = (x, middle, fine, torch.empty_like(fine))
         shape = fine.shape
-        _launch(_laplacian_collapse_fwd_kernel, "collapse", shape, last, tensors, filter, steps)
+        launch(_laplacian_collapse_fwd_kernel, "collapse", shape, last, tensors, filter, steps)
         x, s = tensors[-1], s + count
     return x
 
@@ -457,14 +371,14 @@ def laplacian_build_backward(grads: Sequence[Tensor], filter: str, factor: Seque
     launches = _launches(grads, len(grads), filter, factor)
     if launches is None:
         return resample.build_backward(grads, filter, factor)
-    grad, s, last = grads[0], 1, _last(finest)
+    grad, s, last = grads[0], 1, is_last(finest)
     wide = torch.promote_types(finest.dtype, torch.float32)
     for steps, count in reversed(launches):
         fine, middle = grads[s + count - 1], grads[s] if count == 2 else None
         dtype = finest.dtype if fine is finest else wide
         tensors = (fine, middle, grad, torch.empty_like(fine, dtype=dtype))
         shape = fine.shape
-        _launch(_laplacian_build_bwd_kernel, "build_backward", shape, last, tensors, filter, steps)
+        launch(_laplacian_build_bwd_kernel, "build_backward", shape, last, tensors, filter, steps)
         grad, s = tensors[-1], s + count
     return grad
 
@@ -479,12 +393,12 @@ def laplacian_collapse_backward(
     launches = _launches([grad], num_levels, filter, factor)
     if launches is None:
         return resample.collapse_backward(grad, num_levels, filter, factor)
-    grads, last = [], _last(grad)
+    grads, last = [], is_last(grad)
     for steps, count in launches:
         coarse, middle = _coarser(grad, steps), _coarser(grad, 1) if count == 2 else None
         tensors = (grad, coarse, middle)
         kernel, name = _laplacian_collapse_bwd_kernel, "collapse_backward"
-        _launch(kernel, name, grad.shape, last, tensors, filter, steps)
+        launch(kernel, name, grad.shape, last, tensors, filter, steps)
         grads += [middle, coarse] if count == 2 else [coarse]
         grad = coarse
     return grads[::-1]
@@ -495,14 +409,14 @@ HAAR_STEPS = 3  # levels a launch
 
 def haar_build(x: Tensor, num_levels: int) -> list[Tensor]:
     channels = x.shape[1]
-    details, last = [], _last(x)
+    details, last = [], is_last(x)
     for start in range(0, num_levels - 1, HAAR_STEPS):
         steps = min(HAAR_STEPS, num_levels - 1 - start)
         sizes = [(x.shape[2] >> s, x.shape[3] >> s) for s in range(1, steps + 1)]
         levels = [resample.empty(x, 3 * channels, size) for size in sizes]
         coarse, none = resample.empty(x, channels, sizes[-1]), [None] * (HAAR_STEPS - steps)
         tensors = (x, coarse, *levels, *none)
-        _launch(_haar_build_kernel, "haar", x.shape, last, tensors, channels, steps)
+        launch(_haar_build_kernel, "haar", x.shape, last, tensors, channels, steps)
         details += levels
         x = coarse
     return [x, *reversed(details)]
@@ -510,7 +424,7 @@ def haar_build(x: Tensor, num_levels: int) -> list[Tensor]:
 
 def haar_collapse(levels: Sequence[Tensor]) -> Tensor:
     x, details = levels[0], list(levels[1:])
-    channels, last = x.shape[1], _last(levels[-1])
+    channels, last = x.shape[1], is_last(levels[-1])
     while details:
         # The finest launch takes HAAR_STEPS levels, so that the odd ones out are small.
         steps = (len(details) - 1) % HAAR_STEPS + 1
@@ -518,6 +432,36 @@ def haar_collapse(levels: Sequence[Tensor]) -> Tensor:
         height, width = taken[-1].shape[2:]
         out = resample.empty(levels[-1], channels, (2 * height, 2 * width))
         tensors = (x, *taken[::-1], *[None] * (HAAR_STEPS - steps), out)
-        _launch(_haar_collapse_kernel, "haar", out.shape, last, tensors, channels, steps)
+        launch(_haar_collapse_kernel, "haar", out.shape, last, tensors, channels, steps)
         x = out
     return x
+
+
+# --- For `dfm-fast check` -------------------------------------------------------------------------
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """What large levels launch in every dtype and layout, mostly of two halvings."""
+    walk, build = (_bilinear_build_fwd_kernel, "build_walk"), (_laplacian_build_fwd_kernel, "build")
+    collapse = (_laplacian_collapse_fwd_kernel, "collapse")
+    build_backward = (_laplacian_build_bwd_kernel, "build_backward")
+    collapse_backward = (_laplacian_collapse_bwd_kernel, "collapse_backward")
+    two, one, both = {"STEPS": 2}, {"STEPS": 1}, {"STEPS": 2, "FILTER": "bilinear"}
+    nearest = {"STEPS": 2, "FILTER": "nearest"}
+    kinds = [  # (name, (kernel, tiles), constants, tensors left out)
+        ("laplacian_build bilinear", walk, two, ()),
+        ("laplacian_build bilinear 1", walk, one, ("middle_ptr",)),
+        ("laplacian_build bilinear x4", build, both, ("middle_ptr",)),
+        ("laplacian_build nearest", build, nearest, ()),
+        ("laplacian_collapse bilinear", collapse, both, ()),
+        ("laplacian_collapse nearest", collapse, nearest, ()),
+        ("laplacian_build_backward bilinear", build_backward, both, ()),
+        ("laplacian_collapse_backward bilinear", collapse_backward, both, ()),
+        ("haar_build", (_haar_build_kernel, "haar"), two, ("detail3_ptr",)),
+        ("haar_collapse", (_haar_collapse_kernel, "haar"), two, ("detail3_ptr",)),
+    ]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for dtype, last, kind in itertools.product(dtypes, (False, True), kinds):
+        name, (kernel, tiles), constants, absent = kind
+        fields = described(kernel, tiles, dtype, last, constants, absent=absent)
+        yield Specialisation(f"{name} {'NHWC' if last else 'NCHW'}", **fields)

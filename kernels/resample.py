@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
+from dfm_fast.kernels._aot import Specialisation
 from torch import Tensor
 
 from dfm_fast.ops.pyramids import axis_taps, half, halve, halvings, memory_format
@@ -237,3 +239,18 @@ def collapse_backward(
 def coarser(sizes: Sequence[int], factor: Sequence[int]) -> tuple[int, ...]:
     """Sides of the next coarser level."""
     return functools.reduce(halve, halvings(factor), tuple(sizes))
+
+
+def specialisations() -> Iterator[Specialisation]:
+    tables = dict.fromkeys(("t_ptr", "h_ptr", "w_ptr"), "*i32")
+    integers = ("total", "T", "H", "W", "C", "T_in", "H_in", "W_in")
+    for dtype, wide in itertools.product(("bf16", "fp16", "fp32", "fp64"), (False, True)):
+        weights = "*fp64" if dtype == "fp64" else "*fp32"
+        arguments = tables | dict.fromkeys(("wt_ptr", "wh_ptr", "ww_ptr"), weights)
+        arguments |= dict.fromkeys(("out_ptr", "base_ptr", "src_ptr"), "*")
+        arguments |= dict.fromkeys(integers, "i32")
+        constants = {"KT": 1, "KH": 5, "KW": 5, "SIGN": 1, "INT64": wide, "BLOCK": BLOCK}
+        if wide:
+            arguments["total"] = "i64"
+        name = f"resample {64 if wide else 32}-bit"
+        yield Specialisation(name, _resample_kernel, dtype, arguments, constants)

@@ -1,0 +1,75 @@
+"""`dfm-fast check`: compile every Triton kernel for every target, with no GPU, and gate the result.
+
+One row per kernel, dtype and target: registers, shared memory, spills, widest global load and
+instructions in the machine code. Exit status 1 when a gate fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+HEADER = ("kernel", "dtype", "target", "registers", "shared", "spills", "load bits", "instructions")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", action="append", help="such as sm_90; repeat for several")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--dtype", action="append", help="such as bf16; repeat for several")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there, too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+
+
+def run(args: argparse.Namespace) -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("check: expected Triton's compiler, got its interpreter: unset TRITON_INTERPRET")
+        return 1
+    try:
+        from dfm_fast.kernels import _aot
+    except ImportError as error:
+        print(f"check: expected triton >= 3.6, got an ImportError: {error}")
+        return 1
+    targets = args.target or list(_aot.TARGETS)
+    if unknown := set(targets) - set(_aot.TARGETS):
+        print(f"check: expected a target of {', '.join(_aot.TARGETS)}, got {', '.join(unknown)}")
+        return 1
+    work = [
+        (i, target)
+        for target in targets
+        for i, spec in enumerate(_aot.specialisations())
+        if args.kernel in spec.name and (not args.dtype or spec.dtype in args.dtype)
+    ]
+    if not work:
+        print(f"check: expected a kernel like {args.kernel!r}, got none")
+        return 1
+    print("{:<44} {:<5} {:<7} {:>9} {:>7} {:>6} {:>9} {:>12}".format(*HEADER))
+    # Processes, as Triton's compiler holds the interpreter lock; fresh ones, as it has threads.
+    with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(work))) as pool:
+        rows = [_print(row) for row in pool.imap(_check, work)]
+    if args.json:
+        args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    failed = sum(bool(row.failures) for row in rows)
+    print(f"{len(rows)} compiled, {failed} failed")
+    return 1 if failed else 0
+
+
+def _check(item: tuple[int, str]) -> Any:
+    from dfm_fast.kernels import _aot
+
+    index, target = item
+    return _aot.check(list(_aot.specialisations())[index], target)
+
+
+def _print(row: Any) -> Any:
+    print(
+        f"{row.kernel:<44} {row.dtype:<5} {row.target:<7} {row.registers:>9} {row.shared:>7} "
+        f"{row.spills:>6} {row.load_bits:>9} {row.instructions:>12}",
+        *(f"\n    FAILED {failure}" for failure in row.failures),
+        flush=True,
+    )
+    return row

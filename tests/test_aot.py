@@ -1,0 +1,67 @@
+"""Triton kernels compile for every target, within its limits, with no GPU: what `check` gates."""
+
+import json
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
+
+from dfm_fast.cli import main  # noqa: E402
+
+
+def check(tmp_path, *arguments):
+    """(exit status, rows) of `dfm-fast check`."""
+    path = tmp_path / "rows.json"
+    status = main(["check", "--jobs", "2", "--json", str(path), *arguments])
+    return status, json.loads(path.read_text())
+
+
+# Every kernel once on sm_90; then the other dtypes, layouts and targets of the one that matters
+# most and of the general one. `dfm-fast check` alone does all of them, in minutes.
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--target", "sm_90", "--dtype", "bf16", "--kernel", "NCHW"),
+        ("--target", "sm_90", "--dtype", "fp16", "--dtype", "fp32", "--kernel", "build bilinear 1"),
+        ("--dtype", "bf16", "--kernel", "build bilinear 1 NCHW"),
+        ("--dtype", "bf16", "--dtype", "fp64", "--kernel", "resample 32"),
+    ],
+    ids=" ".join,
+)
+def test_kernels_compile_within_the_limits_of_every_target(arguments, tmp_path, capsys):
+    status, rows = check(tmp_path, *arguments)
+    assert status == 0, capsys.readouterr().out
+    assert not any(row["spills"] for row in rows)
+    limits = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+    assert all(row["shared"] <= 1024 * limits[row["target"]] for row in rows)
+    assert all(row["registers"] > 0 and row["instructions"] > 0 for row in rows)
+
+
+def test_loads_are_sixteen_bytes_wide(tmp_path):
+    _, rows = check(
+        tmp_path, "--target", "sm_90", "--dtype", "bf16", "--kernel", "build bilinear 1 NCHW"
+    )
+    assert [row["load_bits"] for row in rows] == [128]
+
+
+def test_a_failed_gate_is_an_exit_status(monkeypatch, tmp_path, capsys):
+    from dfm_fast.kernels import _aot
+
+    spec = next(s for s in _aot.specialisations() if s.name == "resample 32-bit")
+    report = _aot.check(_with(spec, load_bits=1024), "sm_90")
+    assert report.failures == (f"widest load: expected 1024 bits, got {report.load_bits}",)
+    report = _aot.check(_with(spec, constants={}), "sm_90")
+    assert report.failures
+    assert main(["check", "--kernel", "no such kernel"]) == 1
+    assert "no such kernel" in capsys.readouterr().out
+    assert main(["check", "--target", "sm_1"]) == 1
+
+
+def _with(spec, **changes):
+    import dataclasses
+
+    return dataclasses.replace(spec, **changes)
