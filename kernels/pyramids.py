@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
-from dfm_fast.kernels import resample
+from dfm_fast.kernels import resample, walks
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.patches import (
     combine,
@@ -26,20 +26,14 @@ from dfm_fast.kernels.patches import (
     haar_inverse,
     lanes,
     load,
-    load_row,
     mirror,
-    mirrored,
-    plane_of,
     pool,
     repeat,
-    residual,
     rounded,
     scaled,
     store,
-    store_row,
     up,
     up_adjoint,
-    up_row,
 )
 from dfm_fast.kernels.tiles import described, is_last, launch
 from torch import Tensor
@@ -78,74 +72,6 @@ def _laplacian_build_fwd_kernel(
         predicted, scale = up(up(coarse, FILTER), FILTER), UP * UP
     detail = combine(x, predicted, -scale, EDGE << STEPS, EDGE)
     store(fine_ptr, detail, at, size, 0, 0, VEC, LAST)
-
-
-@triton.jit
-def _bands(x_ptr, at, size, i, STEPS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
-           LAST: tl.constexpr):  # fmt: skip
-    """Rows i 2^STEPS on of x with their halo, and what they come to: middle rows, coarse row."""
-    H, WP, C = size[0], size[1], size[2]
-    ptr = plane_of(x_ptr, at, H, WP * COLS, C, VEC, LAST)
-    x = ()
-    for k in tl.static_range(1 << STEPS):
-        line = ptr + mirrored((i << STEPS) + k, H) * (WP * COLS * C)
-        row = load_row(line, at[2], WP, C, COLS, 1 << STEPS, VEC, LAST)
-        x = x + (row,)  # noqa: RUF005
-    middle = rounded(pool(x, 0.25), x_ptr.dtype.element_ty)
-    coarse = middle
-    if STEPS == 2:
-        coarse = rounded(pool(middle, 0.25), x_ptr.dtype.element_ty)
-        middle = mirror(middle, at[2], WP, 2)
-    return x, middle, coarse[0]
-
-
-@triton.jit
-def _bilinear_build_fwd_kernel(
-    x_ptr, coarse_ptr, middle_ptr, fine_ptr, P, H, WP, CG, STEPS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
-    TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    # A lane walks down its columns, 2^STEPS rows at a time, and keeps the last row of each level:
-    # what lies between two rows can be predicted once the lower is known, one row late.
-    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
-    size = (H, WP, CG * VEC if LAST else 1)
-    HALO: tl.constexpr = 1 << STEPS
-    EXTRA: tl.constexpr = STEPS - 1  # columns of a middle row's halo that only the coarse row needs
-    C = size[2]
-    coarse_at = plane_of(coarse_ptr, at, H >> STEPS, WP * (COLS >> STEPS), C, VEC, LAST)
-    fine_at = plane_of(fine_ptr, at, H, WP * COLS, C, VEC, LAST)
-    if STEPS == 2:
-        middle_at = plane_of(middle_ptr, at, H // 2, WP * (COLS // 2), C, VEC, LAST)
-    first, end = at[1] >> STEPS, (at[1] + ROWS) >> STEPS
-    x, middle, coarse = _bands(x_ptr, at, size, first - 1, STEPS, COLS, VEC, LAST)
-    last_x, last_m, last_c = x[HALO - 1], middle[EXTRA], coarse
-    for step in range((ROWS >> STEPS) + 1):
-        i = first + step
-        x, middle, coarse = _bands(x_ptr, at, size, i, STEPS, COLS, VEC, LAST)
-        before, inside = i > first, i < end
-        row = i * ((COLS >> STEPS) * WP * C)
-        store_row(coarse_at + row, coarse, inside, at[2], C, 1, VEC, LAST)
-        if STEPS == 2:
-            above, near = up_row(last_c, 0), up_row(coarse, 0)
-            row = i * (COLS * WP * C)
-            width = COLS // 2 * WP * C
-            detail = residual(last_m, near, above, 0.0625, 2)
-            store_row(middle_at + row - width, detail, before, at[2], C, 0, VEC, LAST)
-            detail = residual(middle[0], above, near, 0.0625, 2)
-            store_row(middle_at + row, detail, inside, at[2], C, 0, VEC, LAST)
-        wide = up_row(last_m, EXTRA)
-        row = (i << STEPS) * (COLS * WP * C)
-        for k in tl.static_range(STEPS):
-            near = up_row(middle[k], EXTRA)
-            upper = last_x if k == 0 else x[2 * k - 1]
-            detail = residual(upper, near, wide, 0.0625, HALO)
-            line = fine_at + row + (2 * k - 1) * (COLS * WP * C)
-            store_row(line, detail, before if k == 0 else inside, at[2], C, 0, VEC, LAST)
-            detail = residual(x[2 * k], wide, near, 0.0625, HALO)
-            line = fine_at + row + 2 * k * (COLS * WP * C)
-            store_row(line, detail, inside, at[2], C, 0, VEC, LAST)
-            wide = near
-        last_x, last_m, last_c = x[HALO - 1], middle[EXTRA], coarse
 
 
 @triton.jit
@@ -207,18 +133,17 @@ def _laplacian_collapse_bwd_kernel(
     STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Two bilinear halvings need three pixels around: `walks` has them.
     EDGE: tl.constexpr = 1 if FILTER == "bilinear" else 0
     UP: tl.constexpr = 0.0625 if FILTER == "bilinear" else 1.0
-    FAR: tl.constexpr = 4 * EDGE if STEPS == 2 else EDGE
     at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
     size = (H, WP, CG * VEC if LAST else 1)
-    grad = load(dy_ptr, at, size, 0, ROWS, COLS, FAR, VEC, LAST)
-    if STEPS == 2:
-        grad = crop(mirror(grad, at[2], WP, FAR), EDGE)
-        grad = scaled(up_adjoint(grad, FILTER), UP)
-        if dmiddle_ptr is not None:
-            store(dmiddle_ptr, grad, at, size, 1, EDGE, VEC, LAST)
+    grad = load(dy_ptr, at, size, 0, ROWS, COLS, EDGE, VEC, LAST)
     grad = scaled(up_adjoint(grad, FILTER), UP)
+    if STEPS == 2:
+        if dmiddle_ptr is not None:
+            store(dmiddle_ptr, grad, at, size, 1, 0, VEC, LAST)
+        grad = up_adjoint(grad, FILTER)
     store(dcoarse_ptr, grad, at, size, STEPS, 0, VEC, LAST)
 
 
@@ -334,7 +259,7 @@ def laplacian_build(
         return resample.build(x, num_levels, filter, factor)
     kernel, name, options = _laplacian_build_fwd_kernel, "build", (filter,)
     if filter == "bilinear" and factor[-1] == 2:
-        kernel, name, options = _bilinear_build_fwd_kernel, "build_walk", ()
+        kernel, name, options = walks.build_kernel, "build_walk", ()
     details = []
     for steps, count in launches:
         levels = [_coarser(x, s) for s in range(count)]
@@ -397,8 +322,10 @@ def laplacian_collapse_backward(
     for steps, count in launches:
         coarse, middle = _coarser(grad, steps), _coarser(grad, 1) if count == 2 else None
         tensors = (grad, coarse, middle)
-        kernel, name = _laplacian_collapse_bwd_kernel, "collapse_backward"
-        launch(kernel, name, grad.shape, last, tensors, filter, steps)
+        kernel, name, options = _laplacian_collapse_bwd_kernel, "collapse_backward", (filter,)
+        if filter == "bilinear" and steps == 2:
+            kernel, name, options = walks.collapse_bwd_kernel, "collapse_backward_walk", ()
+        launch(kernel, name, grad.shape, last, tensors, *options, steps)
         grads += [middle, coarse] if count == 2 else [coarse]
         grad = coarse
     return grads[::-1]
@@ -442,10 +369,10 @@ def haar_collapse(levels: Sequence[Tensor]) -> Tensor:
 
 def specialisations() -> Iterator[Specialisation]:
     """What large levels launch in every dtype and layout, mostly of two halvings."""
-    walk, build = (_bilinear_build_fwd_kernel, "build_walk"), (_laplacian_build_fwd_kernel, "build")
+    walk, build = (walks.build_kernel, "build_walk"), (_laplacian_build_fwd_kernel, "build")
     collapse = (_laplacian_collapse_fwd_kernel, "collapse")
     build_backward = (_laplacian_build_bwd_kernel, "build_backward")
-    collapse_backward = (_laplacian_collapse_bwd_kernel, "collapse_backward")
+    collapse_backward = (walks.collapse_bwd_kernel, "collapse_backward_walk")
     two, one, both = {"STEPS": 2}, {"STEPS": 1}, {"STEPS": 2, "FILTER": "bilinear"}
     nearest = {"STEPS": 2, "FILTER": "nearest"}
     kinds = [  # (name, (kernel, tiles), constants, tensors left out)
@@ -456,7 +383,7 @@ def specialisations() -> Iterator[Specialisation]:
         ("laplacian_collapse bilinear", collapse, both, ()),
         ("laplacian_collapse nearest", collapse, nearest, ()),
         ("laplacian_build_backward bilinear", build_backward, both, ()),
-        ("laplacian_collapse_backward bilinear", collapse_backward, both, ()),
+        ("laplacian_collapse_backward bilinear", collapse_backward, two, ()),
         ("haar_build", (_haar_build_kernel, "haar"), two, ("detail3_ptr",)),
         ("haar_collapse", (_haar_collapse_kernel, "haar"), two, ("detail3_ptr",)),
     ]

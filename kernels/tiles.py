@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,42 +16,43 @@ from dfm_fast.ops.pyramids import memory_format
 
 
 class Tile(NamedTuple):
-    """What a lane owns; `vec` is the width of a load: along W, or along C in channels_last."""
+    """What a lane owns, and how many lanes of a program at most lie side by side."""
 
-    rows: int
+    rows: int  # of a patch, or that a lane walks down
     cols: int
-    vec: int
-    warps: int
+    vec: int  # width of a load: along W, or along C in channels_last
+    across: int = 16
+    warps: int = 4
 
 
-# Per kernel: (bytes an element, channels_last) -> tiles for levels of up to SMALL elements and for
-# larger ones. Chosen from static counts (see `pyramids`), to be overwritten by measured ones. In
-# "build_walk" the rows are those that a lane walks down.
-SMALL = 1 << 22
+# Per kernel: (bytes an element, channels_last) -> a tile for each of SIZES, the most elements of a
+# level that it serves. Chosen from static counts (see `pyramids`), to be overwritten by measured
+# ones. Walks re-read two steps a lane: long ones where there are lanes enough without.
+SIZES = (1 << 22, 1 << 26, 1 << 62)
 _PATCHES = {
-    (2, False): (Tile(4, 8, 8, 4), Tile(8, 8, 8, 4)),
-    (2, True): (Tile(4, 4, 2, 4), Tile(4, 8, 2, 4)),
-    (4, False): (Tile(4, 4, 4, 4), Tile(8, 4, 4, 4)),
-    (4, True): (Tile(4, 4, 1, 4), Tile(4, 8, 1, 4)),
-    (8, False): (Tile(4, 2, 2, 4), Tile(4, 2, 2, 4)),
-    (8, True): (Tile(4, 4, 1, 4), Tile(4, 4, 1, 4)),
+    (2, False): (Tile(4, 8, 8), Tile(8, 8, 8), Tile(8, 8, 8)),
+    (2, True): (Tile(4, 4, 2), Tile(4, 8, 2), Tile(4, 8, 2)),
+    (4, False): (Tile(4, 4, 4), Tile(8, 4, 4), Tile(8, 4, 4)),
+    (4, True): (Tile(4, 4, 1), Tile(4, 8, 1), Tile(4, 8, 1)),
+    (8, False): (Tile(4, 2, 2), Tile(4, 2, 2), Tile(4, 2, 2)),
+    (8, True): (Tile(4, 4, 1), Tile(4, 4, 1), Tile(4, 4, 1)),
 }
+_LANES = {(2, False): (8, 8), (2, True): (8, 2), (4, False): (4, 4), (4, True): (4, 2)}
+_LANES |= {(8, False): (4, 2), (8, True): (4, 1)}  # (cols, vec)
 _WALKS = {
-    (2, False): (Tile(8, 8, 8, 4), Tile(64, 8, 8, 4)),
-    (2, True): (Tile(8, 8, 2, 4), Tile(64, 8, 2, 4)),
-    (4, False): (Tile(8, 4, 4, 4), Tile(64, 4, 4, 4)),
-    (4, True): (Tile(8, 4, 2, 4), Tile(64, 4, 2, 4)),
-    (8, False): (Tile(8, 4, 2, 4), Tile(64, 4, 2, 4)),
-    (8, True): (Tile(8, 4, 1, 4), Tile(64, 4, 1, 4)),
+    key: tuple(Tile(rows, *v, across=128) for rows in (8, 32, 64)) for key, v in _LANES.items()
+}
+    key: tuple(Tile(rows, *v, across=128) for rows in (8, 32, 64)) for key, v in _LANES.items()
 }
 # A band of a Haar level has half the columns: twice as many, for 16-byte loads of bands.
 _BANDS = {key: tuple(t._replace(rows=4, cols=2 * t.cols) for t in v) for key, v in _PATCHES.items()}
 TILES: dict[str, dict[tuple[int, bool], tuple[Tile, ...]]] = {
-    "build_walk": _WALKS,
     "build": _PATCHES,
+    "build_walk": _WALKS,
     "collapse": _PATCHES,
     "build_backward": _PATCHES,
     "collapse_backward": _PATCHES,
+    "collapse_backward_walk": _WALKS,
     "haar": _BANDS,
 }
 WARP = 64 if torch.version.hip else 32
@@ -67,7 +69,7 @@ def plan(
     name: str, shape: torch.Size, last: bool, itemsize: int, steps: int
 ) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
     """(programs, (P, H, WP, CG), CONSTANTS, warps) for a finest level of `shape`."""
-    tile = TILES[name][itemsize, last][shape.numel() > SMALL]
+    tile = TILES[name][itemsize, last][bisect.bisect_left(SIZES, shape.numel())]
     *_, height, width = shape
     channels = shape[1] if last else 1
     planes = shape.numel() // (height * width * channels)
@@ -83,7 +85,7 @@ def plan(
     across, down = width // cols, triton.cdiv(height, rows)
     block = 32 * tile.warps
     tc = _power(groups, 32)
-    tw = _power(across, min(16, block // tc))
+    tw = _power(across, min(tile.across, block // tc))
     th = _power(down, block // (tc * tw))
     tp = block // (tc * tw * th)
     programs = triton.cdiv(groups, tc) * triton.cdiv(across, tw) * triton.cdiv(down, th)
