@@ -39,11 +39,8 @@ _PATCHES = {
 }
 _LANES = {(2, False): (8, 8), (2, True): (8, 2), (4, False): (4, 4), (4, True): (4, 2)}
 _LANES |= {(8, False): (4, 2), (8, True): (4, 1)}  # (cols, vec)
-_WALKS = {
-    key: tuple(Tile(rows, *v, across=128) for rows in (8, 32, 64)) for key, v in _LANES.items()
-}
-    key: tuple(Tile(rows, *v, across=128) for rows in (8, 32, 64)) for key, v in _LANES.items()
-}
+_ROWS = (8, 32, 64)
+_WALKS = {key: tuple(Tile(rows, *v, across=128) for rows in _ROWS) for key, v in _LANES.items()}
 # A band of a Haar level has half the columns: twice as many, for 16-byte loads of bands.
 _BANDS = {key: tuple(t._replace(rows=4, cols=2 * t.cols) for t in v) for key, v in _PATCHES.items()}
 TILES: dict[str, dict[tuple[int, bool], tuple[Tile, ...]]] = {
