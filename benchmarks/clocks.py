@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -107,6 +108,27 @@ def interleave(
     finally:
         gc.enable()
     return times
+
+
+def cpu_seconds() -> tuple[float, float, float] | None:
+    """(everybody's, idle, ours) so far, over all cores; None where the system does not tell."""
+    try:
+        with open("/proc/stat") as file:
+            ticks = [int(field) for field in file.readline().split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    idle, own = ticks[3] + ticks[4], os.times()
+    tick = os.sysconf("SC_CLK_TCK")
+    return (sum(ticks) - idle) / tick, idle / tick, own.user + own.system
+
+
+def crowd(before: tuple | None, after: tuple | None) -> float:
+    """Share of the machine that others used meanwhile, where little of it was idle; else 0."""
+    if before is None or after is None:
+        return 0.0
+    busy, idle, own = (b - a for a, b in zip(before, after, strict=True))
+    total = busy + idle
+    return max(0.0, busy - own) / total if total > 0 and idle < 0.3 * total else 0.0
 
 
 def plain_call_ms(call: Callable[[], Any], calls: int = 20) -> float:

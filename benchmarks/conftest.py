@@ -95,12 +95,11 @@ def say(request: pytest.FixtureRequest) -> Say:
     capture = request.config.pluginmanager.getplugin("capturemanager")
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
 
-    def line(text: str) -> None:
+    def write(text: str, end: str = "\n") -> None:
         with capture.global_and_fixture_disabled():
-            reporter.write_line(text)
-            reporter.flush()
+            reporter.write(text + end, flush=True)
 
-    return line
+    return write
 
 
 @pytest.fixture(name="measure")
@@ -114,7 +113,7 @@ def measure_fixture(
     def run(row: Row) -> None:
         session.done += 1
         say(f"\n[{session.done}/{session.rows}] {row.id}")
-        record, call = measure(row, session.device, session.seconds, lambda t: say(f"    {t}"))
+        record, call = measure(row, session.device, session.seconds, say)
         session.add(family, record)
         say(f"    {summary(record)}")
         benchmark.group = row.op

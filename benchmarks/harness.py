@@ -35,6 +35,8 @@ from benchmarks.clocks import (
     Sampler,
     clock_of,
     count_launches,
+    cpu_seconds,
+    crowd,
     interleave,
     peak_mib,
     plain_call_ms,
@@ -45,7 +47,7 @@ from benchmarks.shapes import GOALS
 # Compiled graphs may be walked backward more than once only where Inductor does not reuse buffers.
 torch._functorch.config.donated_buffer = False
 
-Say = Callable[[str], None]
+Say = Callable[..., None]  # say(text, end=): progress, as print takes it
 # Relative L2 distance from the float64 reference, over which a rival computes something else.
 # cuDNN convolves float32 in TF32 by default: rivals run as their users run them.
 LOOSE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -150,6 +152,7 @@ def compile_forms(
     torch._dynamo.reset()
     for form, function in row.compiled.items():
         start = time.monotonic()
+        say(f"    compiling {form} ... ", end="")
         bind(function, inputs, row.direction)()  # makes its weights outside the compiled graph
         try:
             compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
@@ -159,7 +162,7 @@ def compile_forms(
             missing[f"compiled {form}"] = f"does not compile: {reason(error)}"
         else:
             yield f"compiled {form}", Provider(call)
-        say(f"compiled {form} in {time.monotonic() - start:.1f} s")
+        say(f"{time.monotonic() - start:.1f} s")
 
 
 def reason(error: Exception) -> str:
@@ -270,11 +273,11 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
-def steady(samples: Sequence[float]) -> bool:
-    """Whether the machine was quiet: a copy that takes 1.5x as long in every second round tells
-    that somebody else was using it, and that the row's figures are worth little."""
+def steady(samples: Sequence[float], others: float) -> bool:
+    """Whether the machine was ours: else a row's figures are worth little. The copy's quartiles
+    lie close together, and others took no part of a machine that had none to spare."""
     copied = spread(samples)
-    return copied["q3"] <= 1.5 * copied["q1"]
+    return copied["q3"] <= 1.5 * copied["q1"] and others <= 0.1
 
 
 def keep_fastest_form(times: dict[str, list[float]]) -> str | None:
@@ -305,7 +308,11 @@ def judge(row_id: str, device: str, record: dict[str, Any]) -> list[dict[str, An
 
 
 def figures(
-    row: Row, times: dict[str, list[float]], copied: int, missing: dict[str, str]
+    row: Row,
+    times: dict[str, list[float]],
+    copied: int,
+    missing: dict[str, str],
+    others: float = 0.0,
 ) -> dict[str, Any]:
     """The row's record, from the samples of all."""
     forms = {n: spread(t)["median"] for n, t in times.items() if n.startswith("compiled ")}
@@ -327,7 +334,8 @@ def figures(
         "shape": max(row.shapes, key=lambda s: torch.Size(s).numel()),
         "bytes": row.least_bytes,
         "rounds": len(times["ours"]),
-        "steady": steady(times["copy"]),
+        "steady": steady(times["copy"], others),
+        "others": others,
         "copy_fraction": {k: v * scale for k, v in fraction.items()},
         "speedup": {n: ratios(times[n], times["ours"]) for n in times if n not in ("ours", "copy")},
         "strongest": min(rivals, key=lambda n: providers[n]["ms"]["median"], default=None),
@@ -362,8 +370,10 @@ def measure(row: Row, device: str, seconds: float, say: Say) -> tuple[dict, Call
         samplers |= {
             n: settled(samplers[n]) for n, provider in providers.items() if provider.foreign
         }
+        before = cpu_seconds()
         times = interleave(samplers, seconds)
-        record = figures(row, times, copied, missing)
+        others = crowd(before, cpu_seconds())
+        record = figures(row, times, copied, missing, others)
         for name, provider in providers.items():
             if provider.note and name in record["providers"]:
                 record["providers"][name]["note"] = provider.note

@@ -14,7 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # `benchmarks` is not installed
 
 from benchmarks import bench_pyramids, harness, records, shapes
-from benchmarks.clocks import interleave
+from benchmarks.clocks import crowd, interleave
 from dfm_fast._library import OPERATORS
 
 
@@ -38,7 +38,7 @@ def tiny_row(**changes):
 
 
 def measure(row):
-    return harness.measure(row, "cpu", 0.0, lambda text: None)
+    return harness.measure(row, "cpu", 0.0, lambda text, end=None: None)
 
 
 def test_everybody_takes_a_turn_in_every_round_in_changing_order():
@@ -83,8 +83,17 @@ def test_speedups_compare_within_a_round():
 
 
 def test_a_busy_machine_is_noticed():
-    assert harness.steady([1.0, 1.1, 1.0, 1.2, 1.1])
-    assert not harness.steady([1.0, 8.0, 1.0, 9.0, 1.1])
+    quiet = [1.0, 1.1, 1.0, 1.2, 1.1]
+    assert harness.steady(quiet, others=0.02)
+    assert not harness.steady(quiet, others=0.4)
+    assert not harness.steady([1.0, 8.0, 1.0, 9.0, 1.1], others=0.0)
+
+
+def test_others_count_where_the_machine_has_none_to_spare():
+    start = (0.0, 0.0, 0.0)
+    assert crowd(start, (10.0, 0.0, 6.0)) == pytest.approx(0.4)  # everybody's, idle, ours
+    assert crowd(start, (10.0, 90.0, 6.0)) == 0.0
+    assert crowd(None, None) == 0.0
 
 
 def test_the_fastest_compiled_form_is_the_rival():
