@@ -1,8 +1,8 @@
 // csrc/cuda/pyramids.cu on a CPU: every CUDA thread is a fiber, every barrier a switch.
 //
-// A block's threads run one after another up to their next __syncthreads or shuffle, forwards or
-// backwards: results that depend on the order are races. Threads that wait for different things
-// abort, as they would hang on a GPU. Shared memory holds NaNs before each block and is checked
+// Warps run one after another, each up to the next __syncthreads, forwards or backwards: results
+// that depend on the order are races. Threads that wait for different things abort, as they would
+// hang on a GPU. Shared memory holds NaNs before each block and is checked
 // for writes past its end. tests/test_cuda_sources.py builds this with the CUDA headers' names
 // standing for an empty file.
 
@@ -146,6 +146,18 @@ void release(int begin, int end) {
   for (int i = begin; i < end; ++i) fibers[i].state = Fiber::kReady;
 }
 
+// To the next barrier: as far ahead of the other warps as a warp can get.
+void run_warp(int begin) {
+  const int end = begin + kWarp;
+  while (count(begin, end, Fiber::kReady) > 0) {
+    for (int i = 0; i < kWarp; ++i) {
+      const int thread = backwards ? end - 1 - i : begin + i;
+      if (fibers[thread].state == Fiber::kReady) resume(thread);
+    }
+    if (count(begin, end, Fiber::kAtShuffle) == kWarp) release(begin, end);
+  }
+}
+
 void run_block() {
   const int threads = blockDim.x;
   for (int i = 0; i < threads; ++i) {
@@ -154,15 +166,10 @@ void run_block() {
     fibers[i].turn = 0;
   }
   while (count(0, threads, Fiber::kDone) < threads) {
-    for (int i = 0; i < threads; ++i) {
-      const int thread = backwards ? threads - 1 - i : i;
-      if (fibers[thread].state == Fiber::kReady) resume(thread);
-    }
-    if (count(0, threads, Fiber::kAtBarrier) == threads) release(0, threads);
-    for (int w = 0; w < threads; w += kWarp) {
-      if (count(w, w + kWarp, Fiber::kAtShuffle) == kWarp) release(w, w + kWarp);
-    }
-    if (count(0, threads, Fiber::kReady) == 0 && count(0, threads, Fiber::kDone) < threads) {
+    for (int i = 0; i < threads; i += kWarp) run_warp(backwards ? threads - kWarp - i : i);
+    if (count(0, threads, Fiber::kAtBarrier) == threads) {
+      release(0, threads);
+    } else if (count(0, threads, Fiber::kDone) < threads) {
       fail("threads wait for different things");
     }
   }

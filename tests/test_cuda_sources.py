@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ FACTOR = (2, 2)
 # Sides: the smallest, odd, one tile, more tiles than one in either direction, aligned rows or not.
 SIZES = [
     *((2, 2, 2), (3, 2, 2), (2, 9, 2), (3, 3, 3), (5, 4, 3), (6, 17, 3), (33, 32, 4)),
-    *((37, 300, 3), (97, 264, 3), (70, 45, 5), (64, 520, 2), (140, 24, 4), (45, 531, 4)),
+    *((37, 300, 3), (97, 264, 3), (70, 45, 5), (64, 520, 2), (140, 24, 4), (45, 531, 4), (20, 490, 4)),
 ]
 # Multiprocessors, shared memory of a block, lanes run backwards.
 H200, SMALL, ONE = (132, 227 * 1024, False), (132, 64 * 1024, True), (1, 227 * 1024, True)
@@ -102,6 +103,15 @@ def unwritten_levels(x: Tensor, num_levels: int) -> list[Tensor]:
     return [x.new_full((*x.shape[:2], *size), float("nan")) for size in sizes]
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """References this small lose more to torch's threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     compiler = os.environ.get("CXX") or shutil.which("g++")
@@ -151,24 +161,34 @@ def inputs(
     return x, grads
 
 
+def check(emulation: Emulation, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, grads = inputs(*size, dtype)
+    exact = references(x.double(), [g.double() for g in grads])
+    expected, got = references(x, grads), emulated(emulation, x, grads)
+    for op, (want, ours, truth) in enumerate(zip(expected, got, exact, strict=True)):
+        for s, (a, b, t) in enumerate(zip(want, ours, truth, strict=True)):
+            where = (op, size, s)
+            assert b.isfinite().all(), where
+            scale = max(1.0, t.abs().max().item())  # sums that cancel: of the inputs' size
+            budget = 2 * (a.double() - t).abs().max() + torch.finfo(dtype).eps * scale
+            assert (b.double() - t).abs().max() <= budget, where
+            if op < 2 and dtype in (BFLOAT16, FLOAT16):  # the same roundings, nearly always
+                assert (a != b).float().mean() < 0.01 or (a != b).sum() <= 1, where
+
+
 @pytest.mark.parametrize("device", [H200, SMALL, ONE], ids=["h200", "small", "one"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values(emulation: Emulation, dtype: torch.dtype, device: tuple[int, int, bool]) -> None:
     emulation.configure(*device)
-    sizes = SIZES if dtype in (FLOAT32, BFLOAT16) else SIZES[1::3]
-    for height, width, num_levels in sizes:
-        x, grads = inputs(height, width, num_levels, dtype)
-        exact = references(x.double(), [g.double() for g in grads])
-        expected, got = references(x, grads), emulated(emulation, x, grads)
-        for op, (want, ours, truth) in enumerate(zip(expected, got, exact, strict=True)):
-            for s, (a, b, t) in enumerate(zip(want, ours, truth, strict=True)):
-                where = (op, height, width, s)
-                assert b.isfinite().all(), where
-                scale = max(1.0, t.abs().max().item())  # sums that cancel: of the inputs' size
-                budget = 2 * (a.double() - t).abs().max() + torch.finfo(dtype).eps * scale
-                assert (b.double() - t).abs().max() <= budget, where
-                if op < 2 and dtype in (BFLOAT16, FLOAT16):  # the same roundings, nearly always
-                    assert (a != b).float().mean() < 0.01 or (a != b).sum() <= 1, where
+    for size in SIZES:
+        check(emulation, size, dtype)
+
+
+def test_every_small_size(emulation: Emulation) -> None:
+    emulation.configure(*H200)
+    for height, width in itertools.product(range(2, 15), range(2, 15)):
+        most = pyramids.half(min(height, width)).bit_length() + 1
+        check(emulation, (height, width, most), FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
@@ -241,7 +261,7 @@ def test_infinities_stay_where_they_belong(emulation: Emulation) -> None:
 
 # --- nvcc ----------------------------------------------------------------------------------------
 
-LIMITS = {80: 163, 90: 227, 120: 99}  # shared memory of a block, KB
+LIMITS = {80: 163, 90: 227}  # shared memory of a block, KB
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")

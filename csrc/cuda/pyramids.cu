@@ -96,8 +96,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>)
 template <typename F, typename A>
 __device__ void subtract_coarsened(const Plan& plan, int s, const Region<F>& fine,
                                    const Region<A>& coarse) {
-  const int margin = min(s + 1, 2);
-  coarsen<Matrix::kUp>(fine, box(plan, s + 1, margin, margin), [&](int x) {
+  coarsen<Matrix::kUp>(fine, box(plan, s + 1, 1, min(s + 1, 2)), [&](int x) {
     A* to = coarse.at(coarse.y0, x);
     return [&, to](int i, const A(&pair)[2]) {
       A* p = to + (i - coarse.y0) * coarse.pitch;
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>)
   for (int s = plan.steps - 1; s > 0; --s) {
     const auto level = region<T, A>(plan, s), coarse = region<T, A>(plan, s + 1);
     subtract_coarsened(plan, s, level, coarse);
-    Box want = box(plan, s, min(s, 2), min(s, 2));
+    Box want = box(plan, s, 1, min(s, 2));
     want.x0 &= ~3;
     refine<Matrix::kDown, false, To::kRegion>(coarse, level, static_cast<A*>(nullptr), want);
     __syncthreads();
@@ -187,10 +186,10 @@ Halo halo(Op op, int s, int steps) {
       return {3 * above - 2, 2 * above - 1};
     case Op::kCollapseBackward:
       return {2 * above - 2, above - 1};
-    case Op::kCollapse:  // 1, then floor(1/2) + 1, which is 2 for a tile at an odd place
-      return {std::min(s, 2), std::min(s, 2)};
+    case Op::kCollapse:  // fine j needs coarse i - 1 (if even), i, i + 1, of i = j / 2
+      return {std::min(s, 1), std::min(s, 2)};
     case Op::kBuildBackward:  // up^T (2i - 2 .. 2i + 2) on what `kCollapse` needs one level up
-      return s == 0 ? Halo{4, 3} : (s < steps ? Halo{7, 6} : Halo{2, 2});
+      return s == 0 ? Halo{4, 3} : (s < steps ? Halo{5, 6} : Halo{1, 2});
   }
   return {0, 0};
 }
