@@ -24,7 +24,6 @@ class Session:
     full: bool
     seconds: float
     results: Path
-    rows: int = 0
     done: int = 0
     families: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     files: set[Path] = dataclasses.field(default_factory=set)
@@ -86,7 +85,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     keep.sort(key=lambda item: item.get_closest_marker("quick") is None)
     config.hook.pytest_deselected(items=drop)
     items[:] = keep
-    session.rows = len(keep)
 
 
 @pytest.fixture
@@ -112,7 +110,7 @@ def measure_fixture(
 
     def run(row: Row) -> None:
         session.done += 1
-        say(f"\n[{session.done}/{session.rows}] {row.id}")
+        say(f"\n[{session.done}/{request.session.testscollected}] {row.id}")
         record, call = measure(row, session.device, session.seconds, say)
         session.add(family, record)
         say(f"    {summary(record)}")

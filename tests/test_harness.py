@@ -13,7 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # `benchmarks` is not installed
 
-from benchmarks import bench_pyramids, harness, records, shapes
+from benchmarks import bench_pyramids, harness, photographs, records, shapes
 from benchmarks.clocks import crowd, interleave
 from dfm_fast._library import OPERATORS
 
@@ -250,3 +250,35 @@ def test_rows_count_the_bytes_of_the_operators_own_formula():
             # The finest level's gradient is that of the output, not written again.
             expected -= math.prod(shapes.CASES[row.case].shape) * row.dtype.itemsize
         assert row.least_bytes == expected, row.id
+
+
+@pytest.fixture
+def small_photographs(monkeypatch):
+    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    small = photographs.latent((1, 2, 64, 64))
+    monkeypatch.setattr(photographs, "photographs", lambda: {"garden": image})
+    monkeypatch.setattr(photographs, "latent", lambda: small)
+
+
+def test_photographs_come_back_within_one_rounding_per_level(small_photographs, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert photographs.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert "20 of 20 within" in capsys.readouterr().out
+    assert 0 < (tmp_path / "garden.png").stat().st_size <= 200_000
+    assert len((tmp_path / "reconstruction.csv").read_text().splitlines()) == 21
+
+
+def test_a_photograph_that_does_not_come_back_fails_the_job(
+    small_photographs, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(photographs, "picture", lambda *args: None)
+    monkeypatch.setattr(
+        photographs, "transforms", lambda: {"lossy": (lambda x: x, lambda x: x + 1)}
+    )
+    assert photographs.main(["--out", str(tmp_path), "--device", "cpu"]) == 1
+    assert "OVER" in capsys.readouterr().out
+
+
+def test_details_are_shown_around_grey():
+    shown = photographs.centred(torch.tensor([[-1.0, 0.0, 1.0]]))
+    assert shown.flatten().tolist() == pytest.approx([0.0, 0.5, 1.0])
