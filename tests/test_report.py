@@ -126,6 +126,15 @@ def test_milliseconds_are_for_gpus():
     assert any("| fp32 | 1.25 | 71% |" in line for line in lines)
 
 
+def test_a_gpus_page_has_launches_and_memory():
+    ours = provider(1.25, call_ms=1.5, launches=1, peak_mib=67.0)
+    row = {**ROW, "providers": {**ROW["providers"], "ours": ours}}
+    page = report.page([{**RECORD, "machine": GPU, "rows": [row]}], {}, [], [])
+    assert "launches, ours" in page
+    assert "<td>1.5</td><td></td><td></td><td>1</td><td></td><td></td><td>67</td>" in page
+    assert "launches, ours" not in report.page([RECORD], {}, [], [])
+
+
 def test_missed_goals_absent_rivals_and_a_busy_machine_are_shown():
     text = report.markdown([RECORD])
     assert "Goals met: 1 of 3." in text

@@ -301,8 +301,24 @@ def html_section(record: dict[str, Any], images: Sequence[Path]) -> str:
         + table(columns(is_gpu(record)), rows)
         + f"<p class='facts'>Shapes: {html.escape(cases(record))}.</p>"
         + f"<p class='facts'>{html.escape('; '.join(remarks(record)))}</p>"
+        + launches(record)
         + (f"<h3>Goals</h3><ul>{held}</ul>" if held else "")
     )
+
+
+def launches(record: dict[str, Any]) -> str:
+    """What only a GPU's results have: the plain call, launches and peak memory of each."""
+    if not is_gpu(record):
+        return ""
+    who = ("ours", "eager", "compiled")
+    head = ["row", "dtype"]
+    head += [f"{what}, {name}" for what in ("call ms", "launches", "peak MiB") for name in who]
+    rows = []
+    for row in record["rows"]:
+        entries = [row["providers"].get(name, {}) for name in who]
+        figures = [e.get(key) for key in ("call_ms", "launches", "peak_mib") for e in entries]
+        rows.append([label(row), dtype(row), *("" if f is None else f"{f:.3g}" for f in figures)])
+    return "<h3>Plain calls, launches, memory</h3>" + table(head, rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
