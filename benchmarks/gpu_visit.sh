@@ -4,7 +4,8 @@
 # Installs, tests, checks memory, measures the ceilings, runs the benchmarks and makes the report.
 # A step that fails or runs out of time stops nothing; the summary at the end says which did.
 # With no GPU (or --dry-run as third argument) it runs the same steps on the CPU, cut short.
-# SKIP="tests memcheck" leaves steps out.
+# SKIP="tests memcheck" leaves steps out; with SKIP=benchmarks and then SKIP=tests a full set of rows
+# has two visits' time.
 # DFM_FAST_COMMIT names the commit where the folder is no git repository.
 set -uo pipefail
 
@@ -100,7 +101,9 @@ fi
 step import 60 "$python" -c 'import dfm_fast; print(dfm_fast.__version__)'
 step smoke 60 "$python" -m benchmarks.smoke "$device"
 if [ "$gpu" = 1 ]; then
-    step tests 170 "$python" -m pytest tests -q -p no:cacheprovider
+    workers=()
+    "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+    step tests 170 env OMP_NUM_THREADS=2 "$python" -m pytest tests -q -p no:cacheprovider "${workers[@]}"
 else
     step tests 60 "$python" -m pytest tests/test_harness.py tests/test_report.py -q -p no:cacheprovider
 fi
