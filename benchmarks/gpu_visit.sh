@@ -35,6 +35,7 @@ note() { printf '%-12s %s\n' "$1" "$2" | tee -a "$summary"; }
 step() {
     local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS code verdict
     shift 2
+    rm -f "$work/step.log"
     case " ${SKIP:-} " in
         *" $name "*) note "$name" "skipped as asked" && return 0 ;;
     esac
