@@ -1,9 +1,11 @@
 // The 2x filters along W, on scratch rows of W pixels of C channels (C = 1: contiguous planes).
 //
-// Rows may be overrun: buffers have kRowMargin elements and two pixels of slack on either side.
+// Everything here handles whole vectors and runs over the end of a row: buffers have kRowMargin
+// elements and two pixels of slack on either side.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -13,83 +15,130 @@
 
 namespace dfm_fast {
 
-constexpr int64_t kRowMargin = 16;
+constexpr int64_t kRowMargin = 32;
 
-template <class A>
-using RowFilter = void (*)(const A* x, A* y, int64_t m, int64_t C, const A* p);
+// --- One channel
+// ----------------------------------------------------------------------------------
+//
+// Neighbours come from the vectors before and after, in registers: reading a row that was just
+// written at an offset of one element would wait for the stores.
 
-// y[i] = sum_k p[k] x[2i+k], k = first..last; m outputs; one channel.
-template <int first, int last, class A>
-inline void gather_single(const A* __restrict x, A* __restrict y, int64_t m, int64_t, const A* p) {
-  const A a = p[0], b = p[1], c = p[2], d = p[3], e = p[4];
-  for (int64_t i = 0; i < m; ++i) {
-    A sum = c * x[2 * i] + d * x[2 * i + 1];
-    if constexpr (first < 0) sum += b * x[2 * i - 1];
-    if constexpr (first < -1) sum += a * x[2 * i - 2];
-    if constexpr (last > 1) sum += e * x[2 * i + 2];
-    y[i] = sum;
-  }
+// The offsets first .. last of a stencil that are not zero.
+template <int first_, int last_>
+struct Window {
+  static constexpr int first = first_, last = last_;
+};
+
+// f(even and odd elements 2i .. 2i + 2 lanes) of a sum of rows of n elements, for i = 0, lanes, ...
+template <class A, class Rows, class F>
+DFM_INLINE inline void for_split_vectors(const Rows& rows, int64_t n, F f) {
+  constexpr int64_t lanes = kLanes<A>;
+  int64_t i = 0;
+  for (; i + 2 * lanes <= n; i += 2 * lanes)
+    f(unzip<A>(rows.sum(i, Whole<A>{}), rows.sum(i + lanes, Whole<A>{})));
+  if (i == n) return;
+  int first = std::min(n - i, lanes), second = n - i - first;
+  f(unzip<A>(rows.sum(i, first), second ? rows.sum(i + lanes, second) : Vec<A>{}));
 }
 
-// y[2i], y[2i+1] from x[i-1], x[i], x[i+1]; m inputs, 2m outputs; one channel.
-template <int first, int last, class A>
-inline void spread_single(const A* __restrict x, A* __restrict y, int64_t m, int64_t, const A* p) {
-  const A a = p[0], b = p[1], c = p[2], d = p[3], e = p[4];
-  for (int64_t i = 0; i < m; ++i) {
-    A even = c * x[i], odd = d * x[i];
-    if constexpr (first < 0) odd += b * x[i + 1];
-    if constexpr (first < -1) even += a * x[i + 1];
-    if constexpr (last > 1) even += e * x[i - 1];
-    y[2 * i] = even;
-    y[2 * i + 1] = odd;
-  }
+using Box = Window<0, 1>;
+
+// y[i] = sum_k p[k] x[2i+k] for a sum of rows x of n elements.
+template <class A, class Rows>
+DFM_INLINE inline void gather_single(Box, const Rows& rows, int64_t n, A* y, const A* p) {
+  for_split_vectors<A>(rows, n, [=, p2 = p[2], p3 = p[3]](Split<A> v) mutable DFM_INLINE {
+    store(y, p2 * v.even + p3 * v.odd);
+    y += kLanes<A>;
+  });
+}
+template <class W, class A, class Rows>
+DFM_INLINE inline void gather_single(W, const Rows& rows, int64_t n, A* y, const A* p) {
+  const A p0 = p[0], p1 = p[1], p2 = p[2], p3 = p[3], p4 = p[4];
+  Split<A> previous, v;
+  y -= kLanes<A>;  // the first vector goes to the margin
+  auto push = [&](Split<A> next) DFM_INLINE {
+    Vec<A> sum = p2 * v.even + p3 * v.odd + p1 * before<A>(previous.odd, v.odd);
+    if constexpr (W::first < -1) sum += p0 * before<A>(previous.even, v.even);
+    sum += p4 * after<A>(v.even, next.even);
+    store(y, sum);
+    y += kLanes<A>;
+    previous = v, v = next;
+  };
+  for_split_vectors<A>(rows, n, push);
+  push(Split<A>{});
 }
 
-// The same for C channels: a vector of V per step, whose excess the next pixel overwrites.
-template <int first, int last, class V, class A>
-inline void gather_pixels(const A* __restrict x, A* __restrict y, int64_t m, int64_t C,
+// y[2i], y[2i+1] from x[i-1], x[i], x[i+1]; m inputs, 2m outputs.
+template <class From, class A>
+inline void spread_single(Box, const From* x, int64_t m, A* y, const A* p) {
+  for_vectors<A>(m, [=, p2 = p[2], p3 = p[3]](int64_t i, auto count) DFM_INLINE {
+    Vec<A> v = load(x + i, count);
+    store_zipped<A>(y + 2 * i, p2 * v, p3 * v);
+  });
+}
+template <class W, class From, class A>
+inline void spread_single(W, const From* x, int64_t m, A* y, const A* p) {
+  const A p0 = p[0], p1 = p[1], p2 = p[2], p3 = p[3], p4 = p[4];
+  Vec<A> previous{}, v{};
+  y -= 2 * kLanes<A>;  // the first vectors go to the margin
+  auto push = [&](Vec<A> next) DFM_INLINE {
+    Vec<A> left = before<A>(previous, v), right = after<A>(v, next);
+    Vec<A> even = p2 * v + p4 * left, odd = p3 * v + p1 * right;
+    if constexpr (W::first < -1) even += p0 * right;
+    store_zipped<A>(y, even, odd);
+    y += 2 * kLanes<A>;
+    previous = v, v = next;
+  };
+  for_vectors<A>(m, [&](int64_t i, auto count) DFM_INLINE { push(load(x + i, count)); });
+  push(Vec<A>{});
+}
+
+// --- C channels: a vector V per step, whose excess the next pixel overwrites
+// -----------------------
+
+template <class V, class A>
+inline V load_as(const A* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class W, class A>
+inline void gather_pixels(W, const A* __restrict x, A* __restrict y, int64_t m, int64_t C,
                           const A* p) {
   constexpr int64_t lanes = sizeof(V) / sizeof(A);
-  auto at = [](const A* q) {
-    V v;
-    std::memcpy(&v, q, sizeof v);
-    return v;
-  };
   for (int64_t i = 0; i < m; ++i, x += 2 * C, y += C)
     for (int64_t c = 0; c < C; c += lanes) {
-      V sum = p[2] * at(x + c) + p[3] * at(x + C + c);
-      if constexpr (first < 0) sum += p[1] * at(x - C + c);
-      if constexpr (first < -1) sum += p[0] * at(x - 2 * C + c);
-      if constexpr (last > 1) sum += p[4] * at(x + 2 * C + c);
+      V sum = p[2] * load_as<V>(x + c) + p[3] * load_as<V>(x + C + c);
+      if constexpr (W::first < 0) sum += p[1] * load_as<V>(x - C + c);
+      if constexpr (W::first < -1) sum += p[0] * load_as<V>(x - 2 * C + c);
+      if constexpr (W::last > 1) sum += p[4] * load_as<V>(x + 2 * C + c);
       std::memcpy(y + c, &sum, sizeof sum);
     }
 }
 
-template <int first, int last, class V, class A>
-inline void spread_pixels(const A* __restrict x, A* __restrict y, int64_t m, int64_t C,
+template <class V, class W, class A>
+inline void spread_pixels(W, const A* __restrict x, A* __restrict y, int64_t m, int64_t C,
                           const A* p) {
   constexpr int64_t lanes = sizeof(V) / sizeof(A);
-  auto at = [](const A* q) {
-    V v;
-    std::memcpy(&v, q, sizeof v);
-    return v;
-  };
   for (int64_t i = 0; i < m; ++i, x += C, y += 2 * C) {
     for (int64_t c = 0; c < C; c += lanes) {
-      V even = p[2] * at(x + c);
-      if constexpr (first < -1) even += p[0] * at(x + C + c);
-      if constexpr (last > 1) even += p[4] * at(x - C + c);
+      V even = p[2] * load_as<V>(x + c);
+      if constexpr (W::first < -1) even += p[0] * load_as<V>(x + C + c);
+      if constexpr (W::last > 1) even += p[4] * load_as<V>(x - C + c);
       std::memcpy(y + c, &even, sizeof even);
     }
     for (int64_t c = 0; c < C; c += lanes) {
-      V odd = p[3] * at(x + c);
-      if constexpr (first < 0) odd += p[1] * at(x + C + c);
+      V odd = p[3] * load_as<V>(x + c);
+      if constexpr (W::first < 0) odd += p[1] * load_as<V>(x + C + c);
       std::memcpy(y + C + c, &odd, sizeof odd);
     }
   }
 }
 
-// "dct": p is the [4][8] block.
+// --- "dct": p is the [4][8] block
+// -----------------------------------------------------------------
+
 template <class A>
 inline void gather_blocks(const A* __restrict x, A* __restrict y, int64_t m, int64_t C,
                           const A* p) {
@@ -114,23 +163,15 @@ inline void spread_blocks(const A* __restrict x, A* __restrict y, int64_t m, int
       }
 }
 
-template <int first, int last, class A>
-RowFilter<A> pick_filter(bool spread, int64_t C) {
-  constexpr int least = 4 * sizeof(A);
-  if (C == 1) return spread ? spread_single<first, last, A> : gather_single<first, last, A>;
-  if (C <= 4)
-    return spread ? spread_pixels<first, last, Vec<A, least>, A>
-                  : gather_pixels<first, last, Vec<A, least>, A>;
-  return spread ? spread_pixels<first, last, Vec<A>, A> : gather_pixels<first, last, Vec<A>, A>;
-}
+// --- One 2x step
+// ----------------------------------------------------------------------------------
 
-// One 2x step along W.
 template <class A>
 struct HorizontalStep {
   int64_t fine, coarse, C;
-  std::vector<A> p;
+  std::array<A, 32> p{};         // the stencil, or the block
   std::vector<Tap> corrections;  // (row of the result, column of the source)
-  RowFilter<A> filter;
+  int reach;                     // the stencil's first offset, negated; 3: blocks
 
   HorizontalStep(Filter kind, Matrix matrix, int64_t n, int64_t C, bool spread)
       : fine(n), coarse(half(n)), C(C) {
@@ -140,25 +181,68 @@ struct HorizontalStep {
       for (Tap& tap : corrections) std::swap(tap.row, tap.column);
     if (kind == Filter::dct) {
       auto block = dct_block(matrix);
-      p.assign(block.begin(), block.end());
-      filter = spread ? spread_blocks<A> : gather_blocks<A>;
-      return;
+      std::copy(block.begin(), block.end(), p.begin());
+      reach = 3;
+    } else {
+      auto weights = stencil(kind, matrix);
+      std::copy(weights.begin(), weights.end(), p.begin());
+      reach = p[0] != 0 ? 2 : p[1] != 0 ? 1 : 0;
     }
-    auto weights = stencil(kind, matrix);
-    p.assign(weights.begin(), weights.end());
-    if (kind == Filter::binomial)
-      filter = pick_filter<-2, 2, A>(spread, C);
-    else if (kind == Filter::bilinear && matrix == Matrix::up)
-      filter = pick_filter<-1, 2, A>(spread, C);
-    else
-      filter = pick_filter<0, 1, A>(spread, C);
   }
 
-  // x has `sources` pixels; two pixels on either side are overwritten with zeros.
-  void apply(A* x, A* y, int64_t sources) const {
+  bool by_rows() const { return C == 1 && reach < 3; }  // gather_rows, spread_row
+
+  // y = the gather of a sum of rows; one channel.
+  template <class Rows>
+  DFM_INLINE void gather_rows(const Rows& rows, A* y) const {
+    with_window([&](auto window) DFM_INLINE { gather_single(window, rows, fine, y, p.data()); });
+    for (const Tap& tap : corrections)
+      y[tap.row] += static_cast<A>(tap.weight) * rows.sum_one(tap.column);
+  }
+  // y = the spread of a row x; one channel.
+  template <class From>
+  void spread_row(const From* x, A* y) const {
+    with_window([&](auto window) DFM_INLINE { spread_single(window, x, coarse, y, p.data()); });
+    for (const Tap& tap : corrections)
+      y[tap.row] += static_cast<A>(tap.weight) * load_one(x + tap.column);
+  }
+
+  // The same for C channels or blocks. Two pixels on either side of x are overwritten with zeros.
+  void gather(A* x, A* y) const {
+    if (reach == 3) return gather_blocks(x, y, coarse, C, p.data());
+    zero_ends(x, fine);
+    with_window([&](auto window) DFM_INLINE {
+      if (C <= 4)
+        gather_pixels<Vec<A, 4 * sizeof(A)>>(window, x, y, coarse, C, p.data());
+      else
+        gather_pixels<Vec<A>>(window, x, y, coarse, C, p.data());
+    });
+    correct(x, y);
+  }
+  void spread(A* x, A* y) const {
+    if (reach == 3) return spread_blocks(x, y, coarse, C, p.data());
+    zero_ends(x, coarse);
+    with_window([&](auto window) DFM_INLINE {
+      if (C <= 4)
+        spread_pixels<Vec<A, 4 * sizeof(A)>>(window, x, y, coarse, C, p.data());
+      else
+        spread_pixels<Vec<A>>(window, x, y, coarse, C, p.data());
+    });
+    correct(x, y);
+  }
+
+ private:
+  template <class F>
+  DFM_INLINE void with_window(const F& f) const {
+    if (reach == 0) return f(Box{});
+    if (reach == 1) return f(Window<-1, 2>{});
+    f(Window<-2, 2>{});
+  }
+  void zero_ends(A* x, int64_t sources) const {
     std::fill_n(x - 2 * C, 2 * C, A(0));
     std::fill_n(x + sources * C, 2 * C, A(0));
-    filter(x, y, coarse, C, p.data());
+  }
+  void correct(const A* x, A* y) const {
     for (const Tap& tap : corrections)
       for (int64_t c = 0; c < C; ++c)
         y[tap.row * C + c] += static_cast<A>(tap.weight) * x[tap.column * C + c];

@@ -113,8 +113,8 @@ void dispatch(at::ScalarType dtype, const char* op, F f) {
   if (dtype == at::kFloat) return f(float{});
   if (dtype == at::kBFloat16) return f(bf16{});
   if (dtype == at::kHalf) return f(fp16{});
-  TORCH_CHECK(dtype == at::kDouble, op,
-              ": expected float32, bfloat16, float16 or float64, got ", dtype);
+  TORCH_CHECK(dtype == at::kDouble, op, ": expected float32, bfloat16, float16 or float64, got ",
+              dtype);
   f(double{});
 }
 
@@ -251,8 +251,7 @@ std::vector<Tensor> laplacian_build_cpu(const Tensor& x, int64_t num_levels,
   return levels;
 }
 
-Tensor laplacian_collapse_cpu(TensorList levels, std::string_view filter_name,
-                              IntArrayRef factor) {
+Tensor laplacian_collapse_cpu(TensorList levels, std::string_view filter_name, IntArrayRef factor) {
   const char* op = "laplacian_collapse";
   check_levels(op, "levels", levels);
   if (levels.size() == 1) return copy_of(levels[0]);
@@ -348,8 +347,8 @@ std::vector<Tensor> laplacian_collapse_backward_cpu(const Tensor& grad, int64_t 
             collapse_backward_level(plans[s], ws, band, plane<const T>(grad, work.grids[s + 1], p),
                                     exact, rounded);
           else
-            collapse_backward_level(plans[s], ws, band, readable(scratch.plane(s + 1, slot)),
-                                    exact, rounded);
+            collapse_backward_level(plans[s], ws, band, readable(scratch.plane(s + 1, slot)), exact,
+                                    rounded);
         });
   });
   return grads;

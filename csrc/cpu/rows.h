@@ -7,10 +7,15 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
+
+// Loops hand vectors and row pointers to lambdas. A call in between would pass them through memory,
+// and wait for it: narrow stores followed by a wide load of the same bytes are not forwarded.
+#define DFM_INLINE __attribute__((always_inline))
 
 namespace dfm_fast {
 
@@ -91,7 +96,8 @@ inline Float from_fp16(HalfWord h) {
 
 inline HalfWord to_fp16(Float v) {
 #if defined(__AVX512F__)
-  return bits_as<HalfWord>(_mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+  return bits_as<HalfWord>(
+      _mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   return bits_as<HalfWord>(_mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -104,6 +110,11 @@ inline HalfWord to_fp16(Float v) {
   return __builtin_convertvector((sign >> 16) | (twice > 0xff000000 ? Word{} + 0x7e00 : half),
                                  HalfWord);
 #endif
+}
+
+inline Float widen(fp16, HalfWord h) { return from_fp16(h); }
+inline Float widen(bf16, HalfWord h) {
+  return bits_as<Float>(__builtin_convertvector(h, Word) << 16);
 }
 
 }  // namespace detail
@@ -120,11 +131,20 @@ inline Vec<double> load(const double* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline Vec<float> load(const bf16* p) {
-  auto wide = __builtin_convertvector(detail::load_half_words(p), detail::Word);
-  return detail::bits_as<Vec<float>>(wide << 16);
+inline Vec<float> load(const bf16* p) { return detail::widen(*p, detail::load_half_words(p)); }
+inline Vec<float> load(const fp16* p) { return detail::widen(*p, detail::load_half_words(p)); }
+
+// One element. (A masked load would wait for the store of a row that was just written.)
+template <class T>
+inline acc_t<T> load_one(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    detail::HalfWord h{};
+    h[0] = p->bits;
+    return detail::widen(*p, h)[0];
+  } else {
+    return *p;
+  }
 }
-inline Vec<float> load(const fp16* p) { return detail::from_fp16(detail::load_half_words(p)); }
 
 inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
@@ -137,34 +157,57 @@ inline void store(fp16* p, Vec<float> v) {
   std::memcpy(p, &bits, sizeof bits);
 }
 
-// `count` is a std::integral_constant for a whole vector, an int for the end of a row.
-template <class T, int lanes>
-inline auto load(const T* p, std::integral_constant<int, lanes>) {
+// `count` is Whole for a whole vector, an int for the end of a row (the other lanes are 0).
+template <class A>
+using Whole = std::integral_constant<int, kLanes<A>>;
+
+template <class T>
+inline auto load(const T* p, Whole<acc_t<T>>) {
   return load(p);
 }
 template <class T>
 inline auto load(const T* p, int count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  uint32_t mask = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>)
+    return detail::bits_as<Vec<float>>(_mm512_maskz_loadu_ps(mask, p));
+  else if constexpr (sizeof(T) == 2)
+    return detail::widen(T{}, detail::bits_as<detail::HalfWord>(_mm256_maskz_loadu_epi16(mask, p)));
+  else
+    return detail::bits_as<Vec<double>>(_mm512_maskz_loadu_pd(mask, p));
+#else
   T rest[kLanes<acc_t<T>>] = {};
   std::memcpy(rest, p, count * sizeof(T));
   return load(rest);
+#endif
 }
-template <class T, int lanes>
-inline void store(T* p, Vec<acc_t<T>> v, std::integral_constant<int, lanes>) {
+template <class T>
+inline void store(T* p, Vec<acc_t<T>> v, Whole<acc_t<T>>) {
   store(p, v);
 }
 template <class T>
 inline void store(T* p, Vec<acc_t<T>> v, int count) {
   T rest[kLanes<acc_t<T>>];
   store(rest, v);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  uint32_t mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 2)
+    _mm256_mask_storeu_epi16(p, mask, detail::bits_as<__m256i>(detail::load_half_words(rest)));
+  else if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, mask, detail::bits_as<__m512>(v));
+  else
+    _mm512_mask_storeu_pd(p, mask, detail::bits_as<__m512d>(v));
+#else
   std::memcpy(p, rest, count * sizeof(T));
+#endif
 }
 
 // f(i, count) for every vector of a row of n elements.
 template <class A, class F>
-inline void for_vectors(int64_t n, F f) {
+DFM_INLINE inline void for_vectors(int64_t n, F f) {
   constexpr int lanes = kLanes<A>;
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) f(i, std::integral_constant<int, lanes>{});
+  for (; i + lanes <= n; i += lanes) f(i, Whole<A>{});
   if (i < n) f(i, static_cast<int>(n - i));
 }
 
@@ -173,51 +216,111 @@ inline void for_vectors(int64_t n, F f) {
 // to = from, converted.
 template <class To, class From>
 inline void convert_row(To* __restrict to, const From* __restrict from, int64_t n) {
-  for_vectors<acc_t<To>>(n, [=](int64_t i, auto count) {
-    store(to + i, load(from + i, count), count);
-  });
+  for_vectors<acc_t<To>>(
+      n, [=](int64_t i, auto count) DFM_INLINE { store(to + i, load(from + i, count), count); });
 }
 
-// to = base + sum_k weight[k] rows[k], or without base where it is null; elementwise, so `base` may
-// be `to`.
-template <int K, bool with_base, class To, class Base, class From, class A>
-inline void weighted_sum_of(To* to, const Base* base, const From* const* rows, const A* weight,
-                            int64_t n) {
-  Vec<A> w[K];
+// K rows and their weights.
+template <int K, class From>
+struct WeightedRows {
+  using A = acc_t<From>;
   const From* row[K];
-  for (int k = 0; k < K; ++k) w[k] = Vec<A>{} + weight[k], row[k] = rows[k];
-  for_vectors<A>(n, [&](int64_t i, auto count) {
-    Vec<A> sum;
-    if constexpr (with_base)
-      sum = load(base + i, count) + w[0] * load(row[0] + i, count);
-    else
-      sum = w[0] * load(row[0] + i, count);
-    for (int k = 1; k < K; ++k) sum += w[k] * load(row[k] + i, count);
-    store(to + i, sum, count);
+  A weight[K];
+
+  template <class Count>
+  Vec<A> sum(int64_t i, Count count) const {
+    Vec<A> sum = weight[0] * load(row[0] + i, count);
+    for (int k = 1; k < K; ++k) sum += weight[k] * load(row[k] + i, count);
+    return sum;
+  }
+  A sum_one(int64_t i) const {
+    A sum = weight[0] * load_one(row[0] + i);
+    for (int k = 1; k < K; ++k) sum += weight[k] * load_one(row[k] + i);
+    return sum;
+  }
+};
+
+// f(WeightedRows<K, From>) for a number of rows K = 1 .. most; make_row(k) names them.
+template <int most, class From, class MakeRow, class F>
+DFM_INLINE inline void with_rows(int K, const MakeRow& make_row, const acc_t<From>* weights,
+                                 const F& f) {
+  if (K == most) {
+    WeightedRows<most, From> rows;
+    for (int k = 0; k < most; ++k) rows.row[k] = make_row(k), rows.weight[k] = weights[k];
+    return f(rows);
+  }
+  if constexpr (most > 1) with_rows<most - 1, From>(K, make_row, weights, f);
+}
+
+// to = sum_k weight[k] row[k]
+template <class To, int K, class From>
+DFM_INLINE inline void weighted_sum(To* to, const WeightedRows<K, From>& rows, int64_t n) {
+  for_vectors<acc_t<From>>(
+      n, [&](int64_t i, auto count) DFM_INLINE { store(to + i, rows.sum(i, count), count); });
+}
+
+// to = base + sum_k weight[k] row[k]; `base` may be `to`.
+template <class To, class Base, int K, class From>
+DFM_INLINE inline void add_weighted_sum(To* to, const Base* base, const WeightedRows<K, From>& rows,
+                                        int64_t n) {
+  for_vectors<acc_t<From>>(n, [&](int64_t i, auto count) DFM_INLINE {
+    store(to + i, load(base + i, count) + rows.sum(i, count), count);
   });
 }
 
-template <bool with_base, class To, class Base, class From, class A>
-inline void weighted_sum(To* to, const Base* base, const From* const* rows, const A* weight, int K,
-                         int64_t n) {
-  switch (K) {
-    case 1:
-      return weighted_sum_of<1, with_base>(to, base, rows, weight, n);
-    case 2:
-      return weighted_sum_of<2, with_base>(to, base, rows, weight, n);
-    case 3:
-      return weighted_sum_of<3, with_base>(to, base, rows, weight, n);
-    case 4:
-      return weighted_sum_of<4, with_base>(to, base, rows, weight, n);
-    case 5:
-      return weighted_sum_of<5, with_base>(to, base, rows, weight, n);
-    case 6:
-      return weighted_sum_of<6, with_base>(to, base, rows, weight, n);
-    case 7:
-      return weighted_sum_of<7, with_base>(to, base, rows, weight, n);
-    case 8:
-      return weighted_sum_of<8, with_base>(to, base, rows, weight, n);
-  }
+// --- Lanes -----------------------------------------------------------------------------
+
+namespace detail {
+
+template <class V, size_t... I>
+inline V every_second(V a, V b, std::index_sequence<I...>, int odd) {
+  return odd ? __builtin_shufflevector(a, b, (2 * I + 1)...)
+             : __builtin_shufflevector(a, b, (2 * I)...);
+}
+template <class V, size_t... I>
+inline V zipped(V a, V b, std::index_sequence<I...>, int upper) {
+  constexpr size_t n = sizeof...(I);
+  return upper ? __builtin_shufflevector(a, b, (n / 2 + I / 2 + I % 2 * n)...)
+               : __builtin_shufflevector(a, b, (I / 2 + I % 2 * n)...);
+}
+
+template <class V, size_t... I>
+inline V lanes_from(V a, V b, std::index_sequence<I...>, int last) {
+  return last ? __builtin_shufflevector(a, b, (sizeof...(I) - 1 + I)...)
+              : __builtin_shufflevector(a, b, (1 + I)...);
+}
+
+}  // namespace detail
+
+// The lanes of neighbouring vectors one place to the left, and to the right, of the second one's
+// and the first one's.
+template <class A>
+inline Vec<A> before(Vec<A> previous, Vec<A> v) {
+  return detail::lanes_from(previous, v, std::make_index_sequence<kLanes<A>>{}, 1);
+}
+template <class A>
+inline Vec<A> after(Vec<A> v, Vec<A> next) {
+  return detail::lanes_from(v, next, std::make_index_sequence<kLanes<A>>{}, 0);
+}
+
+template <class A>
+struct Split {
+  Vec<A> even{}, odd{};
+};
+
+// a[0] a[2] ... b[0] b[2] ... and a[1] a[3] ... b[1] b[3] ...
+template <class A>
+inline Split<A> unzip(Vec<A> a, Vec<A> b) {
+  std::make_index_sequence<kLanes<A>> lanes;
+  return {detail::every_second(a, b, lanes, 0), detail::every_second(a, b, lanes, 1)};
+}
+
+// to = even[0] odd[0] even[1] odd[1] ...
+template <class A>
+inline void store_zipped(A* to, Vec<A> even, Vec<A> odd) {
+  std::make_index_sequence<kLanes<A>> lanes;
+  store(to, detail::zipped(even, odd, lanes, 0));
+  store(to + kLanes<A>, detail::zipped(even, odd, lanes, 1));
 }
 
 }  // namespace dfm_fast
