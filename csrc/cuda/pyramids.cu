@@ -57,10 +57,10 @@ __global__ void __launch_bounds__(kMaxThreads<T>) build_kernel(const __grid_cons
   arrive();
   for (int s = 0; s < plan.steps; ++s) {
     const auto coarse = region<T, T>(plan, s + 1);
-    coarsen<Matrix::kDown>(fine, coarse, [&](int x) {
-      T* to = coarse.at(coarse.y0, x);
-      return [&, to](int i, const Acc<T>(&pair)[2]) {
-        write(to + (i - coarse.y0) * coarse.pitch, pair);
+    coarsen<Matrix::kDown>(fine, coarse, [&](int i, int x) {
+      return [to = coarse.at(i, x), pitch = coarse.pitch](const Acc<T>(&pair)[2]) mutable {
+        write(to, pair);
+        to += pitch;
       };
     });
     __syncthreads();
@@ -93,18 +93,19 @@ __global__ void __launch_bounds__(kMaxThreads<T>)
 }
 
 // g_{s+1} -= up^T(dL_s): level s is held as F, and its gradient still to come.
-template <typename F, typename A>
-__device__ void subtract_coarsened(const Plan& plan, int s, const Region<F>& fine,
-                                   const Region<A>& coarse) {
-  coarsen<Matrix::kUp>(fine, box(plan, s + 1, 1, min(s + 1, 2)), [&](int x) {
-    A* to = coarse.at(coarse.y0, x);
-    return [&, to](int i, const A(&pair)[2]) {
-      A* p = to + (i - coarse.y0) * coarse.pitch;
+template <typename T, typename F>
+__device__ void subtract_coarsened(const Plan& plan, int s) {
+  using A = Acc<T>;
+  const auto coarse = region<T, A>(plan, s + 1);
+  const Box want = box(plan, s + 1, 1, min(s + 1, 2));
+  coarsen<Matrix::kUp>(region<T, F>(plan, s), want, [&](int i, int x) {
+    return [to = coarse.at(i, x), pitch = coarse.pitch](const A(&pair)[2]) mutable {
       A v[2];
-      read(p, v);
+      read(to, v);
       v[0] -= pair[0];
       v[1] -= pair[1];
-      write(p, v);
+      write(to, v);
+      to += pitch;
     };
   });
   __syncthreads();
@@ -123,16 +124,16 @@ __global__ void __launch_bounds__(kMaxThreads<T>)
   load(region<T, T>(plan, 0), plane<const T>(plan, finest.data, finest), finest.alignment);
   arrive();
   for (int s = plan.steps - 1; s > 0; --s) {
+    subtract_coarsened<T, A>(plan, s);
     const auto level = region<T, A>(plan, s), coarse = region<T, A>(plan, s + 1);
-    subtract_coarsened(plan, s, level, coarse);
     Box want = box(plan, s, 1, min(s, 2));
     want.x0 &= ~3;
     refine<Matrix::kDown, false, To::kRegion>(coarse, level, static_cast<A*>(nullptr), want);
     __syncthreads();
   }
+  subtract_coarsened<T, T>(plan, 0);
   const auto fine = region<T, T>(plan, 0);
   const auto coarse = region<T, A>(plan, 1);
-  subtract_coarsened(plan, 0, fine, coarse);
   refine_to_plane<Matrix::kDown, false>(coarse, fine, plane<T>(plan, plan.fine, finest),
                                         plan.fine_alignment, box(plan, 0, 0, 0));
 }
@@ -144,12 +145,13 @@ __device__ void collapse_backward_step(const Plan& plan, int s) {
   const Box own = box(plan, s + 1, 0, 0);
   T* grad = plane<T>(plan, level.data, level);
   const bool last = s + 1 == plan.steps;
-  coarsen<Matrix::kUp>(region<T, F>(plan, s), coarse, [&](int x) {
+  coarsen<Matrix::kUp>(region<T, F>(plan, s), coarse, [&](int i, int x) {
     const Output<T, 2> out(grad, level.width, level.alignment, own, x);
-    Acc<T>* to = coarse.at(coarse.y0, x);
-    return [&, out, to](int i, const Acc<T>(&pair)[2]) {
-      if (!last) write(to + (i - coarse.y0) * coarse.pitch, pair);
+    return [=, to = coarse.at(i, x), pitch = coarse.pitch](const Acc<T>(&pair)[2]) mutable {
+      if (!last) write(to, pair);
       if (out.has_row(i)) out.put(i, pair);
+      to += pitch;
+      ++i;
     };
   });
   __syncthreads();

@@ -174,34 +174,37 @@ __device__ inline void copy_async(void* to, const void* from) {
 #endif
 }
 
+// N elements of T at a time, 16 bytes or one element, down the columns.
+template <int N, typename T, typename S>
+__device__ void load_columns(const Region<S>& to, const T* from) {
+  const Lanes lanes(ceil_div(to.x1 - to.x0, N));
+  const int64_t stride = int64_t(lanes.groups) * to.width;
+  for (int x = to.x0 + lanes.lane * N; x < to.x1; x += lanes.width * N) {
+    const int y = to.y0 + lanes.group;
+    const T* p = from + int64_t(y) * to.width + x;
+    S* to_p = to.at(y, x);
+#pragma unroll 4
+    for (int i = y; i < to.y1; i += lanes.groups) {
+      if constexpr (sizeof(T) == sizeof(S) && N * sizeof(T) >= 4) {
+        copy_async<N * sizeof(T)>(to_p, p);
+      } else {
+        const auto pack = *reinterpret_cast<const Pack<T, N>*>(p);
+#pragma unroll
+        for (int c = 0; c < N; ++c) to_p[c] = round_to<S>(widen(pack.v[c]));
+      }
+      p += stride;
+      to_p += lanes.groups * to.pitch;
+    }
+  }
+}
+
 // The region of a plane into shared memory; complete after `arrive`.
 template <typename T, typename S>
 __device__ void load(const Region<S>& to, const T* from, int alignment) {
-  constexpr int kVector = 16 / sizeof(T);
-  const bool vector = alignment >= 16;
-  const int count = vector ? ceil_div(to.x1 - to.x0, kVector) : to.x1 - to.x0;
-  const Lanes lanes(count);
-  for (int y = to.y0 + lanes.group; y < to.y1; y += lanes.groups) {
-    const T* row = from + int64_t(y) * to.width + to.x0;
-    S* to_row = to.at(y, to.x0);
-#pragma unroll 4
-    for (int i = lanes.lane; i < count; i += lanes.width) {
-      if constexpr (sizeof(T) != sizeof(S)) {
-        if (vector) {
-          const auto pack = *reinterpret_cast<const Pack<T, kVector>*>(row + i * kVector);
-#pragma unroll
-          for (int c = 0; c < kVector; ++c) to_row[i * kVector + c] = widen(pack.v[c]);
-        } else {
-          to_row[i] = widen(row[i]);
-        }
-      } else if (vector) {
-        copy_async<16>(to_row + i * kVector, row + i * kVector);
-      } else if constexpr (sizeof(T) >= 4) {
-        copy_async<sizeof(T)>(to_row + i, row + i);
-      } else {
-        to_row[i] = row[i];
-      }
-    }
+  if (alignment >= 16) {
+    load_columns<16 / sizeof(T)>(to, from);
+  } else {
+    load_columns<1>(to, from);
   }
 }
 
@@ -285,9 +288,10 @@ __device__ void store(const Region<T>& from, T* to, int alignment, const Box& ow
 
 // --- The two stencils ------------------------------------------------------------------------
 
-// sink(2q) gives put(i, {c_2q, c_2q+1}), which is called for the coarse rows i and column pairs
-// that cover `want`; c = M fine (down) or M^T fine (up^T). Neighbouring lanes hold neighbouring
-// quads; where a row has more than 32, the outer two of each group of lanes are computed twice.
+// sink(i, 2q) gives put({c_2q, c_2q+1}), which is called for the coarse rows i, i + 1, ... of the
+// column pairs that cover `want`; c = M fine (down) or M^T fine (up^T). Neighbouring lanes hold
+// neighbouring quads; where a row has more than 32, the outer two of each group of lanes are
+// computed twice.
 template <Matrix M, typename F, typename Sink>
 __device__ void coarsen(const Region<F>& fine, const Box& want, Sink sink) {
   using A = Acc<F>;
@@ -307,7 +311,7 @@ __device__ void coarsen(const Region<F>& fine, const Box& want, Sink sink) {
   const int valid = fine.width - 4 * q;
   const bool ragged = fine.width % 4 != 0;
   const auto w0 = weights<M, A>(2 * q, fine.width), w1 = weights<M, A>(2 * q + 1, fine.width);
-  const auto put = sink(2 * q);
+  auto put = sink(begin, 2 * q);
 
   A sum[4] = {}, next[4] = {};  // of coarse rows k and k + 1, over the fine rows so far
   A v[4];                       // row k - 1, complete down the rows
@@ -345,7 +349,7 @@ __device__ void coarsen(const Region<F>& fine, const Box& want, Sink sink) {
     const A pair[2] = {
         left + w0.center * v[0] + w0.odd_center * v[1] + w1.left * v[2],
         w0.right * v[0] + w0.odd_right * v[1] + w1.center * v[2] + w1.odd_center * v[3] + right};
-    if (k <= emits_end) put(k - 1, pair);
+    if (k <= emits_end) put(pair);
   }
 }
 
