@@ -71,12 +71,21 @@ inline HalfWord load_half_words(const void* p) {
   return v;
 }
 
-// Round to nearest even; NaN keeps its sign and becomes quiet.
+inline Word widen_words(HalfWord h) {
+#if defined(__AVX512F__)
+  return bits_as<Word>(_mm512_cvtepu16_epi32(bits_as<__m256i>(h)));
+#elif defined(__AVX2__)
+  return bits_as<Word>(_mm256_cvtepu16_epi32(bits_as<__m128i>(h)));
+#else
+  return __builtin_convertvector(h, Word);
+#endif
+}
+
+// Round to nearest even.
 inline HalfWord to_bf16(Float v) {
   Word bits = bits_as<Word>(v);
   Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  Word nan = (bits >> 16) | 0x40;
-  return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, HalfWord);
+  return __builtin_convertvector(v != v ? Word{} + 0x7fc0 : rounded, HalfWord);
 }
 
 // The float operations round to nearest even in the fp16's last place (fbgemm's and c10's method).
@@ -86,7 +95,7 @@ inline Float from_fp16(HalfWord h) {
 #elif defined(__F16C__)
   return bits_as<Float>(_mm256_cvtph_ps(bits_as<__m128i>(h)));
 #else
-  Word w = __builtin_convertvector(h, Word) << 16;
+  Word w = widen_words(h) << 16;
   Word sign = w & 0x80000000, twice = w + w;
   Word normal = bits_as<Word>(bits_as<Float>((twice >> 4) + (0xe0u << 23)) * 0x1p-112f);
   Word denormal = bits_as<Word>(bits_as<Float>((twice >> 17) | (126u << 23)) - 0.5f);
@@ -113,9 +122,7 @@ inline HalfWord to_fp16(Float v) {
 }
 
 inline Float widen(fp16, HalfWord h) { return from_fp16(h); }
-inline Float widen(bf16, HalfWord h) {
-  return bits_as<Float>(__builtin_convertvector(h, Word) << 16);
-}
+inline Float widen(bf16, HalfWord h) { return bits_as<Float>(widen_words(h) << 16); }
 
 }  // namespace detail
 
