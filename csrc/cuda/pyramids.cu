@@ -249,7 +249,8 @@ int choose_threads(const Plan& plan, DType dtype, const Device& device) {
 }
 
 // The next launch, from level `first`: whole planes where they fit and are enough (or small), else
-// tiles, the tallest of which there are four for every multiprocessor, two resident at a time.
+// tiles: of the heights that give every multiprocessor four, two at a time, the one with the fewest
+// rows, halo included, on the busiest; where there are too few planes, low tiles.
 Plan choose_plan(Op op, const Pyramid& p, const void* fine, int first, const Device& device) {
   const int height = p.height[first], width = p.width[first], rest = p.num_levels - 1 - first;
   const int bytes = element_bytes(p.dtype), widest = bytes == 2 ? 248 : 128;
@@ -270,12 +271,22 @@ Plan choose_plan(Op op, const Pyramid& p, const void* fine, int first, const Dev
     if (n > 1) tile_w = ceil_div(ceil_div(width, n), sector) * sector;
     if (make_plan(op, p, fine, first, steps, 32, tile_w).levels[0].pitch <= widest) break;
   }
-  for (int tile_h : {128, 96, 64}) {
+  Plan best{};
+  int64_t least = INT64_MAX;
+  for (int tile_h = 32; tile_h <= 128; tile_h += 8) {
     const Plan plan = make_plan(op, p, fine, first, steps, tile_h, tile_w);
-    if (fits(plan, 2) && p.planes * plan.tiles >= 4 * device.multiprocessors) return plan;
+    const int64_t blocks = p.planes * plan.tiles, sms = device.multiprocessors;
+    // A block's start, and its halo at the coarser levels, weigh about 8 rows.
+    const int halo = plan.levels[0].before + plan.levels[0].after + 8;
+    const int64_t rows = (blocks + sms - 1) / sms * (plan.tile_h + halo);
+    if (!fits(plan, 2) || blocks < 4 * sms || rows >= least) continue;
+    least = rows;
+    best = plan;
   }
+  if (best.steps > 0) return best;
   const Plan plan = make_plan(op, p, fine, first, steps, 32, tile_w);
-  return fits(plan, 1) ? plan : make_plan(op, p, fine, first, steps, 16, tile_w);
+  const bool enough = p.planes * plan.tiles >= 2 * device.multiprocessors || steps > kTileSteps;
+  return enough && fits(plan, 1) ? plan : make_plan(op, p, fine, first, steps, 16, tile_w);
 }
 
 Device current_device(cudaError_t& error) {
