@@ -76,7 +76,7 @@ def backward_parity(op: Operator, case: Case, device: str) -> None:
         cotangents = cotangents_for(tensors(op.reference(*base, **case.kwargs)))
         exact = grads(op.reference, double(base), case.kwargs, double(cotangents))
         ref = grads(op.reference, base, case.kwargs, cotangents)
-        for layout in ("contiguous", "channels_last", "strided"):
+        for layout in LAYOUTS:
             dy = [relayout(c, layout) for c in cotangents]
             got = grads(op.public, case.args(dtype, device, layout), case.kwargs, dy)
             for i, triple in enumerate(zip(got, ref, exact, strict=True)):

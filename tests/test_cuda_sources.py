@@ -39,7 +39,15 @@ FACTOR = (2, 2)
 # Sides: the smallest, odd, one tile, more tiles than one in either direction, aligned rows or not.
 SIZES = [
     *((2, 2, 2), (3, 2, 2), (2, 9, 2), (3, 3, 3), (5, 4, 3), (6, 17, 3), (33, 32, 4)),
-    *((37, 300, 3), (97, 264, 3), (70, 45, 5), (64, 520, 2), (140, 24, 4), (45, 531, 4), (20, 490, 4)),
+    *(
+        (37, 300, 3),
+        (97, 264, 3),
+        (70, 45, 5),
+        (64, 520, 2),
+        (140, 24, 4),
+        (45, 531, 4),
+        (20, 490, 4),
+    ),
 ]
 # Multiprocessors, shared memory of a block, lanes run backwards.
 H200, SMALL, ONE = (132, 227 * 1024, False), (132, 64 * 1024, True), (1, 227 * 1024, True)

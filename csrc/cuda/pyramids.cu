@@ -51,12 +51,13 @@ constexpr int kMaxThreads = sizeof(T) == 8 ? 512 : 1024;
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads<T>) build_kernel(const __grid_constant__ Plan plan) {
+  const Tile tile(plan);
   wait_for_previous_launch();
-  auto fine = region<T, T>(plan, 0);
-  load(fine, plane<const T>(plan, plan.fine, plan.levels[0]), plan.fine_alignment);
+  auto fine = region<T, T>(plan, tile, 0);
+  load(fine, plane<const T>(tile, plan.fine, plan.levels[0]), plan.fine_alignment);
   arrive();
   for (int s = 0; s < plan.steps; ++s) {
-    const auto coarse = region<T, T>(plan, s + 1);
+    const auto coarse = region<T, T>(plan, tile, s + 1);
     coarsen<Matrix::kDown>(fine, coarse, [&](int i, int x) {
       return [to = coarse.at(i, x), pitch = coarse.pitch](const Acc<T>(&pair)[2]) mutable {
         write(to, pair);
@@ -65,40 +66,41 @@ __global__ void __launch_bounds__(kMaxThreads<T>) build_kernel(const __grid_cons
     });
     __syncthreads();
     const Level& level = plan.levels[s];
-    refine_to_plane<Matrix::kUp, true>(coarse, fine, plane<T>(plan, level.data, level),
-                                       level.alignment, box(plan, s, 0, 0));
+    refine_to_plane<Matrix::kUp, true>(coarse, fine, plane<T>(tile, level.data, level),
+                                       level.alignment, box(plan, tile, s, 0, 0));
     fine = coarse;
   }
   const Level& coarsest = plan.levels[plan.steps];
-  store(fine, plane<T>(plan, coarsest.data, coarsest), coarsest.alignment,
-        box(plan, plan.steps, 0, 0));
+  store(fine, plane<T>(tile, coarsest.data, coarsest), coarsest.alignment,
+        box(plan, tile, plan.steps, 0, 0));
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads<T>)
     collapse_kernel(const __grid_constant__ Plan plan) {
+  const Tile tile(plan);
   for (int s = plan.steps; s >= 0; --s) {
     const Level& level = plan.levels[s];
-    load(region<T, T>(plan, s), plane<const T>(plan, level.data, level), level.alignment);
+    load(region<T, T>(plan, tile, s), plane<const T>(tile, level.data, level), level.alignment);
   }
   arrive();
   for (int s = plan.steps - 1; s > 0; --s) {
-    const auto fine = region<T, T>(plan, s), coarse = region<T, T>(plan, s + 1);
+    const auto fine = region<T, T>(plan, tile, s), coarse = region<T, T>(plan, tile, s + 1);
     refine<Matrix::kUp, false, To::kRegion>(coarse, fine, static_cast<T*>(nullptr), fine);
     __syncthreads();
   }
-  const auto fine = region<T, T>(plan, 0), coarse = region<T, T>(plan, 1);
-  refine_to_plane<Matrix::kUp, false>(coarse, fine, plane<T>(plan, plan.fine, plan.levels[0]),
+  const auto fine = region<T, T>(plan, tile, 0), coarse = region<T, T>(plan, tile, 1);
+  refine_to_plane<Matrix::kUp, false>(coarse, fine, plane<T>(tile, plan.fine, plan.levels[0]),
                                       plan.fine_alignment, fine);
 }
 
 // g_{s+1} -= up^T(dL_s): level s is held as F, and its gradient still to come.
 template <typename T, typename F>
-__device__ void subtract_coarsened(const Plan& plan, int s) {
+__device__ void subtract_coarsened(const Plan& plan, const Tile& tile, int s) {
   using A = Acc<T>;
-  const auto coarse = region<T, A>(plan, s + 1);
-  const Box want = box(plan, s + 1, 1, min(s + 1, 2));
-  coarsen<Matrix::kUp>(region<T, F>(plan, s), want, [&](int i, int x) {
+  const auto coarse = region<T, A>(plan, tile, s + 1);
+  const Box want = box(plan, tile, s + 1, 1, min(s + 1, 2));
+  coarsen<Matrix::kUp>(region<T, F>(plan, tile, s), want, [&](int i, int x) {
     return [to = coarse.at(i, x), pitch = coarse.pitch](const A(&pair)[2]) mutable {
       A v[2];
       read(to, v);
@@ -115,37 +117,38 @@ __device__ void subtract_coarsened(const Plan& plan, int s) {
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads<T>)
     build_backward_kernel(const __grid_constant__ Plan plan) {
+  const Tile tile(plan);
   using A = Acc<T>;
   for (int s = plan.steps; s > 0; --s) {
     const Level& level = plan.levels[s];
-    load(region<T, A>(plan, s), plane<const T>(plan, level.data, level), level.alignment);
+    load(region<T, A>(plan, tile, s), plane<const T>(tile, level.data, level), level.alignment);
   }
   const Level& finest = plan.levels[0];
-  load(region<T, T>(plan, 0), plane<const T>(plan, finest.data, finest), finest.alignment);
+  load(region<T, T>(plan, tile, 0), plane<const T>(tile, finest.data, finest), finest.alignment);
   arrive();
   for (int s = plan.steps - 1; s > 0; --s) {
-    subtract_coarsened<T, A>(plan, s);
-    const auto level = region<T, A>(plan, s), coarse = region<T, A>(plan, s + 1);
-    Box want = box(plan, s, 1, min(s, 2));
+    subtract_coarsened<T, A>(plan, tile, s);
+    const auto level = region<T, A>(plan, tile, s), coarse = region<T, A>(plan, tile, s + 1);
+    Box want = box(plan, tile, s, 1, min(s, 2));
     want.x0 &= ~3;
     refine<Matrix::kDown, false, To::kRegion>(coarse, level, static_cast<A*>(nullptr), want);
     __syncthreads();
   }
-  subtract_coarsened<T, T>(plan, 0);
-  const auto fine = region<T, T>(plan, 0);
-  const auto coarse = region<T, A>(plan, 1);
-  refine_to_plane<Matrix::kDown, false>(coarse, fine, plane<T>(plan, plan.fine, finest),
-                                        plan.fine_alignment, box(plan, 0, 0, 0));
+  subtract_coarsened<T, T>(plan, tile, 0);
+  const auto fine = region<T, T>(plan, tile, 0);
+  const auto coarse = region<T, A>(plan, tile, 1);
+  refine_to_plane<Matrix::kDown, false>(coarse, fine, plane<T>(tile, plan.fine, finest),
+                                        plan.fine_alignment, box(plan, tile, 0, 0, 0));
 }
 
 template <typename T, typename F>
-__device__ void collapse_backward_step(const Plan& plan, int s) {
+__device__ void collapse_backward_step(const Plan& plan, const Tile& tile, int s) {
   const Level& level = plan.levels[s + 1];
-  const auto coarse = region<T, Acc<T>>(plan, s + 1);
-  const Box own = box(plan, s + 1, 0, 0);
-  T* grad = plane<T>(plan, level.data, level);
+  const auto coarse = region<T, Acc<T>>(plan, tile, s + 1);
+  const Box own = box(plan, tile, s + 1, 0, 0);
+  T* grad = plane<T>(tile, level.data, level);
   const bool last = s + 1 == plan.steps;
-  coarsen<Matrix::kUp>(region<T, F>(plan, s), coarse, [&](int i, int x) {
+  coarsen<Matrix::kUp>(region<T, F>(plan, tile, s), coarse, [&](int i, int x) {
     const Output<T, 2> out(grad, level.width, level.alignment, own, x);
     return [=, to = coarse.at(i, x), pitch = coarse.pitch](const Acc<T>(&pair)[2]) mutable {
       if (!last) write(to, pair);
@@ -160,12 +163,13 @@ __device__ void collapse_backward_step(const Plan& plan, int s) {
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads<T>)
     collapse_backward_kernel(const __grid_constant__ Plan plan) {
+  const Tile tile(plan);
   wait_for_previous_launch();
-  const auto fine = region<T, T>(plan, 0);
-  load(fine, plane<const T>(plan, plan.fine, plan.levels[0]), plan.fine_alignment);
+  const auto fine = region<T, T>(plan, tile, 0);
+  load(fine, plane<const T>(tile, plan.fine, plan.levels[0]), plan.fine_alignment);
   arrive();
-  collapse_backward_step<T, T>(plan, 0);
-  for (int s = 1; s < plan.steps; ++s) collapse_backward_step<T, Acc<T>>(plan, s);
+  collapse_backward_step<T, T>(plan, tile, 0);
+  for (int s = 1; s < plan.steps; ++s) collapse_backward_step<T, Acc<T>>(plan, tile, s);
 }
 
 // --- Plans: how many steps a launch takes, and its tile ------------------------------------------
@@ -234,23 +238,25 @@ Plan make_plan(Op op, const Pyramid& p, const void* fine, int first, int steps, 
     if (op == Op::kCollapseBackward && s == steps) break;  // straight to global memory
     offset += ceil_div(rows * pitch * (gradient && s > 0 ? std::max(bytes, 4) : bytes), 16) * 16;
   }
-  plan.shared_bytes = offset;
+  plan.shared_bytes = offset + 16;  // `refine` may read two elements past a row
   return plan;
 }
 
-// Threads to fill a multiprocessor with 1024 over its resident blocks, but no idle ones.
+// A power of two that fills a multiprocessor with up to 1024 over its resident blocks, and leaves
+// each warp some rows: the first two of a share cost as much as any and give nothing.
 int choose_threads(const Plan& plan, DType dtype, const Device& device) {
   const int resident = std::max(device.multiprocessor_bytes / (plan.shared_bytes + 1024), 1);
-  const int threads = resident >= 3 ? 256 : (resident == 2 ? 512 : 1024);
-  const int quads = ceil_div(plan.tile_h, 2) * ceil_div(plan.tile_w, 4);
-  const int chunks = ceil_div(plan.levels[0].pitch, 4 * 30);  // of a row, a warp each
-  const int most = dtype == DType::kFloat64 ? 512 : 1024;
-  return std::min({threads, std::max(32 * chunks, ceil_div(quads, 32) * 32), most});
+  const int most = resident >= 3 ? 256 : (resident == 2 || dtype == DType::kFloat64 ? 512 : 1024);
+  const int quads = ceil_div(plan.tile_h, 4) * ceil_div(plan.tile_w, 4);
+  const int least = 32 * ceil_div(plan.levels[0].pitch, 4 * 30);  // a warp for a chunk of a row
+  int threads = 64;
+  while (threads < least || (threads < most && threads < quads)) threads *= 2;
+  return threads;
 }
 
 // The next launch, from level `first`: whole planes where they fit and are enough (or small), else
-// tiles: of the heights that give every multiprocessor four, two at a time, the one with the fewest
-// rows, halo included, on the busiest; where there are too few planes, low tiles.
+// tiles: of the heights that give every multiprocessor four, three at a time, the one with the
+// fewest rows, halo included, on the busiest; where there are too few planes, low tiles.
 Plan choose_plan(Op op, const Pyramid& p, const void* fine, int first, const Device& device) {
   const int height = p.height[first], width = p.width[first], rest = p.num_levels - 1 - first;
   const int bytes = element_bytes(p.dtype), widest = bytes == 2 ? 248 : 128;
@@ -279,7 +285,7 @@ Plan choose_plan(Op op, const Pyramid& p, const void* fine, int first, const Dev
     // A block's start, and its halo at the coarser levels, weigh about 8 rows.
     const int halo = plan.levels[0].before + plan.levels[0].after + 8;
     const int64_t rows = (blocks + sms - 1) / sms * (plan.tile_h + halo);
-    if (!fits(plan, 2) || blocks < 4 * sms || rows >= least) continue;
+    if (!fits(plan, 3) || blocks < 4 * sms || rows >= least) continue;
     least = rows;
     best = plan;
   }

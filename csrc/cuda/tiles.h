@@ -121,23 +121,56 @@ __host__ __device__ inline Weights<A> weights(int k, int n) {
 
 // --- Tiles, loads, stores --------------------------------------------------------------------
 
-// Threads as groups of `width` lanes: the least power of two, 4 to 32, that covers `count`.
+// Threads, a power of two, as groups of `width` lanes: the least power of two, 4 to 32, that covers
+// `count`. Shifts, as divisions would cost more than a row of pixels.
 struct Lanes {
-  int width, lane, group, groups;
+  int width, lane, group, groups, log2_groups;
 
   __device__ explicit Lanes(int count) {
-    width = count >= 32 ? 32 : (count <= 4 ? 4 : 1 << (32 - __clz(count - 1)));
+    const int shift = count >= 32 ? 5 : (count <= 4 ? 2 : 32 - __clz(count - 1));
+    width = 1 << shift;
     lane = threadIdx.x & (width - 1);
-    group = threadIdx.x / width;
-    groups = blockDim.x / width;
+    group = threadIdx.x >> shift;
+    groups = blockDim.x >> shift;
+    log2_groups = 31 - __clz(groups);
+  }
+};
+
+// `rows` rows of `chunks` chunks, dealt to groups of lanes; there are at least as many as chunks.
+struct Share {
+  int chunk, first_row, rows;
+
+  __device__ Share(const Lanes& lanes, int all_rows, int chunks) {
+    if (chunks == 1) {
+      chunk = 0;
+      rows = (all_rows + lanes.groups - 1) >> lanes.log2_groups;
+      first_row = lanes.group * rows;
+    } else {
+      const unsigned group = lanes.group, n = chunks, parts = unsigned(lanes.groups) / n;
+      rows = (all_rows + parts - 1) / parts;
+      chunk = group % n;
+      first_row = group / n * rows;
+    }
+  }
+};
+
+// What a thread block works on: a tile of a plane.
+struct Tile {
+  int y, x;
+  int64_t plane;
+
+  __device__ explicit Tile(const Plan& plan) {
+    const unsigned tiles = plan.tiles, tiles_x = plan.tiles_x, i = blockIdx.x % tiles;
+    y = i / tiles_x * plan.tile_h;
+    x = i % tiles_x * plan.tile_w;
+    plane = blockIdx.x / tiles;
   }
 };
 
 // The tile's part of level s with a margin, within the plane.
-__device__ inline Box box(const Plan& plan, int s, int before, int after) {
+__device__ inline Box box(const Plan& plan, const Tile& tile, int s, int before, int after) {
   const Level& level = plan.levels[s];
-  const int tile = blockIdx.x % plan.tiles, round_up = (1 << s) - 1;
-  const int y = tile / plan.tiles_x * plan.tile_h, x = tile % plan.tiles_x * plan.tile_w;
+  const int round_up = (1 << s) - 1, y = tile.y, x = tile.x;
   return {max((y >> s) - before, 0), min(((y + plan.tile_h + round_up) >> s) + after, level.height),
           max((x >> s) - before, 0), min(((x + plan.tile_w + round_up) >> s) + after, level.width)};
 }
@@ -145,10 +178,10 @@ __device__ inline Box box(const Plan& plan, int s, int before, int after) {
 extern __shared__ __align__(16) unsigned char shared[];
 
 template <typename T, typename S>
-__device__ inline Region<S> region(const Plan& plan, int s) {
+__device__ inline Region<S> region(const Plan& plan, const Tile& tile, int s) {
   const Level& level = plan.levels[s];
   Region<S> r;
-  static_cast<Box&>(r) = box(plan, s, level.before, level.after);
+  static_cast<Box&>(r) = box(plan, tile, s, level.before, level.after);
   r.x0 &= -column_alignment(sizeof(T));
   r.data = reinterpret_cast<S*>(shared + level.offset);
   r.pitch = level.pitch;
@@ -158,9 +191,8 @@ __device__ inline Region<S> region(const Plan& plan, int s) {
 }
 
 template <typename T>
-__device__ inline T* plane(const Plan& plan, void* data, const Level& level) {
-  const int64_t index = blockIdx.x / plan.tiles;
-  return static_cast<T*>(data) + index * level.height * level.width;
+__device__ inline T* plane(const Tile& tile, void* data, const Level& level) {
+  return static_cast<T*>(data) + tile.plane * level.height * level.width;
 }
 
 template <int kBytes>
@@ -298,11 +330,10 @@ __device__ void coarsen(const Region<F>& fine, const Box& want, Sink sink) {
   const int first = max(want.x0 / 2 - 1, fine.x0 / 4);
   const int last = min((want.x1 + 1) / 2 + 1, ceil_div(fine.x1, 4));
   const Lanes lanes(last - first);
-  const int chunks = last - first <= lanes.width ? 1 : ceil_div(last - first - 2, lanes.width - 2);
-  // As many rows to a group of lanes as give every group an item: launches have groups >= chunks.
-  const int per = ceil_div(want.y1 - want.y0, lanes.groups / chunks);
-  const int chunk = lanes.group % chunks, begin = want.y0 + lanes.group / chunks * per;
-  const int end = begin + per, q = first + chunk * (lanes.width - 2) + lanes.lane;
+  const int chunks = last - first <= lanes.width ? 1 : ceil_div(last - first - 2, 30);
+  const Share share(lanes, want.y1 - want.y0, chunks);
+  const int chunk = share.chunk, begin = want.y0 + share.first_row, end = begin + share.rows;
+  const int q = first + chunk * (lanes.width - 2) + lanes.lane;
   const bool inside = begin < want.y1 && q < last;
   const bool leftmost = lanes.lane == 0, rightmost = lanes.lane == lanes.width - 1;
   const bool emits = inside && (!leftmost || chunk == 0) && (!rightmost || chunk == chunks - 1) &&
@@ -400,31 +431,31 @@ class Combine {
   int count_;
 };
 
-// fine (+ or -) M coarse (up) or M^T coarse (down^T) over `want`, which begins at a whole quad.
+// fine (+ or -) M coarse (up) or M^T coarse (down^T) over `want`, which begins at a whole quad
+// and, where it goes to the plane, at an even row.
 template <Matrix M, bool kSubtract, To kTo, typename T, typename F, typename C>
 __device__ void refine(const Region<C>& coarse, const Region<F>& fine, T* plane, const Box& want) {
   using A = Acc<C>;
   const int first = want.x0 / 4, last = ceil_div(want.x1, 4);
   const int k0 = want.y0 / 2, k1 = ceil_div(want.y1, 2);
   const Lanes lanes(last - first);
-  const int chunks = ceil_div(last - first, lanes.width);
-  const int per = ceil_div(k1 - k0, lanes.groups / chunks);
-  const int begin = k0 + lanes.group / chunks * per, end = min(begin + per, k1);
-  const int q = first + lanes.group % chunks * lanes.width + lanes.lane;
+  const Share share(lanes, k1 - k0, ceil_div(last - first, 32));
+  const int begin = k0 + share.first_row, end = min(begin + share.rows, k1);
+  const int q = first + share.chunk * 32 + lanes.lane;
   if (q >= last || begin >= end) return;
   const int inner_end = (fine.height + 1) / 2 - 3;
   const auto w0 = weights<M, A>(2 * q, fine.width), w1 = weights<M, A>(2 * q + 1, fine.width);
   // Columns 2q - 1 .. 2q + 2. Beyond the plane, where the weight is 0, stands the neighbour,
   // which the same outputs depend on anyway: an infinity spreads no further than it must.
   const int x = min(max(2 * q, coarse.x0), (coarse.x1 - 1) & ~1);
-  const int to_left = x > coarse.x0 ? -1 : 0, to_right = x + 2 < coarse.x1 ? 2 : 1;
-  const bool single = x + 1 >= coarse.x1;
+  const bool leftmost = x <= coarse.x0, single = x + 1 >= coarse.x1, last_two = x + 2 >= coarse.x1;
   const C* row = coarse.at(min(max(begin - 1, coarse.y0), coarse.y1 - 1), x);
   const auto refine_columns = [&](A(&h)[4]) {
-    const A c0 = widen(row[to_left]), c3 = widen(row[to_right]);
-    A c[2];
+    A c0 = widen(row[-1]), c3 = widen(row[2]), c[2];  // may be another row's, then unused
     read(row, c);
+    c0 = leftmost ? c[0] : c0;
     c[1] = single ? c[0] : c[1];
+    c3 = last_two ? c[1] : c3;
     h[0] = w0.left * c0 + w0.center * c[0] + w0.right * c[1];
     h[1] = w0.odd_center * c[0] + w0.odd_right * c[1];
     h[2] = w1.left * c[0] + w1.center * c[1] + w1.right * c3;
@@ -449,7 +480,7 @@ __device__ void refine(const Region<C>& coarse, const Region<F>& fine, T* plane,
         even[c] += w.right * below[c];
         odd[c] = w.odd_center * here[c] + w.odd_right * below[c];
       }
-      if (2 * k >= want.y0) combine(0, even);
+      if (kTo != To::kRegion || 2 * k >= want.y0) combine(0, even);
       if (2 * k + 1 < want.y1) combine(1, odd);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
