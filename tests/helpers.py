@@ -85,7 +85,7 @@ class Bad:
         return f"{self.operator}-{self.argument}"
 
 
-# The last two are copied before any kernel sees them: the interpreter is too slow to run them again.
+# The last two are copied before any kernel sees them: the interpreter is too slow for them.
 LAYOUTS = ("contiguous", "channels_last", *(() if INTERPRET else ("permuted", "strided")))
 
 
