@@ -242,11 +242,12 @@ Plan make_plan(Op op, const Pyramid& p, const void* fine, int first, int steps, 
   return plan;
 }
 
-// A power of two that fills a multiprocessor with up to 1024 over its resident blocks, and leaves
-// each warp some rows: the first two of a share cost as much as any and give nothing.
-int choose_threads(const Plan& plan, DType dtype, const Device& device) {
+// Threads, a power of two. A warp's set-up and its first two rows cost as much as ten and give
+// nothing: few warps with many rows each where blocks abound, else many, for the latency.
+int choose_threads(const Plan& plan, const Pyramid& p, const Device& device) {
   const int resident = std::max(device.multiprocessor_bytes / (plan.shared_bytes + 1024), 1);
-  const int most = resident >= 3 ? 256 : (resident == 2 || dtype == DType::kFloat64 ? 512 : 1024);
+  const bool abound = p.planes * plan.tiles >= 4 * device.multiprocessors && resident >= 3;
+  const int most = abound ? 128 : resident >= 3 ? 256 : 512;
   const int quads = ceil_div(plan.tile_h, 4) * ceil_div(plan.tile_w, 4);
   const int least = 32 * ceil_div(plan.levels[0].pitch, 4 * 30);  // a warp for a chunk of a row
   int threads = 64;
@@ -354,7 +355,7 @@ cudaError_t launch(Op op, const Pyramid& p, const Plan& plan, const Device& devi
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(choose_threads(plan, p.dtype, device));
+  config.blockDim = dim3(choose_threads(plan, p, device));
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream;
   config.attrs = &early;

@@ -431,8 +431,8 @@ class Combine {
   int count_;
 };
 
-// fine (+ or -) M coarse (up) or M^T coarse (down^T) over `want`, which begins at a whole quad
-// and, where it goes to the plane, at an even row.
+// fine (+ or -) M coarse (up) or M^T coarse (down^T) over `want`, which begins at a whole quad.
+// What goes to the plane begins at an even row, and ends at one but at the plane's end.
 template <Matrix M, bool kSubtract, To kTo, typename T, typename F, typename C>
 __device__ void refine(const Region<C>& coarse, const Region<F>& fine, T* plane, const Box& want) {
   using A = Acc<C>;
@@ -444,6 +444,7 @@ __device__ void refine(const Region<C>& coarse, const Region<F>& fine, T* plane,
   const int q = first + share.chunk * 32 + lanes.lane;
   if (q >= last || begin >= end) return;
   const int inner_end = (fine.height + 1) / 2 - 3;
+  constexpr bool to_plane = kTo != To::kRegion;
   const auto w0 = weights<M, A>(2 * q, fine.width), w1 = weights<M, A>(2 * q + 1, fine.width);
   // Columns 2q - 1 .. 2q + 2. Beyond the plane, where the weight is 0, stands the neighbour,
   // which the same outputs depend on anyway: an infinity spreads no further than it must.
@@ -474,14 +475,14 @@ __device__ void refine(const Region<C>& coarse, const Region<F>& fine, T* plane,
   for (int k = begin; k < end; ++k) {
     to_row(k + 1);
     refine_columns(below);
-    const auto put_rows = [&](const Weights<A>& w, const Weights<A>& next) {
+    const auto put_rows = [&](const Weights<A>& w, const Weights<A>& next, bool inner) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         even[c] += w.right * below[c];
         odd[c] = w.odd_center * here[c] + w.odd_right * below[c];
       }
-      if (kTo != To::kRegion || 2 * k >= want.y0) combine(0, even);
-      if (2 * k + 1 < want.y1) combine(1, odd);
+      if (to_plane || 2 * k >= want.y0) combine(0, even);
+      if ((to_plane && inner) || 2 * k + 1 < want.y1) combine(1, odd);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         even[c] = next.left * here[c] + next.center * below[c];
@@ -489,9 +490,9 @@ __device__ void refine(const Region<C>& coarse, const Region<F>& fine, T* plane,
       }
     };
     if (k >= 2 && k < inner_end) {
-      put_rows(inner_weights<M, A>(), inner_weights<M, A>());
+      put_rows(inner_weights<M, A>(), inner_weights<M, A>(), true);
     } else {
-      put_rows(weights<M, A>(k, fine.height), weights<M, A>(k + 1, fine.height));
+      put_rows(weights<M, A>(k, fine.height), weights<M, A>(k + 1, fine.height), false);
     }
     combine.advance();
   }
