@@ -3,6 +3,8 @@ import, and Triton reads TRITON_INTERPRET then too."""
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,6 +120,13 @@ def test_info_prints_a_table():
     assert result.returncode == 0, result.stderr
     for name in OPERATORS:
         assert name in result.stdout
+
+
+def test_a_closed_pipe_is_no_error():
+    shell = f"{sys.executable} -m dfm_fast.cli info | head -n 1"
+    result = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.startswith("dfm_fast")
+    assert not result.stderr
 
 
 def test_unknown_command_is_one_clear_error():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,4 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in argv[:1]:
             importlib.import_module(f"dfm_fast.cli.{name}").add_arguments(command)
     args = parser.parse_args(argv)
-    return importlib.import_module(f"dfm_fast.cli.{args.command}").run(args)
+    try:
+        status = importlib.import_module(f"dfm_fast.cli.{args.command}").run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `dfm-fast report | head` has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status

@@ -23,7 +23,8 @@ backward: the operators are linear, and the adjoints are gathers over the transp
     collapse:  dL_L = dy;   dL_{s-1} = up^T(dL_s)
 
 Sums are in float32 (float64 for float64). Bytes moved at least, N elements of x, b bytes each, at
-factor 2 in 2-D: build and collapse N b (1 + 1 + 1/4 + ... + 1/4^(L-1)); backward the same.
+factor 2 in 2-D: build, its backward and collapse N b (1 + 1 + 1/4 + ... + 1/4^(L-1)); collapse's
+backward N b less, as the finest level's gradient is that of x.
 
 `haar_build` is the orthonormal Haar wavelet transform, critically sampled, with sub-bands LH (low
 along W, high along H), HL, HH as 3C channels; each is its own inverse's adjoint.
