@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import dfm_fast
-from dfm_fast.ops.pyramids import FILTERS
+from dfm_fast.ops._filters import FILTERS
 
 LEVELS = 4
 MULTIPLE = 8 << (LEVELS - 2)  # "dct" halves multiples of 8 LEVELS - 1 times

@@ -10,7 +10,7 @@ import sys
 import torch
 
 import dfm_fast
-from dfm_fast.ops.pyramids import FILTERS
+from dfm_fast.ops._filters import FILTERS
 
 
 def pyramids(device: str, dtype: torch.dtype) -> None:

@@ -10,7 +10,8 @@ from helpers import DEVICES, LAYOUTS, dtypes, relayout
 import dfm_fast
 from dfm_fast import nn
 from dfm_fast._library import INTERPRET, load_extension
-from dfm_fast.ops.pyramids import FILTERS, axis_taps, level_sizes
+from dfm_fast.ops._filters import FILTERS, axis_taps
+from dfm_fast.ops.pyramids import level_sizes
 
 SIDES = [(16, 24), (17, 23), (2, 5), (3, 2), (64, 31)]
 

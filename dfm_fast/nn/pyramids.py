@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dfm_fast import _checks
+from dfm_fast.ops._filters import FILTERS
 from dfm_fast.ops.pyramids import (
-    FILTERS,
     check_factor,
     laplacian_build,
     laplacian_collapse,
