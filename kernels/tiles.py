@@ -12,6 +12,7 @@ import triton
 from dfm_fast.kernels.resample import on_device
 from torch import Tensor
 
+from dfm_fast._library import INTERPRET
 from dfm_fast.ops.pyramids import memory_format
 
 
@@ -80,7 +81,7 @@ def plan(
         vec //= 2
     groups = channels // vec if last else 1
     across, down = width // cols, triton.cdiv(height, rows)
-    block = 32 * tile.warps
+    block = 1024 if INTERPRET else 32 * tile.warps  # the interpreter's time is per operation
     tc = _power(groups, 32)
     tw = _power(across, min(tile.across, block // tc))
     th = _power(down, block // (tc * tw))
