@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfm_fast.ops import _filters, pyramids
+from dfm_fast.ops import pyramids
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -195,7 +195,7 @@ def test_values(emulation: Emulation, dtype: torch.dtype, device: tuple[int, int
 def test_every_small_size(emulation: Emulation) -> None:
     emulation.configure(*H200)
     for height, width in itertools.product(range(2, 15), range(2, 15)):
-        most = _filters.half(min(height, width)).bit_length() + 1
+        most = ((min(height, width) + 1) // 2).bit_length() + 1
         check(emulation, (height, width, most), FLOAT32)
 
 
@@ -215,7 +215,7 @@ def test_matrices(emulation: Emulation) -> None:
     """The folded borders are those of `axis_taps`."""
     out = (ctypes.c_double * 5)()
     for kind, n in itertools.product((0, 1), range(2, 24)):
-        m = _filters.half(n)
+        m = (n + 1) // 2
         got = torch.zeros(m, n, dtype=torch.float64)
         for k in range(m):
             emulation.library.weights(kind, k, n, out)
@@ -226,7 +226,7 @@ def test_matrices(emulation: Emulation) -> None:
                     got[i, 2 * k + j] = value
                 else:
                     assert value == 0 or 2 * k + j == n
-        taps = _filters.axis_taps("binomial", ("down", "up_adjoint")[kind], n)
+        taps = pyramids.axis_taps("binomial", ("down", "up_adjoint")[kind], n)
         rows = torch.arange(m)[:, None].expand_as(taps.index)
         want = torch.zeros(m, n, dtype=torch.float64)
         want.index_put_((rows, taps.index), taps.weight, accumulate=True)

@@ -16,17 +16,20 @@
 // A thread block owns a tile of the finest level and what lies under it at the coarser ones. It
 // holds its region of each level in shared memory: the tile and the halo that the levels between
 // it and the results need (host function `halo`: build of two steps 10 + 7 rows, of one 4 + 3;
-// collapse at most 2 + 2 at any level). A plane that fits is a tile without a halo. All loads are
+// collapse at most 1 + 2 at any level). A plane that fits is a tile without a halo. All loads are
 // issued at once (cp.async, 16 bytes); results go straight to global memory.
 //
 // Columns are handled in quads, one a lane. `coarsen` runs down the rows with two partial sums per
 // column, so that a row is read once, and gets the neighbours' share by two shuffles; `refine`
-// keeps three coarse rows. Per fine element and step about 0.17 shared-memory wavefronts (of 32
-// floats) and 16 instructions, so that device memory remains the bound in fp32.
+// keeps two coarse rows. Bounds: a pair of fine rows by 128 columns takes a warp 67 instructions
+// in `coarsen` and 77 in `refine` (sm_90, float32; 45 of either are arithmetic), a warp's set-up
+// about 180 for each, hence few warps with many rows. Build of 512 x 512 planes comes to some 50
+// warp instructions for 32 elements, which is close to what device memory allows in float32 and
+// above it in 16 bits; collapse to half of that.
 //
-// Bytes of N elements: build reads N and writes N (1 + 1/4 + ... ), two steps a launch; collapse
-// and the backward of build are one launch. Halo rereads (tile 104 x 96 in a region of 124 x 113:
-// 1.4 N) hit L2, as neighbouring blocks run together.
+// Bytes of N elements: build reads N and writes N (1 + 1/4 + ...), two steps a launch; collapse
+// and the backward of build are one launch. Halo rereads (tile 104 x 88 in a region of 124 x 105:
+// 1.3 N within 512 x 512) hit L2, as neighbouring blocks run together.
 //
 // Sums are in float32 (float64 for float64). Regions hold T (the levels are rounded to T by
 // definition); the gradients of coarser levels are held in the accumulation type.
@@ -44,13 +47,16 @@ namespace {
 
 constexpr int kTileSteps = 2;  // steps in one launch of build where a plane does not fit
 
-// --- Kernels: 64 registers a thread, so that 1024 threads fill a multiprocessor -----------------
+// --- Kernels: 64 registers a thread (128 in float64)
+// ----------------------------------------------
+
+constexpr int kMaxThreads = 512;
+template <typename T>
+constexpr int kResident = sizeof(T) == 8 ? 1 : 2;
 
 template <typename T>
-constexpr int kMaxThreads = sizeof(T) == 8 ? 512 : 1024;
-
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads<T>) build_kernel(const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kMaxThreads, kResident<T>)
+    build_kernel(const __grid_constant__ Plan plan) {
   const Tile tile(plan);
   wait_for_previous_launch();
   auto fine = region<T, T>(plan, tile, 0);
@@ -76,7 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads<T>) build_kernel(const __grid_cons
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads<T>)
+__global__ void __launch_bounds__(kMaxThreads, kResident<T>)
     collapse_kernel(const __grid_constant__ Plan plan) {
   const Tile tile(plan);
   for (int s = plan.steps; s >= 0; --s) {
@@ -115,7 +121,7 @@ __device__ void subtract_coarsened(const Plan& plan, const Tile& tile, int s) {
 
 // Then g_s = dL_s + down^T(g_{s+1}), in place but for the last.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads<T>)
+__global__ void __launch_bounds__(kMaxThreads, kResident<T>)
     build_backward_kernel(const __grid_constant__ Plan plan) {
   const Tile tile(plan);
   using A = Acc<T>;
@@ -161,7 +167,7 @@ __device__ void collapse_backward_step(const Plan& plan, const Tile& tile, int s
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads<T>)
+__global__ void __launch_bounds__(kMaxThreads, kResident<T>)
     collapse_backward_kernel(const __grid_constant__ Plan plan) {
   const Tile tile(plan);
   wait_for_previous_launch();
@@ -247,7 +253,7 @@ Plan make_plan(Op op, const Pyramid& p, const void* fine, int first, int steps, 
 int choose_threads(const Plan& plan, const Pyramid& p, const Device& device) {
   const int resident = std::max(device.multiprocessor_bytes / (plan.shared_bytes + 1024), 1);
   const bool abound = p.planes * plan.tiles >= 4 * device.multiprocessors && resident >= 3;
-  const int most = abound ? 128 : resident >= 3 ? 256 : 512;
+  const int most = abound ? 128 : (resident >= 3 ? 256 : kMaxThreads);
   const int quads = ceil_div(plan.tile_h, 4) * ceil_div(plan.tile_w, 4);
   const int least = 32 * ceil_div(plan.levels[0].pitch, 4 * 30);  // a warp for a chunk of a row
   int threads = 64;
