@@ -14,6 +14,8 @@ from setuptools import find_packages, setup
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512 += ["-mprefer-vector-width=512"]
+# Without it at::parallel_for is serial; torch has loaded its own libgomp by then.
+OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 BUILDS = {"_C": []}
 if platform.machine() in ("x86_64", "AMD64"):
     BUILDS |= {"_C_avx2": AVX2, "_C_avx512": AVX512}
@@ -34,9 +36,15 @@ def extensions():
             self.build_temp = base
 
     def cpp(name, flags):
-        args = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", *flags]
+        args = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall", *flags, *OPENMP]
         sources = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
-        return CppExtension(f"dfm_fast.{name}", sources, extra_compile_args={"cxx": args})
+        return CppExtension(
+            f"dfm_fast.{name}",
+            sources,
+            depends=sorted(str(p) for p in Path("csrc/cpu").glob("*.h")),
+            extra_compile_args={"cxx": args},
+            extra_link_args=OPENMP,
+        )
 
     modules = [cpp(name, flags) for name, flags in BUILDS.items()]
     sources = sorted(str(p) for p in Path("csrc/cuda").glob("*.c*"))

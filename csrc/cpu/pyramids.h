@@ -283,6 +283,13 @@ inline void stream(const LevelPlan<A>& plan, Band band, Produce produce, Finish 
   }
 }
 
+// The fine rows that the next coarse rows gather first.
+template <class From, class A>
+inline void prefetch_rows(const LevelPlan<A>& plan, Plane<From> source, int64_t t, int64_t i) {
+  int64_t j = i * plan.fine_per_coarse;
+  prefetch<false>(source.row(t, j), plan.fine_per_coarse * plan.fine.row());
+}
+
 // coarse = round(down x), detail = x - up(coarse).
 template <class T, class A>
 void build_level(const LevelPlan<A>& plan, Workspace<A>& ws, Band band, Plane<const T> x,
@@ -290,6 +297,7 @@ void build_level(const LevelPlan<A>& plan, Workspace<A>& ws, Band band, Plane<co
   Ring<A> ring{plan, ws};
   int64_t n = plan.coarse.row();
   auto produce = [&](int64_t t, int64_t i) {
+    prefetch_rows(plan, x, t, i);
     const A* row = gather_row(plan, ws, x, t, i);
     bool owned = i >= band.coarse_begin && i < band.coarse_end;
     T* rounded = owned ? coarse.row(t, i) : reinterpret_cast<T*>(ws.row(plan, 3));
@@ -299,7 +307,10 @@ void build_level(const LevelPlan<A>& plan, Workspace<A>& ws, Band band, Plane<co
     else
       ring.push(t, i, rounded);
   };
-  auto finish = [&](int64_t t, int64_t j) { ring.finish(t, j, x.row(t, j), detail.row(t, j)); };
+  auto finish = [&](int64_t t, int64_t j) {
+    prefetch<true>(detail.row(t, j), plan.fine.row());
+    ring.finish(t, j, x.row(t, j), detail.row(t, j));
+  };
   stream(plan, band, produce, finish);
 }
 
@@ -309,7 +320,11 @@ void collapse_level(const LevelPlan<A>& plan, Workspace<A>& ws, Band band, Plane
                     Plane<const T> detail, Plane<T> fine) {
   Ring<A> ring{plan, ws};
   auto produce = [&](int64_t t, int64_t i) { ring.push(t, i, coarse.row(t, i)); };
-  auto finish = [&](int64_t t, int64_t j) { ring.finish(t, j, detail.row(t, j), fine.row(t, j)); };
+  auto finish = [&](int64_t t, int64_t j) {
+    prefetch<false>(detail.row(t, j), plan.fine.row());
+    prefetch<true>(fine.row(t, j), plan.fine.row());
+    ring.finish(t, j, detail.row(t, j), fine.row(t, j));
+  };
   stream(plan, band, produce, finish);
 }
 
@@ -319,11 +334,15 @@ void build_backward_level(const LevelPlan<A>& plan, Workspace<A>& ws, Band band,
                           Plane<const G> grad, Plane<const T> detail, Plane<To> fine) {
   Ring<A> ring{plan, ws};
   auto produce = [&](int64_t t, int64_t i) {
+    prefetch_rows(plan, detail, t, i);
     A* row = gather_row(plan, ws, detail, t, i);
     add_weighted_sum(row, grad.row(t, i), WeightedRows<1, A>{{row}, {A(-1)}}, plan.coarse.row());
     ring.push(t, i, row);
   };
-  auto finish = [&](int64_t t, int64_t j) { ring.finish(t, j, detail.row(t, j), fine.row(t, j)); };
+  auto finish = [&](int64_t t, int64_t j) {
+    prefetch<true>(fine.row(t, j), plan.fine.row());
+    ring.finish(t, j, detail.row(t, j), fine.row(t, j));
+  };
   stream(plan, band, produce, finish);
 }
 
@@ -333,6 +352,7 @@ void collapse_backward_level(const LevelPlan<A>& plan, Workspace<A>& ws, Band ba
                              Plane<const G> grad, Plane<A> exact, Plane<T> rounded) {
   for (int64_t t = 0; t < plan.coarse.T; ++t)
     for (int64_t i = band.coarse_begin; i < band.coarse_end; ++i) {
+      prefetch_rows(plan, grad, t, i);
       const A* row = gather_row(plan, ws, grad, t, i);
       convert_row(rounded.row(t, i), row, plan.coarse.row());
       if (exact.data) convert_row(exact.row(t, i), row, plan.coarse.row());

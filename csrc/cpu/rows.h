@@ -73,7 +73,7 @@ inline HalfWord load_half_words(const void* p) {
 
 inline Word widen_words(HalfWord h) {
 #if defined(__AVX512F__)
-  return bits_as<Word>(_mm512_cvtepu16_epi32(bits_as<__m256i>(h)));
+  return bits_as<Word>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(h)));
 #elif defined(__AVX2__)
   return bits_as<Word>(_mm256_cvtepu16_epi32(bits_as<__m128i>(h)));
 #else
@@ -273,6 +273,17 @@ DFM_INLINE inline void add_weighted_sum(To* to, const Base* base, const Weighted
   for_vectors<acc_t<From>>(n, [&](int64_t i, auto count) DFM_INLINE {
     store(to + i, load(base + i, count) + rows.sum(i, count), count);
   });
+}
+
+// Ask for what lies a little after p[0 .. n), as whole planes are worked through in order. Several
+// streams of short rows are too much for the hardware's prefetchers (measured: 1.5 to 2 times
+// slower without).
+template <bool write, class T>
+inline void prefetch(const T* p, int64_t n) {
+  constexpr int64_t line = 64, distance = write ? 2048 : 4096;
+  auto at = reinterpret_cast<uintptr_t>(p) + distance;
+  for (auto end = at + n * sizeof(T); at < end; at += line)
+    __builtin_prefetch(reinterpret_cast<const void*>(at), write);
 }
 
 // --- Lanes -----------------------------------------------------------------------------
