@@ -235,9 +235,11 @@ def _binomial() -> ModuleType | None:
         return None
 
 
-def _takes_binomial(x: Tensor, filter: str, factor: Sequence[int]) -> bool:
-    two = tuple(factor) in ((2, 2), (1, 2, 2))
-    return filter == "binomial" and two and x.is_cuda and not is_last(x) and _binomial() is not None
+def _takes_binomial(x: Tensor, num_levels: int, filter: str, factor: Sequence[int]) -> bool:
+    if filter != "binomial" or not x.is_cuda or is_last(x) or num_levels > 16:
+        return False
+    fits = max(x.shape[-2:]) < 2**27
+    return fits and tuple(factor) in ((2, 2), (1, 2, 2)) and _binomial() is not None
 
 
 def _images(x: Tensor) -> Tensor:
@@ -251,7 +253,7 @@ def laplacian_build(
     filter: str,
     factor: Sequence[int],
 ) -> list[Tensor]:
-    if _takes_binomial(x, filter, factor):
+    if _takes_binomial(x, num_levels, filter, factor):
         levels = _binomial().binomial_build(_images(x), num_levels)
         return [v.view(*x.shape[:-2], *v.shape[-2:]) for v in levels]
     launches = _launches([x], num_levels, filter, factor)
@@ -273,7 +275,7 @@ def laplacian_build(
 
 def laplacian_collapse(levels: Sequence[Tensor], filter: str, factor: Sequence[int]) -> Tensor:
     finest = levels[-1]
-    if _takes_binomial(finest, filter, factor):
+    if _takes_binomial(finest, len(levels), filter, factor):
         return _binomial().binomial_collapse([_images(v) for v in levels]).view(finest.shape)
     launches = _launches(levels, len(levels), filter, factor)
     if launches is None:
@@ -291,7 +293,7 @@ def laplacian_collapse(levels: Sequence[Tensor], filter: str, factor: Sequence[i
 def laplacian_build_backward(grads: Sequence[Tensor], filter: str, factor: Sequence[int]) -> Tensor:
     """What one launch hands to the next stays in fp32, as in the reference."""
     finest = grads[-1]
-    if _takes_binomial(finest, filter, factor):
+    if _takes_binomial(finest, len(grads), filter, factor):
         return _binomial().binomial_build_backward([_images(g) for g in grads]).view(finest.shape)
     launches = _launches(grads, len(grads), filter, factor)
     if launches is None:
@@ -312,7 +314,7 @@ def laplacian_collapse_backward(
     grad: Tensor, num_levels: int, filter: str, factor: Sequence[int]
 ) -> list[Tensor]:
     """What one launch hands to the next is rounded."""
-    if _takes_binomial(grad, filter, factor):
+    if _takes_binomial(grad, num_levels, filter, factor):
         grads = _binomial().binomial_collapse_backward(_images(grad), num_levels)
         return [g.view(*grad.shape[:-2], *g.shape[-2:]) for g in grads]
     launches = _launches([grad], num_levels, filter, factor)

@@ -152,10 +152,12 @@ def empty(
     x: Tensor, channels: int, sizes: Sequence[int], dtype: torch.dtype | None = None
 ) -> Tensor:
     """A new [N, channels, *sizes] in x's layout."""
+    layout = memory_format(x)
+    if layout == torch.contiguous_format:
+        return x.new_empty((x.shape[0], channels, *sizes), dtype=dtype)
     shape = torch.Size((x.shape[0], channels, *sizes))
-    return torch.empty_strided(
-        shape, _strides(shape, memory_format(x)), dtype=dtype or x.dtype, device=x.device
-    )
+    strides = _strides(shape, layout)
+    return torch.empty_strided(shape, strides, dtype=dtype or x.dtype, device=x.device)
 
 
 def resample(
