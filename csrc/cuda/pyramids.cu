@@ -47,8 +47,7 @@ namespace {
 
 constexpr int kTileSteps = 2;  // steps in one launch of build where a plane does not fit
 
-// --- Kernels: 64 registers a thread (128 in float64)
-// ----------------------------------------------
+// --- Kernels: 64 registers a thread, 128 in float64 --------------------------------------------
 
 constexpr int kMaxThreads = 512;
 template <typename T>

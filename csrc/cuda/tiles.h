@@ -62,7 +62,7 @@ struct Plan {
   int fine_alignment;
   int steps;  // levels - 1
   int tile_h, tile_w, tiles_x, tiles;
-  int threads, shared_bytes;
+  int shared_bytes;
 };
 
 struct Box {
@@ -79,7 +79,10 @@ struct Region : Box {
   __device__ T* at(int y, int x) const { return data + (y - y0) * pitch + (x - x0); }
 };
 
-constexpr int column_alignment(int bytes) { return bytes >= 4 ? 4 : 16 / bytes; }
+// Columns to which a region's first is rounded down: whole quads, and whole 16 bytes.
+__host__ __device__ constexpr int column_alignment(int bytes) {
+  return bytes >= 4 ? 4 : 16 / bytes;
+}
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
