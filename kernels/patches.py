@@ -18,9 +18,12 @@ import triton.language as tl
 @triton.jit
 def lanes(
     P, H, WP, CG, ROWS: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr,
-    BLOCK: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(plane, first row, patch column, channel group) of every lane: tiles of TH x TW patches."""
+    """(plane, first row, patch column, channel group) of every lane: tiles of TH x TW patches.
+
+    WIDE: a plane has 2^31 elements or more, and offsets within it 64 bits.
+    """
     TP: tl.constexpr = BLOCK // (TC * TW * TH)
     lane = tl.arange(0, BLOCK)
     if LAST:
@@ -32,6 +35,8 @@ def lanes(
     tile = tile // tl.cdiv(WP, TW)
     tiles_h = tl.cdiv(tl.cdiv(H, ROWS), TH)
     row = tl.minimum((tile % tiles_h * TH + lane // (TC * TW) % TH) * ROWS, H - ROWS)
+    if WIDE:
+        row = row.to(tl.int64)
     plane = tl.minimum(tile // tiles_h * TP + lane // (TC * TW * TH), P - 1)
     return plane.to(tl.int64), row, column, group
 
@@ -97,7 +102,7 @@ def load_pairs(ptr, N: tl.constexpr):
 @triton.jit
 def plane_of(ptr, at, H, W, C, VEC: tl.constexpr, LAST: tl.constexpr):
     """Pointers to pixel (0, 0) of each lane's plane: [BLOCK], or [BLOCK, VEC] channels."""
-    ptr = ptr + at[0] * (H * W * C)
+    ptr = ptr + at[0] * H * (W * C)
     if LAST:
         ptr = ptr + at[3] * VEC + tl.arange(0, VEC)[None, :]
     return ptr

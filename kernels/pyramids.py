@@ -64,11 +64,12 @@ def _laplacian_build_fwd_kernel(
     x_ptr, coarse_ptr, middle_ptr, fine_ptr, P, H, WP, CG, FILTER: tl.constexpr,
     STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     EDGE: tl.constexpr = 1 if FILTER == "bilinear" else 0  # halo that `up` takes and leaves
     UP: tl.constexpr = 0.0625 if FILTER == "bilinear" else 1.0  # what makes it a mean
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST, WIDE)
     size = (H, WP, CG * VEC if LAST else 1)
     x = load(x_ptr, at, size, 0, ROWS, COLS, EDGE << STEPS, VEC, LAST)
     coarse = pool(x, 0.25)
@@ -97,10 +98,11 @@ def _laplacian_collapse_fwd_kernel(
     coarse_ptr, middle_ptr, fine_ptr, out_ptr, P, H, WP, CG, FILTER: tl.constexpr,
     STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     EDGE: tl.constexpr = 1 if FILTER == "bilinear" else 0
     UP: tl.constexpr = 0.0625 if FILTER == "bilinear" else 1.0
-    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST, WIDE)
     size = (H, WP, CG * VEC if LAST else 1)
     x = load(coarse_ptr, at, size, STEPS, ROWS >> STEPS, COLS >> STEPS, EDGE, VEC, LAST)
     x = up(x, FILTER)
@@ -120,13 +122,14 @@ def _laplacian_build_bwd_kernel(
     dfine_ptr, dmiddle_ptr, dcoarse_ptr, dx_ptr, P, H, WP, CG, FILTER: tl.constexpr,
     STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     # No halo of a gradient is needed beyond its own level: down^T is repeat / 4.
     EDGE: tl.constexpr = 1 if FILTER == "bilinear" else 0
     UP: tl.constexpr = 0.0625 if FILTER == "bilinear" else 1.0
     FACTOR4: tl.constexpr = STEPS == 2 and dmiddle_ptr is None
     FAR: tl.constexpr = 4 * EDGE if FACTOR4 else EDGE
-    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST, WIDE)
     size = (H, WP, CG * VEC if LAST else 1)
     grad = load(dcoarse_ptr, at, size, STEPS, ROWS >> STEPS, COLS >> STEPS, 0, VEC, LAST)
     dfine = load(dfine_ptr, at, size, 0, ROWS, COLS, FAR, VEC, LAST)
@@ -150,11 +153,12 @@ def _laplacian_collapse_bwd_kernel(
     dy_ptr, dcoarse_ptr, dmiddle_ptr, P, H, WP, CG, FILTER: tl.constexpr,
     STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     # Two bilinear halvings need three pixels around: `walks` has them.
     EDGE: tl.constexpr = 1 if FILTER == "bilinear" else 0
     UP: tl.constexpr = 0.0625 if FILTER == "bilinear" else 1.0
-    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST, WIDE)
     size = (H, WP, CG * VEC if LAST else 1)
     grad = load(dy_ptr, at, size, 0, ROWS, COLS, EDGE, VEC, LAST)
     grad = scaled(up_adjoint(grad, FILTER), UP)
@@ -180,8 +184,9 @@ def _haar_build_kernel(
     x_ptr, coarse_ptr, detail1_ptr, detail2_ptr, detail3_ptr, P, H, WP, CG, channels,
     STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST, WIDE)
     size = (H, WP, CG * VEC if LAST else 1)
     details = (detail1_ptr, detail2_ptr, detail3_ptr)
     x = load(x_ptr, at, size, 0, ROWS, COLS, 0, VEC, LAST)
@@ -200,8 +205,9 @@ def _haar_collapse_kernel(
     coarse_ptr, detail1_ptr, detail2_ptr, detail3_ptr, out_ptr, P, H, WP, CG, channels,
     STEPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     LAST: tl.constexpr, TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST, WIDE)
     size = (H, WP, CG * VEC if LAST else 1)
     details = (detail1_ptr, detail2_ptr, detail3_ptr)
     x = load(coarse_ptr, at, size, STEPS, ROWS >> STEPS, COLS >> STEPS, 0, VEC, LAST)
@@ -226,11 +232,10 @@ def _launches(
 
     Factor 2 takes up to two levels a launch; factor 4 is two halvings and one level.
     """
-    (*frames, f, g), x = factor, inputs[-1]
-    plane = x.shape[-1] * x.shape[-2] * (x.shape[1] if is_last(x) else 1)
+    *frames, f, g = factor
     if filter not in ("nearest", "bilinear") or f != g or f == 1 or max(frames, default=1) > 1:
         return None
-    if plane >= 2**31 or any(v.data_ptr() % 4 for v in inputs):  # bfloat16 is read in pairs
+    if any(v.data_ptr() % 4 for v in inputs):  # bfloat16 is read in pairs
         return None
     levels = num_levels - 1
     if f == 4:
@@ -354,8 +359,13 @@ def laplacian_collapse_backward(
 HAAR_STEPS = 3  # levels a launch
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy where a pair of bfloat16 would straddle words: views with an odd offset."""
+    return x.clone() if x.data_ptr() % 4 else x
+
+
 def haar_build(x: Tensor, num_levels: int) -> list[Tensor]:
-    channels = x.shape[1]
+    x, channels = _aligned(x), x.shape[1]
     details, last = [], is_last(x)
     for start in range(0, num_levels - 1, HAAR_STEPS):
         steps = min(HAAR_STEPS, num_levels - 1 - start)
@@ -370,7 +380,7 @@ def haar_build(x: Tensor, num_levels: int) -> list[Tensor]:
 
 
 def haar_collapse(levels: Sequence[Tensor]) -> Tensor:
-    x, details = levels[0], list(levels[1:])
+    x, *details = map(_aligned, levels)
     channels, last = x.shape[1], is_last(levels[-1])
     while details:
         # The finest launch takes HAAR_STEPS levels, so that the odd ones out are small.

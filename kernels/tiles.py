@@ -54,7 +54,7 @@ TILES: dict[str, dict[tuple[int, bool], tuple[Tile, ...]]] = {
     "haar": _BANDS,
 }
 WARP = 64 if torch.version.hip else 32
-CONSTANTS = ("ROWS", "COLS", "VEC", "LAST", "TC", "TW", "TH", "BLOCK")
+CONSTANTS = ("ROWS", "COLS", "VEC", "LAST", "TC", "TW", "TH", "BLOCK", "WIDE")
 
 
 def _power(n: int, most: int) -> int:
@@ -88,7 +88,8 @@ def plan(
     tp = block // (tc * tw * th)
     programs = triton.cdiv(groups, tc) * triton.cdiv(across, tw) * triton.cdiv(down, th)
     programs *= triton.cdiv(planes, tp)
-    constants = (rows, cols, vec, last, tc, tw, th, block)
+    wide = 3 * height * width * channels >= 2**31  # a Haar level has 3 C channels
+    constants = (rows, cols, vec, last, tc, tw, th, block, wide)
     return programs, (planes, height, across, groups), constants, max(1, block // WARP)
 
 

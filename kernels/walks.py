@@ -47,10 +47,11 @@ def build_kernel(
     x_ptr, coarse_ptr, middle_ptr, fine_ptr, P, H, WP, CG, STEPS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr,
     TC: tl.constexpr, TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     # A lane walks down its columns, 2^STEPS rows at a time, and keeps the last row of each level:
     # what lies between two rows can be predicted once the lower is known, one row late.
-    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST, WIDE)
     size = (H, WP, CG * VEC if LAST else 1)
     HALO: tl.constexpr = 1 << STEPS
     EXTRA: tl.constexpr = STEPS - 1  # columns of a middle row's halo that only the coarse row needs
@@ -130,8 +131,9 @@ def collapse_bwd_kernel(
     dy_ptr, dcoarse_ptr, dmiddle_ptr, P, H, WP, CG, STEPS: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr, TC: tl.constexpr,
     TW: tl.constexpr, TH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST)
+    at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST, WIDE)
     size = (H, WP, CG * VEC if LAST else 1)
     C = size[2]
     coarse_at = plane_of(dcoarse_ptr, at, H // 4, WP * (COLS // 4), C, VEC, LAST)
