@@ -417,7 +417,7 @@ def specialisations() -> Iterator[Specialisation]:
         ("haar_build", (_haar_build_kernel, "haar"), two, ("detail3_ptr",)),
         ("haar_collapse", (_haar_collapse_kernel, "haar"), two, ("detail3_ptr",)),
     ]
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     for dtype, last, kind in itertools.product(dtypes, (False, True), kinds):
         name, (kernel, tiles), constants, absent = kind
         fields = described(kernel, tiles, dtype, last, constants, absent=absent)

@@ -53,6 +53,8 @@ TILES: dict[str, dict[tuple[int, bool], tuple[Tile, ...]]] = {
     "collapse_backward_walk": _WALKS,
     "haar": _BANDS,
 }
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NAMES |= {torch.float32: "fp32", torch.float64: "fp64"}
 WARP = 64 if torch.version.hip else 32
 CONSTANTS = ("ROWS", "COLS", "VEC", "LAST", "TC", "TW", "TH", "BLOCK", "WIDE")
 
@@ -135,7 +137,7 @@ def described(
     wide = constants["VEC"] if last else min(constants["VEC"], constants["COLS"])
     return {
         "kernel": kernel,
-        "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
+        "dtype": _NAMES[dtype],
         "arguments": pointers | integers,
         "constants": constants,
         "warps": constants["BLOCK"] // 32,
