@@ -10,16 +10,17 @@
 
 namespace dfm_fast {
 
-// The three detail bands of a coarse plane: LH, HL, HH (C = 1: three planes, `band_stride` apart;
-// channels_last: 3C channels per pixel).
+// The three detail bands of a coarse plane, LH, HL, HH: three planes, or (channels_last) 3C
+// channels in every pixel.
 template <class T>
 struct Bands {
   T* data;
   Grid grid;  // of one band
-  int64_t band_stride;
+  bool interleaved;
+  int64_t band_stride;  // where not interleaved
 
   T* row(int band, int64_t i) const {
-    return data + band * band_stride + i * grid.row() * (grid.C > 1 ? 3 : 1);
+    return interleaved ? data + i * 3 * grid.row() : data + band * band_stride + i * grid.row();
   }
 };
 
@@ -80,7 +81,7 @@ void haar_build_rows(HaarWorkspace<A>& ws, int64_t begin, int64_t end, Plane<con
     gather_pairs<T>({{top, bottom}, {A(.5), A(-.5)}}, sum, lh, hh, w, C);
     convert_row(coarse.row(0, i), ll, n);
     const A* packed[3] = {lh, hl, hh};
-    if (C > 1) {
+    if (bands.interleaved) {
       interleave3(packed, pixels, w, C);
       convert_row(bands.row(0, i), pixels, 3 * n);
     } else {
@@ -116,7 +117,7 @@ void haar_collapse_rows(HaarWorkspace<A>& ws, int64_t begin, int64_t end, Plane<
   for (int64_t i = begin; i < end; ++i) {
     convert_row(ll, coarse.row(0, i), n);
     A* packed[3] = {lh, hl, hh};
-    if (C > 1) {
+    if (bands.interleaved) {
       convert_row(pixels, bands.row(0, i), 3 * n);
       deinterleave3(pixels, packed, w, C);
     } else {

@@ -17,8 +17,7 @@ namespace dfm_fast {
 
 constexpr int64_t kRowMargin = 32;
 
-// --- One channel
-// ----------------------------------------------------------------------------------
+// --- One channel ---
 //
 // Neighbours come from the vectors before and after, in registers: reading a row that was just
 // written at an offset of one element would wait for the stores.
@@ -93,11 +92,13 @@ inline void spread_single(W, const From* x, int64_t m, A* y, const A* p) {
   push(Vec<A>{});
 }
 
-// --- C channels: a vector V per step, whose excess the next pixel overwrites
-// -----------------------
+// --- C channels: a vector V per step, whose excess the next pixel overwrites ---
+
+template <class A>
+using Small = Vec<A, 4 * sizeof(A)>;
 
 template <class V, class A>
-inline V load_as(const A* p) {
+DFM_INLINE inline V load_as(const A* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
@@ -136,35 +137,58 @@ inline void spread_pixels(W, const A* __restrict x, A* __restrict y, int64_t m, 
   }
 }
 
-// --- "dct": p is the [4][8] block
-// -----------------------------------------------------------------
+// --- "dct": p is the [4][8] block ---
+
+// y[i * C ..] = sum_k weight(i, k) x[k * C ..].
+template <class V, int outputs, int inputs, class A, class Weight>
+DFM_INLINE inline void mix_pixels(const A* x, A* y, int64_t C, const Weight& weight) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(A);
+  for (int i = 0; i < outputs; ++i)
+    for (int64_t c = 0; c < C; c += lanes) {
+      V sum = weight(i, 0) * load_as<V>(x + c);
+      for (int k = 1; k < inputs; ++k) sum += weight(i, k) * load_as<V>(x + k * C + c);
+      std::memcpy(y + i * C + c, &sum, sizeof sum);
+    }
+}
 
 template <class A>
 inline void gather_blocks(const A* __restrict x, A* __restrict y, int64_t m, int64_t C,
                           const A* p) {
-  for (int64_t b = 0; b < m / 4; ++b, x += 8 * C, y += 4 * C)
-    for (int64_t c = 0; c < C; ++c)
-      for (int r = 0; r < 4; ++r) {
-        A sum = 0;
-        for (int k = 0; k < 8; ++k) sum += p[8 * r + k] * x[k * C + c];
-        y[r * C + c] = sum;
-      }
+  using Four = Small<A>;
+  Four column[8];
+  for (int k = 0; k < 8; ++k)
+    for (int r = 0; r < 4; ++r) column[k][r] = p[8 * r + k];
+  for (int64_t b = 0; b < m / 4; ++b, x += 8 * C, y += 4 * C) {
+    if (C > 1) {
+      auto weight = [p](int r, int k) { return p[8 * r + k]; };
+      mix_pixels<Vec<A>, 4, 8>(x, y, C, weight);
+      continue;
+    }
+    Four sum = column[0] * x[0];
+    for (int k = 1; k < 8; ++k) sum += column[k] * x[k];
+    std::memcpy(y, &sum, sizeof sum);
+  }
 }
 
 template <class A>
 inline void spread_blocks(const A* __restrict x, A* __restrict y, int64_t m, int64_t C,
                           const A* p) {
-  for (int64_t b = 0; b < m / 4; ++b, x += 4 * C, y += 8 * C)
-    for (int64_t c = 0; c < C; ++c)
-      for (int k = 0; k < 8; ++k) {
-        A sum = 0;
-        for (int r = 0; r < 4; ++r) sum += p[8 * r + k] * x[r * C + c];
-        y[k * C + c] = sum;
-      }
+  using Four = Small<A>;
+  for (int64_t b = 0; b < m / 4; ++b, x += 4 * C, y += 8 * C) {
+    if (C > 1) {
+      auto weight = [p](int k, int r) { return p[8 * r + k]; };
+      mix_pixels<Vec<A>, 8, 4>(x, y, C, weight);
+      continue;
+    }
+    for (int k = 0; k < 8; k += 4) {
+      Four sum = load_as<Four>(p + k) * x[0];
+      for (int r = 1; r < 4; ++r) sum += load_as<Four>(p + 8 * r + k) * x[r];
+      std::memcpy(y + k, &sum, sizeof sum);
+    }
+  }
 }
 
-// --- One 2x step
-// ----------------------------------------------------------------------------------
+// --- One 2x step ---
 
 template <class A>
 struct HorizontalStep {
@@ -213,7 +237,7 @@ struct HorizontalStep {
     zero_ends(x, fine);
     with_window([&](auto window) DFM_INLINE {
       if (C <= 4)
-        gather_pixels<Vec<A, 4 * sizeof(A)>>(window, x, y, coarse, C, p.data());
+        gather_pixels<Small<A>>(window, x, y, coarse, C, p.data());
       else
         gather_pixels<Vec<A>>(window, x, y, coarse, C, p.data());
     });
@@ -224,7 +248,7 @@ struct HorizontalStep {
     zero_ends(x, coarse);
     with_window([&](auto window) DFM_INLINE {
       if (C <= 4)
-        spread_pixels<Vec<A, 4 * sizeof(A)>>(window, x, y, coarse, C, p.data());
+        spread_pixels<Small<A>>(window, x, y, coarse, C, p.data());
       else
         spread_pixels<Vec<A>>(window, x, y, coarse, C, p.data());
     });

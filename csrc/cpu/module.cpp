@@ -1,5 +1,5 @@
 // The Python module: importing it registers the operators of the other sources.
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #if defined(__AVX512F__)

@@ -17,7 +17,7 @@ using at::IntArrayRef;
 using at::Tensor;
 using at::TensorList;
 
-// --- Arguments -----------------------------------------------------------------------------------
+// --- Arguments ---
 
 // channels_last where x is that and not contiguous, as `memory_format` in the reference.
 at::MemoryFormat layout_of(const Tensor& x) {
@@ -75,7 +75,7 @@ void check_sides(const char* op, Filter filter, Grid fine, std::array<int, 3> st
                   multiple, " at every halving, got a side of ", sides[a]);
 }
 
-// --- Layout --------------------------------------------------------------------------------------
+// --- Layout ---
 
 Grid grid_of(const Tensor& x, at::MemoryFormat layout) {
   int64_t T = x.dim() == 5 ? x.size(2) : 1;
@@ -106,7 +106,7 @@ Plane<T> plane(const Tensor& x, Grid grid, int64_t p) {
   return {data + p * grid.plane(), grid};
 }
 
-// --- Scheduling ----------------------------------------------------------------------------------
+// --- Scheduling ---
 
 template <class F>
 void dispatch(at::ScalarType dtype, const char* op, F f) {
@@ -186,7 +186,7 @@ Plane<const T> readable(Plane<T> p) {
   return {p.data, p.grid};
 }
 
-// --- Laplacian -----------------------------------------------------------------------------------
+// --- Laplacian ---
 
 // The plans of all levels; `work` gets their grids.
 template <class A>
@@ -209,7 +209,6 @@ std::vector<LevelPlan<A>> make_plans(const char* op, const Tensor& finest, int64
   return plans;
 }
 
-template <class A>
 void check_grids(const char* op, TensorList levels, const Work& work) {
   for (size_t s = 0; s < levels.size(); ++s) {
     Grid expected = work.grids[s], got = grid_of(levels[s], layout_of(levels.back()));
@@ -263,7 +262,7 @@ Tensor laplacian_collapse_cpu(TensorList levels, std::string_view filter_name, I
     using A = acc_t<T>;
     Work work;
     auto plans = make_plans<A>(op, finest, levels.size(), filter, factor, false, 1, work);
-    check_grids<A>(op, levels, work);
+    check_grids(op, levels, work);
     if (finest.numel() == 0) return;
     Scratch<T> scratch(work);
     int64_t last = static_cast<int64_t>(plans.size()) - 1;
@@ -294,7 +293,7 @@ Tensor laplacian_build_backward_cpu(TensorList grads, std::string_view filter_na
     using A = acc_t<T>;
     Work work;
     auto plans = make_plans<A>(op, finest, grads.size(), filter, factor, true, 1, work);
-    check_grids<A>(op, grads, work);
+    check_grids(op, grads, work);
     if (finest.numel() == 0) return;
     Scratch<A> scratch(work);
     int64_t last = static_cast<int64_t>(plans.size()) - 1;
@@ -354,12 +353,11 @@ std::vector<Tensor> laplacian_collapse_backward_cpu(const Tensor& grad, int64_t 
   return grads;
 }
 
-// --- Haar ----------------------------------------------------------------------------------------
+// --- Haar ---
 
-// Grids of the low-pass bands, coarse to fine, for a finest level (the image) of `grid`.
-Work haar_work(const char* op, const Tensor& coarsest_or_x, Grid grid, int64_t num_levels) {
-  bool last = layout_of(coarsest_or_x) != at::MemoryFormat::Contiguous;
-  Work work{coarsest_or_x.size(0) * (last ? 1 : coarsest_or_x.size(1)), {grid}};
+// The work on images of C channels, each plane of which is `grid` at the finest level.
+Work haar_work(const char* op, int64_t N, int64_t C, Grid grid, int64_t num_levels) {
+  Work work{grid.C == C ? N : N * C, {grid}};
   for (int64_t s = 0; s < num_levels - 1; ++s) {
     check_sides(op, Filter::nearest, grid, {0, 1, 1});
     grid.H /= 2, grid.W /= 2;
@@ -370,11 +368,25 @@ Work haar_work(const char* op, const Tensor& coarsest_or_x, Grid grid, int64_t n
 
 // Detail bands of plane p of a tensor [N, 3C, h, w].
 template <class T>
-Bands<T> bands(const Tensor& detail, Grid grid, int64_t p) {
+Bands<T> bands(const Tensor& detail, at::MemoryFormat layout, Grid grid, int64_t p) {
   auto whole = plane<T>(detail, grid, 0);
-  if (grid.C > 1) return {whole.data + p * 3 * grid.plane(), grid, grid.C};
+  if (layout != at::MemoryFormat::Contiguous)
+    return {whole.data + p * 3 * grid.plane(), grid, true, 0};
   int64_t C = detail.size(1) / 3, n = p / C, c = p % C;
-  return {whole.data + (n * 3 * C + c) * grid.plane(), grid, C * grid.plane()};
+  return {whole.data + (n * 3 * C + c) * grid.plane(), grid, false, C * grid.plane()};
+}
+
+void check_haar_levels(const char* op, TensorList levels, const Work& work) {
+  const Tensor& coarsest = levels[0];
+  for (size_t s = 0; s < levels.size(); ++s) {
+    Grid grid = work.grids[s == 0 ? 0 : s - 1];
+    int64_t channels = coarsest.size(1) * (s == 0 ? 1 : 3);
+    at::IntArrayRef sizes = levels[s].sizes();
+    TORCH_CHECK(sizes.size() == 4 && sizes[0] == coarsest.size(0) && sizes[1] == channels &&
+                    sizes[2] == grid.H && sizes[3] == grid.W,
+                op, ": expected level ", s, " with ", channels, " channels and sides ", grid.H, " ",
+                grid.W, ", got sizes ", sizes);
+  }
 }
 
 std::vector<Tensor> haar_build_cpu(const Tensor& x, int64_t num_levels) {
@@ -382,8 +394,9 @@ std::vector<Tensor> haar_build_cpu(const Tensor& x, int64_t num_levels) {
   check_dense(op, "x", x, layout_of(x));
   TORCH_CHECK(x.dim() == 4, op, ": expected x with 4 dimensions, got ", x.sizes());
   if (num_levels == 1) return {copy_of(x)};
-  Work work = haar_work(op, x, grid_of(x, layout_of(x)), num_levels);
   int64_t C = x.size(1);
+  auto layout = layout_of(x);
+  Work work = haar_work(op, x.size(0), C, grid_of(x, layout), num_levels);
   std::vector<Tensor> levels{empty_like(x, C, work.grids[0])};
   for (int64_t s = 0; s < num_levels - 1; ++s)
     levels.push_back(empty_like(x, 3 * C, work.grids[s]));
@@ -398,7 +411,8 @@ std::vector<Tensor> haar_build_cpu(const Tensor& x, int64_t num_levels) {
           auto fine = s == num_levels - 2 ? plane<const T>(x, work.grids[s + 1], p)
                                           : readable(scratch.plane(s + 1, slot));
           auto coarse = s == 0 ? plane<T>(levels[0], work.grids[0], p) : scratch.plane(s, slot);
-          haar_build_rows(ws, begin, end, fine, coarse, bands<T>(levels[s + 1], work.grids[s], p));
+          haar_build_rows(ws, begin, end, fine, coarse,
+                          bands<T>(levels[s + 1], layout, work.grids[s], p));
         });
   });
   return levels;
@@ -410,10 +424,12 @@ Tensor haar_collapse_cpu(TensorList levels) {
   if (levels.size() == 1) return copy_of(levels[0]);
   const Tensor& finest = levels.back();
   int64_t C = levels[0].size(1);
-  Grid grid = grid_of(finest, layout_of(finest));
-  grid.H *= 2, grid.W *= 2, grid.C = grid.C > 1 ? C : 1;
+  auto layout = layout_of(finest);
+  Grid grid = grid_of(finest, layout);
+  grid.H *= 2, grid.W *= 2, grid.C = layout == at::MemoryFormat::Contiguous ? 1 : C;
   Tensor x = empty_like(finest, C, grid);
-  Work work = haar_work(op, levels[0], grid, levels.size());
+  Work work = haar_work(op, x.size(0), C, grid, levels.size());
+  check_haar_levels(op, levels, work);
   if (x.numel() == 0) return x;
   dispatch(finest.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);
@@ -427,7 +443,7 @@ Tensor haar_collapse_cpu(TensorList levels) {
                                : readable(scratch.plane(s, slot));
           auto fine = s == last ? plane<T>(x, work.grids[s + 1], p) : scratch.plane(s + 1, slot);
           haar_collapse_rows(ws, begin, end, coarse,
-                             bands<const T>(levels[s + 1], work.grids[s], p), fine);
+                             bands<const T>(levels[s + 1], layout, work.grids[s], p), fine);
         });
   });
   return x;

@@ -283,10 +283,10 @@ inline void stream(const LevelPlan<A>& plan, Band band, Produce produce, Finish 
   }
 }
 
-// The fine rows that the next coarse rows gather first.
+// The fine rows that the coarse rows after the next one gather first.
 template <class From, class A>
 inline void prefetch_rows(const LevelPlan<A>& plan, Plane<From> source, int64_t t, int64_t i) {
-  int64_t j = i * plan.fine_per_coarse;
+  int64_t j = (i + 2) * plan.fine_per_coarse;
   prefetch<false>(source.row(t, j), plan.fine_per_coarse * plan.fine.row());
 }
 

@@ -48,7 +48,7 @@ using Vec = typename VecOf<A, bytes>::type;
 template <class A>
 constexpr int kLanes = kVectorBytes / sizeof(A);
 
-// --- Conversions ---------------------------------------------------------------------------------
+// --- Conversions ---
 
 namespace detail {
 
@@ -126,7 +126,7 @@ inline Float widen(bf16, HalfWord h) { return bits_as<Float>(widen_words(h) << 1
 
 }  // namespace detail
 
-// --- Loads and stores ----------------------------------------------------------------------------
+// --- Loads and stores ---
 
 inline Vec<float> load(const float* p) {
   Vec<float> v;
@@ -218,7 +218,7 @@ DFM_INLINE inline void for_vectors(int64_t n, F f) {
   if (i < n) f(i, static_cast<int>(n - i));
 }
 
-// --- Row operations ------------------------------------------------------------------------------
+// --- Row operations ---
 
 // to = from, converted.
 template <class To, class From>
@@ -286,7 +286,7 @@ inline void prefetch(const T* p, int64_t n) {
     __builtin_prefetch(reinterpret_cast<const void*>(at), write);
 }
 
-// --- Lanes -----------------------------------------------------------------------------
+// --- Lanes ---
 
 namespace detail {
 
