@@ -10,6 +10,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
 # Flags follow torch's own definition of the capabilities AVX2 and AVX512.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -36,7 +37,7 @@ def extensions():
             self.build_temp = base
 
     def cpp(name, flags):
-        args = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall", *flags, *OPENMP]
+        args = [*FLAGS, *flags, *OPENMP]
         sources = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
         return CppExtension(
             f"dfm_fast.{name}",
