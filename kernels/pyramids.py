@@ -306,7 +306,7 @@ def laplacian_collapse(levels: Sequence[Tensor], filter: str, factor: Sequence[i
     x, s, last = levels[0], 1, is_last(finest)
     for steps, count in reversed(launches):
         fine, middle = levels[s + count - 1], levels[s] if count == 2 else None
-        tensors = (x, middle, fine, torch.empty_like(fine))
+        tensors = (x, middle, fine, resample.empty_like(fine))
         shape = fine.shape
         launch(_laplacian_collapse_fwd_kernel, "collapse", shape, last, tensors, filter, steps)
         x, s = tensors[-1], s + count
@@ -326,7 +326,7 @@ def laplacian_build_backward(grads: Sequence[Tensor], filter: str, factor: Seque
     for steps, count in reversed(launches):
         fine, middle = grads[s + count - 1], grads[s] if count == 2 else None
         dtype = finest.dtype if fine is finest else wide
-        tensors = (fine, middle, grad, torch.empty_like(fine, dtype=dtype))
+        tensors = (fine, middle, grad, resample.empty_like(fine, dtype))
         shape = fine.shape
         launch(_laplacian_build_bwd_kernel, "build_backward", shape, last, tensors, filter, steps)
         grad, s = tensors[-1], s + count

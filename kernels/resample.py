@@ -142,22 +142,16 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-@functools.lru_cache(maxsize=512)
-def _strides(shape: torch.Size, layout: torch.memory_format) -> tuple[int, ...]:
-    """The strides that the fakes in `dfm_fast.ops` promise, degenerate sides included."""
-    return torch.empty(shape, device="meta").to(memory_format=layout).stride()
-
-
 def empty(
     x: Tensor, channels: int, sizes: Sequence[int], dtype: torch.dtype | None = None
 ) -> Tensor:
     """A new [N, channels, *sizes] in x's layout."""
-    layout = memory_format(x)
-    if layout == torch.contiguous_format:
-        return x.new_empty((x.shape[0], channels, *sizes), dtype=dtype)
-    shape = torch.Size((x.shape[0], channels, *sizes))
-    strides = _strides(shape, layout)
-    return torch.empty_strided(shape, strides, dtype=dtype or x.dtype, device=x.device)
+    shape, dtype = (x.shape[0], channels, *sizes), dtype or x.dtype
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format(x))
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return empty(x, x.shape[1], x.shape[2:], dtype)
 
 
 def resample(
@@ -206,7 +200,7 @@ def build(x: Tensor, num_levels: int, filter: str, factor: Sequence[int]) -> lis
     for _ in range(num_levels - 1):
         coarse = empty(x, x.shape[1], coarser(x.shape[2:], factor))
         resample(coarse, x, filter, "down", factor)
-        detail = empty(x, x.shape[1], x.shape[2:])
+        detail = empty_like(x)
         details.append(resample(detail, coarse, filter, "up", factor, base=x, sign=-1))
         x = coarse
     return [x, *reversed(details)]
@@ -215,7 +209,7 @@ def build(x: Tensor, num_levels: int, filter: str, factor: Sequence[int]) -> lis
 def collapse(levels: Sequence[Tensor], filter: str, factor: Sequence[int]) -> Tensor:
     x = levels[0]
     for detail in levels[1:]:
-        x = resample(torch.empty_like(detail), x, filter, "up", factor, base=detail)
+        x = resample(empty_like(detail), x, filter, "up", factor, base=detail)
     return x
 
 
@@ -226,7 +220,7 @@ def build_backward(grads: Sequence[Tensor], filter: str, factor: Sequence[int]) 
         coarse = empty(level, level.shape[1], grad.shape[2:], dtype)
         resample(coarse, level, filter, "up_adjoint", factor, base=grad, sign=-1)
         last = level is grads[-1]
-        out = empty(level, level.shape[1], level.shape[2:], level.dtype if last else dtype)
+        out = empty_like(level, level.dtype if last else dtype)
         grad = resample(out, coarse, filter, "down_adjoint", factor, base=level)
     return grad
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -238,8 +239,8 @@ class _Recorder(TorchDispatchMode):
 @prop
 def opcheck(op: Operator, case: Case, device: str) -> None:
     """Every raw operator: schema, fake tensors (shapes, strides), AOT dispatch."""
-    for layout in ("contiguous", "channels_last"):
-        args = detached(case.args(torch.float32, device, layout))
+    for layout, batch in itertools.product(("contiguous", "channels_last"), (None, 0)):
+        args = detached(case.args(torch.float32, device, layout, batch))
         # backward() runs where the mode is active too; grads of all inputs reach every raw operator
         with _Recorder(op.raw) as recorder:
             out = call(op, case, args)

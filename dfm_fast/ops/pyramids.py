@@ -108,9 +108,9 @@ def laplacian_build_ref(
         fine = _accumulate(x)
         coarse = _down(fine, filter, factor).to(x.dtype)
         details.append(fine - _up(_accumulate(coarse), x.shape[2:], filter, factor))
-        details[-1] = details[-1].to(x.dtype).contiguous(memory_format=layout)
+        details[-1] = _lay_out(details[-1].to(x.dtype), layout)
         x = coarse
-    return [x.contiguous(memory_format=layout), *reversed(details)]
+    return [_lay_out(x, layout), *reversed(details)]
 
 
 def laplacian_collapse_ref(levels: Sequence[Tensor], filter: str, factor: Sequence[int]) -> Tensor:
@@ -119,7 +119,7 @@ def laplacian_collapse_ref(levels: Sequence[Tensor], filter: str, factor: Sequen
     for detail in levels[1:]:
         up = _up(_accumulate(x), detail.shape[2:], filter, factor)
         x = (_accumulate(detail) + up).to(detail.dtype)
-    return x.contiguous(memory_format=layout)
+    return _lay_out(x, layout)
 
 
 def laplacian_build_backward_ref(
@@ -130,7 +130,7 @@ def laplacian_build_backward_ref(
     for level in map(_accumulate, grads[1:]):
         coarse = grad - _up_adjoint(level, filter, factor)
         grad = level + _down_adjoint(coarse, level.shape[2:], filter, factor)
-    return grad.to(grads[-1].dtype).contiguous(memory_format=memory_format(grads[-1]))
+    return _lay_out(grad.to(grads[-1].dtype), memory_format(grads[-1]))
 
 
 def laplacian_collapse_backward_ref(
@@ -140,7 +140,7 @@ def laplacian_collapse_backward_ref(
     level, grads, layout = _accumulate(grad), [], memory_format(grad)
     for _ in range(num_levels - 1):
         level = _up_adjoint(level, filter, factor)
-        grads.append(level.to(grad.dtype).contiguous(memory_format=layout))
+        grads.append(_lay_out(level.to(grad.dtype), layout))
     return grads[::-1]
 
 
@@ -152,9 +152,9 @@ def haar_build_ref(x: Tensor, num_levels: int) -> list[Tensor]:
         top, bottom = fine[:, :, 0::2], fine[:, :, 1::2]
         a, b, c, d = top[..., 0::2], top[..., 1::2], bottom[..., 0::2], bottom[..., 1::2]
         bands = (a + b) - (c + d), (a - b) + (c - d), (a - b) - (c - d)
-        details.append((torch.cat(bands, 1) / 2).to(x.dtype).contiguous(memory_format=layout))
+        details.append(_lay_out((torch.cat(bands, 1) / 2).to(x.dtype), layout))
         x = (((a + b) + (c + d)) / 2).to(x.dtype)
-    return [x.contiguous(memory_format=layout), *reversed(details)]
+    return [_lay_out(x, layout), *reversed(details)]
 
 
 def haar_collapse_ref(levels: Sequence[Tensor]) -> Tensor:
@@ -166,7 +166,7 @@ def haar_collapse_ref(levels: Sequence[Tensor]) -> Tensor:
         bottom = torch.stack(((ll - lh) + (hl - hh), (ll - lh) - (hl - hh)), -1)
         x = torch.stack((top.flatten(-2), bottom.flatten(-2)), -2).flatten(-3, -2)
         x = (x / 2).to(detail.dtype)
-    return x.contiguous(memory_format=layout)
+    return _lay_out(x, layout)
 
 
 # --- Shapes, layouts, registration ----------------------------------------------------------------
@@ -192,7 +192,23 @@ def level_sizes(
 
 
 def _empty(x: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
-    return x.new_empty((x.shape[0], channels, *sizes)).to(memory_format=memory_format(x))
+    """An output for x: its batch, dtype, device and layout."""
+    return _empty_in(memory_format(x), x, (x.shape[0], channels, *sizes))
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return _empty(x, x.shape[1], x.shape[2:])
+
+
+def _empty_in(layout: torch.memory_format, x: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _lay_out(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """x with exactly the strides of a new tensor of that layout (`contiguous` leaves those of
+    sides of one, and of empty tensors, as they are)."""
+    out = _empty_in(layout, x, x.shape)
+    return x if x.stride() == out.stride() else out.copy_(x)
 
 
 def _build_fake(x: Tensor, num_levels: int, filter: str, factor: Sequence[int]) -> list[Tensor]:
@@ -240,14 +256,14 @@ define(
 define(
     "laplacian_build_backward(Tensor[] grads, str filter, int[] factor) -> Tensor",
     reference=laplacian_build_backward_ref,
-    fake=lambda grads, filter, factor: torch.empty_like(grads[-1]),
+    fake=lambda grads, filter, factor: _empty_like(grads[-1]),
     kernel="pyramids:laplacian_build_backward",
     flops=lambda g, filter, factor: _laplacian_flops(math.prod(g[-1]), len(g), filter, factor),
 )
 define(
     "laplacian_collapse(Tensor[] levels, str filter, int[] factor) -> Tensor",
     reference=laplacian_collapse_ref,
-    fake=lambda levels, filter, factor: torch.empty_like(levels[-1]),
+    fake=lambda levels, filter, factor: _empty_like(levels[-1]),
     kernel="pyramids:laplacian_collapse",
     flops=lambda v, filter, factor: _laplacian_flops(math.prod(v[-1]), len(v), filter, factor),
 )

@@ -9,6 +9,7 @@ LAPLACIAN = {
     "nearest-4-levels": ((1, 2, 64, 32), 4, "nearest", (2, 2)),
     "bilinear": ((2, 3, 16, 24), 3, "bilinear", (2, 2)),
     "bilinear-smallest": ((3, 1, 2, 2), 2, "bilinear", (2, 2)),
+    "bilinear-to-one-pixel": ((2, 4, 2, 2), 2, "bilinear", (2, 2)),
     "bilinear-narrow": ((2, 5, 32, 2), 2, "bilinear", (2, 2)),
     "bilinear-tiles": ((1, 2, 72, 136), 3, "bilinear", (2, 2)),
     "bilinear-factor-4": ((2, 2, 16, 32), 2, "bilinear", (4, 4)),
@@ -28,6 +29,7 @@ LAPLACIAN = {
 HAAR = {
     "haar": ((2, 3, 16, 24), 3),
     "haar-smallest": ((3, 1, 2, 2), 2),
+    "haar-to-one-pixel": ((2, 4, 4, 4), 3),
     "haar-tiles": ((1, 2, 72, 136), 4),
 }
 
