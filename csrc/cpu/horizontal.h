@@ -155,9 +155,8 @@ template <class A>
 inline void gather_blocks(const A* __restrict x, A* __restrict y, int64_t m, int64_t C,
                           const A* p) {
   using Four = Small<A>;
-  Four column[8] = {};
-  for (int k = 0; k < 8; ++k)
-    for (int r = 0; r < 4; ++r) column[k][r] = p[8 * r + k];
+  Four column[8];
+  for (int k = 0; k < 8; ++k) column[k] = Four{p[k], p[8 + k], p[16 + k], p[24 + k]};
   for (int64_t b = 0; b < m / 4; ++b, x += 8 * C, y += 4 * C) {
     if (C > 1) {
       auto weight = [p](int r, int k) { return p[8 * r + k]; };
