@@ -8,6 +8,7 @@
 
 #include <string_view>
 
+#include "box.h"
 #include "haar.h"
 
 namespace dfm_fast {
@@ -243,8 +244,11 @@ std::vector<Tensor> laplacian_build_cpu(const Tensor& x, int64_t num_levels,
           auto fine = s + 1 == finest ? plane<const T>(x, work.grids[finest], p)
                                       : readable(scratch.plane(s + 1, slot));
           auto coarse = s == 0 ? plane<T>(levels[0], grid, p) : scratch.plane(s, slot);
-          build_level(plans[s], ws, plans[s].band(begin, end), fine, coarse,
-                      plane<T>(levels[s + 1], work.grids[s + 1], p));
+          auto detail = plane<T>(levels[s + 1], work.grids[s + 1], p);
+          Band band = plans[s].band(begin, end);
+          if (!plans[s].box) return build_level(plans[s], ws, band, fine, coarse, detail);
+          for (int64_t t = 0; t < grid.T; ++t)
+            box_build(plans[s], ws, band, fine.row(t, 0), coarse.row(t, 0), detail.row(t, 0));
         });
   });
   return levels;
@@ -273,8 +277,11 @@ Tensor laplacian_collapse_cpu(TensorList levels, std::string_view filter_name, I
           auto coarse = s == 0 ? plane<const T>(levels[0], work.grids[0], p)
                                : readable(scratch.plane(s, slot));
           auto fine = s == last ? plane<T>(x, grid, p) : scratch.plane(s + 1, slot);
-          collapse_level(plans[s], ws, plans[s].band(begin, end), coarse,
-                         plane<const T>(levels[s + 1], grid, p), fine);
+          auto detail = plane<const T>(levels[s + 1], grid, p);
+          Band band = plans[s].band(begin, end);
+          if (!plans[s].box) return collapse_level(plans[s], ws, band, coarse, detail, fine);
+          for (int64_t t = 0; t < grid.T; ++t)
+            box_collapse(plans[s], ws, band, coarse.row(t, 0), detail.row(t, 0), fine.row(t, 0));
         });
   });
   return x;
@@ -305,10 +312,16 @@ Tensor laplacian_build_backward_cpu(TensorList grads, std::string_view filter_na
           auto detail = plane<const T>(grads[s + 1], grid, p);
           auto level = [&](auto coarse) {
             Band band = plan.band(begin, end);
+            auto into = [&](auto fine) {
+              if (!plan.box) return build_backward_level(plan, ws, band, coarse, detail, fine);
+              for (int64_t t = 0; t < grid.T; ++t)
+                box_build_backward(plan, ws, band, coarse.row(t, 0), detail.row(t, 0),
+                                   fine.row(t, 0));
+            };
             if (s == last)
-              build_backward_level(plan, ws, band, coarse, detail, plane<T>(dx, grid, p));
+              into(plane<T>(dx, grid, p));
             else
-              build_backward_level(plan, ws, band, coarse, detail, scratch.plane(s + 1, slot));
+              into(scratch.plane(s + 1, slot));
           };
           if (s == 0)
             level(plane<const T>(grads[0], work.grids[0], p));
@@ -342,12 +355,17 @@ std::vector<Tensor> laplacian_collapse_backward_cpu(const Tensor& grad, int64_t 
           Band band = plans[s].band(begin, end);
           auto rounded = plane<T>(grads[s], work.grids[s], p);
           auto exact = s > 0 ? scratch.plane(s, slot) : Plane<A>{};
+          auto from = [&](auto fine) {
+            const auto& plan = plans[s];
+            if (!plan.box) return collapse_backward_level(plan, ws, band, fine, exact, rounded);
+            for (int64_t t = 0; t < work.grids[s].T; ++t)
+              box_collapse_backward(plan, ws, band, fine.row(t, 0),
+                                    exact.data ? exact.row(t, 0) : nullptr, rounded.row(t, 0));
+          };
           if (s == last)
-            collapse_backward_level(plans[s], ws, band, plane<const T>(grad, work.grids[s + 1], p),
-                                    exact, rounded);
+            from(plane<const T>(grad, work.grids[s + 1], p));
           else
-            collapse_backward_level(plans[s], ws, band, readable(scratch.plane(s + 1, slot)), exact,
-                                    rounded);
+            from(readable(scratch.plane(s + 1, slot)));
         });
   });
   return grads;

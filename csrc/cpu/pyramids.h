@@ -94,6 +94,7 @@ struct LevelPlan {
   Grid fine, coarse;
   AxisTaps<A> gather_t, gather_h, spread_t, spread_h;
   std::vector<HorizontalStep<A>> gather_w, spread_w;
+  bool box, bilinear;       // box: what box.h takes
   int64_t fine_per_coarse;  // rows
   int64_t row_stride;       // of scratch rows
   int64_t ring_rows;        // spread rows alive at a time, per frame; a power of 2
@@ -117,6 +118,9 @@ struct LevelPlan {
     }
     for (int s = 0; s < steps[0]; ++s) coarse.T = half(coarse.T);
     for (int s = 0; s < steps[1]; ++s) coarse.H = half(coarse.H);
+    bilinear = filter == Filter::bilinear;
+    box = (bilinear || filter == Filter::nearest) && steps == std::array{0, 1, 1} && fine.C == 1 &&
+          coarse.W % kLanes<A> == 0;
     fine_per_coarse = int64_t{1} << steps[1];
     // Where T is halved, a later frame needs the same rows again.
     ring_rows = steps[0] ? std::bit_ceil(static_cast<uint64_t>(coarse.H)) : spread_h.alive;
