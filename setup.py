@@ -53,7 +53,10 @@ def extensions():
 
     if torch.version.cuda and CUDA_HOME and sources:
         args = {"cxx": ["-O3"], "nvcc": ["-O3", "-lineinfo"]}
-        modules.append(CUDAExtension("dfm_fast._C_cuda", sources, extra_compile_args=args))
+        headers = sorted(str(p) for p in Path("csrc/cuda").glob("*.h"))
+        modules.append(
+            CUDAExtension("dfm_fast._C_cuda", sources, depends=headers, extra_compile_args=args)
+        )
     return modules, {"build_ext": Build}
 
 
