@@ -106,7 +106,9 @@ def _fake(defect):
             return x.new_empty(x.shape[:-1])
         if defect == "fake has contiguous strides":
             return x.new_empty(x.shape)
-        return _forward(defect)(x, weight) if "channels_last" in defect else torch.empty_like(x)
+        if "channels_last" in defect:
+            return _forward(defect)(x, weight)
+        return torch.empty_like(x, memory_format=memory_format(x))
 
     return fake
 
