@@ -84,6 +84,14 @@ def operator(*, reference: Callable[..., Any], raw: tuple[str, ...], cost: Calla
     return decorate
 
 
+def differentiable(*tensors: torch.Tensor) -> bool:
+    """Whether a call must go through autograd.Function. Where not, the raw operator alone saves a
+    third of the host time; forward mode has to reach the Function, which refuses it."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def _on_first_call(name: str, kernel: str) -> Callable[..., Any]:
     family, launcher = kernel.split(":")
 

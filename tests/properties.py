@@ -220,6 +220,18 @@ def second_backward(op: Operator, case: Case, device: str) -> None:
         loss.backward()
 
 
+@prop
+def forward_mode_refused(op: Operator, case: Case, device: str) -> None:
+    """Forward-mode derivatives are an error, not silently lost."""
+    args = case.args(torch.float32, device)
+    with torch.autograd.forward_ad.dual_level():
+        dual = pytree.tree_map_only(
+            torch.Tensor, lambda t: torch.autograd.forward_ad.make_dual(t, torch.ones_like(t)), args
+        )
+        with pytest.raises(RuntimeError, match="forward mode AD"):
+            call(op, case, dual)
+
+
 # --- Compiler, dispatcher, subclasses ----------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ DEFECTS = {
     "frozen weight drops the gradient of x": "partial_gradients",
     "frees what backward needs": "second_backward",
     "double backward gives zeros": "second_backward",
+    "loses forward-mode derivatives": "forward_mode_refused",
     "fake has contiguous strides": "opcheck",
     "fake has the wrong shape": "opcheck",
     "schema hides a mutation": "opcheck",
@@ -47,7 +48,7 @@ DEFECTS = {
     "error without expected and got": "clear_error",
     "bad input accepted": "clear_error",
 }
-FAILURES = (AssertionError, RuntimeError, ZeroDivisionError, OpCheckError)
+FAILURES = (AssertionError, pytest.fail.Exception, RuntimeError, ZeroDivisionError, OpCheckError)
 BAD = Bad("toy", "x", ValueError, lambda f: f(torch.zeros(2), torch.zeros(2)))
 CHECKS = {**PROPERTIES, "compiles": compiles, "clear_error": lambda op, *_: clear_error(op, BAD)}
 
@@ -156,6 +157,8 @@ def _public(defect, function):
         if defect == "follows autocast" and torch.is_autocast_enabled(x.device.type):
             return function.apply(x, weight).to(torch.get_autocast_dtype(x.device.type))
         x = x.contiguous(memory_format=memory_format(x))
+        if defect == "loses forward-mode derivatives":
+            return torch.ops.dfm_fast_toy.forward(x, weight)
         return x if defect == "returns its argument" else function.apply(x, weight)
 
     return toy

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dfm_fast import _checks
-from dfm_fast._library import define, operator
+from dfm_fast._library import define, differentiable, operator
 from dfm_fast.ops._filters import FILTERS, Taps, axis_taps, halve, halvings
 
 # --- References ----------------------------------------------------------------------------------
@@ -478,7 +478,10 @@ def laplacian_build(
     plan(op, "x", x.shape[2:], num_levels, filter, factor)
     if num_levels == 1:
         return (x.clone(),)
-    return _LaplacianBuild.apply(_dense(x), num_levels, filter, factor)
+    x = _dense(x)
+    if not differentiable(x):
+        return tuple(torch.ops.dfm_fast.laplacian_build(x, num_levels, filter, factor))
+    return _LaplacianBuild.apply(x, num_levels, filter, factor)
 
 
 @operator(
@@ -511,7 +514,10 @@ def laplacian_collapse(
     if len(levels) == 1:
         return finest.clone()
     layout = memory_format(finest)
-    return _LaplacianCollapse.apply(filter, factor, *(_dense(v, layout) for v in levels))
+    levels = [_dense(v, layout) for v in levels]
+    if not differentiable(*levels):
+        return torch.ops.dfm_fast.laplacian_collapse(levels, filter, factor)
+    return _LaplacianCollapse.apply(filter, factor, *levels)
 
 
 @operator(
@@ -539,7 +545,10 @@ def haar_build(x: Tensor, num_levels: int = 2) -> tuple[Tensor, ...]:
     plan(op, "x", x.shape[2:], num_levels, "haar", (2, 2))
     if num_levels == 1:
         return (x.clone(),)
-    return _HaarBuild.apply(_dense(x), num_levels)
+    x = _dense(x)
+    if not differentiable(x):
+        return tuple(torch.ops.dfm_fast.haar_build(x, num_levels))
+    return _HaarBuild.apply(x, num_levels)
 
 
 @operator(
@@ -561,4 +570,7 @@ def haar_collapse(levels: Sequence[Tensor]) -> Tensor:
     details = [(n, 3 * c, h << s, w << s) for s in range(len(levels) - 1)]
     _check_shapes(op, levels, [(n, c, h, w), *details])
     layout = memory_format(levels[-1])
-    return _HaarCollapse.apply(len(levels), *(_dense(v, layout) for v in levels))
+    levels = [_dense(v, layout) for v in levels]
+    if not differentiable(*levels):
+        return torch.ops.dfm_fast.haar_collapse(levels)
+    return _HaarCollapse.apply(len(levels), *levels)
