@@ -39,8 +39,7 @@ class LaplacianPyramid(nn.Module):
         op = type(self).__name__
         self.num_levels = _checks.integer(op, "num_levels", num_levels, 1)
         self.filter = _checks.choice(op, "filter", filter, FILTERS)
-        ndim = 2 if isinstance(factor, int) else len(factor)
-        check_factor(op, factor, ndim)
+        check_factor(op, factor, len(factor) if isinstance(factor, Sequence) else 2)
         self.factor = factor
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -45,6 +45,8 @@ from dfm_fast import _checks
 from dfm_fast._library import define, differentiable, operator
 from dfm_fast.ops._filters import FILTERS, Taps, axis_taps, halve, halvings
 
+_ops = torch.ops.dfm_fast
+
 # --- References ----------------------------------------------------------------------------------
 
 
@@ -298,13 +300,13 @@ class _LaplacianBuild(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, num_levels, filter, factor):
         ctx.filter, ctx.factor, ctx.layout = filter, factor, memory_format(x)
-        return tuple(torch.ops.dfm_fast.laplacian_build(x, num_levels, filter, factor))
+        return tuple(_ops.laplacian_build(x, num_levels, filter, factor))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         grads = [g.contiguous(memory_format=ctx.layout) for g in grads]
-        dx = torch.ops.dfm_fast.laplacian_build_backward(grads, ctx.filter, ctx.factor)
+        dx = _ops.laplacian_build_backward(grads, ctx.filter, ctx.factor)
         return dx, None, None, None
 
 
@@ -315,7 +317,7 @@ class _LaplacianCollapse(torch.autograd.Function):
     def forward(ctx, *args):
         filter, factor, *levels = args
         ctx.filter, ctx.factor, ctx.layout = filter, factor, memory_format(levels[-1])
-        return torch.ops.dfm_fast.laplacian_collapse(levels, filter, factor)
+        return _ops.laplacian_collapse(levels, filter, factor)
 
     @staticmethod
     @once_differentiable
@@ -324,9 +326,7 @@ class _LaplacianCollapse(torch.autograd.Function):
         coarse = [None] * (len(needs) - 1)
         if any(needs[:-1]):
             dy_ = dy.contiguous(memory_format=ctx.layout)
-            coarse = torch.ops.dfm_fast.laplacian_collapse_backward(
-                dy_, len(needs), ctx.filter, ctx.factor
-            )
+            coarse = _ops.laplacian_collapse_backward(dy_, len(needs), ctx.filter, ctx.factor)
         return None, None, *coarse, dy if needs[-1] else None
 
 
@@ -336,13 +336,13 @@ class _HaarBuild(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, num_levels):
         ctx.layout = memory_format(x)
-        return tuple(torch.ops.dfm_fast.haar_build(x, num_levels))
+        return tuple(_ops.haar_build(x, num_levels))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         grads = [g.contiguous(memory_format=ctx.layout) for g in grads]
-        return torch.ops.dfm_fast.haar_collapse(grads), None
+        return _ops.haar_collapse(grads), None
 
 
 class _HaarCollapse(torch.autograd.Function):
@@ -350,13 +350,13 @@ class _HaarCollapse(torch.autograd.Function):
     def forward(ctx, *args):  # as _LaplacianCollapse
         ctx.num_levels, *levels = args
         ctx.layout = memory_format(levels[-1])
-        return torch.ops.dfm_fast.haar_collapse(levels)
+        return _ops.haar_collapse(levels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         dy = dy.contiguous(memory_format=ctx.layout)
-        return None, *torch.ops.dfm_fast.haar_build(dy, ctx.num_levels)
+        return None, *_ops.haar_build(dy, ctx.num_levels)
 
 
 # --- Public functions -----------------------------------------------------------------------------
@@ -373,10 +373,17 @@ def check_factor(op: str, factor: int | Sequence[int], ndim: int) -> tuple[int, 
     return tuple(per_axis)
 
 
+Sizes = Sequence[int]
+
+
 def _plan(
-    op: str, argument: str, sizes: Sequence[int], levels: int, filter: str, factor: Sequence[int]
-) -> list[tuple[int, ...]]:
-    """Sizes of the levels, coarse to fine; every side that a level halves must suit the filter."""
+    op: str, argument: str, sizes: Sizes, levels: int, filter: str, factor: int | Sizes
+) -> tuple[tuple[int, ...], list[Sizes]]:
+    """(factor per axis, sizes of the levels, coarse to fine), all checked: every side that a level
+    halves must suit the filter."""
+    if filter != "haar":
+        _checks.choice(op, "filter", filter, FILTERS)
+    factor = check_factor(op, factor, len(sizes))
     multiple = {"binomial": 1, "dct": 8}.get(filter, 2)
     fine = tuple(sizes)
     for level in range(levels - 1):
@@ -386,26 +393,31 @@ def _plan(
                 _checks.fail(
                     op,
                     argument,
-                    f"{need} at each of {levels - 1} halvings by {tuple(factor)} for filter "
-                    f"{filter!r}",
+                    f"{need} at each of {levels - 1} halvings by {factor} for filter {filter!r}",
                     f"{tuple(sizes)}, which comes to {fine} after {level}",
                 )
             fine = halve(fine, axes)
-    return level_sizes(sizes, levels, factor)
+    return factor, level_sizes(sizes, levels, factor)
 
 
-_cached_plan = functools.lru_cache(maxsize=1024)(_plan)
+_remembered_plan = functools.lru_cache(maxsize=1024, typed=True)(_plan)
 
 
-def plan(*args: Any) -> list[tuple[int, ...]]:
-    """`_plan`, remembered (it costs 10 us); symbolic sizes do not hash, and Dynamo must trace."""
-    if torch.compiler.is_compiling() or not all(type(n) is int for n in args[2]):
-        return _plan(*args)
-    return _cached_plan(*args)
+def plan(*args: Any) -> tuple[tuple[int, ...], list[Sizes]]:
+    """`_plan`, remembered (it costs 10 us). Dynamo must trace it; a list, or a symbolic size, does
+    not hash."""
+    if not torch.compiler.is_compiling():
+        try:
+            return _remembered_plan(*args)
+        except TypeError:
+            pass
+    return _plan(*args)
 
 
 def _dense(x: Tensor, layout: torch.memory_format | None = None) -> Tensor:
     """x itself where it is contiguous or channels_last, else a contiguous copy."""
+    if layout is None and x.is_contiguous():
+        return x
     return x.contiguous(memory_format=layout or memory_format(x))
 
 
@@ -473,14 +485,12 @@ def laplacian_build(
     op = "laplacian_build"
     _checks.tensor(op, "x", x, (4, 5))
     num_levels = _checks.integer(op, "num_levels", num_levels, 1)
-    filter = _checks.choice(op, "filter", filter, FILTERS)
-    factor = check_factor(op, factor, x.ndim - 2)
-    plan(op, "x", x.shape[2:], num_levels, filter, factor)
+    factor, _ = plan(op, "x", x.shape[2:], num_levels, filter, factor)
     if num_levels == 1:
         return (x.clone(),)
     x = _dense(x)
     if not differentiable(x):
-        return tuple(torch.ops.dfm_fast.laplacian_build(x, num_levels, filter, factor))
+        return tuple(_ops.laplacian_build(x, num_levels, filter, factor))
     return _LaplacianBuild.apply(x, num_levels, filter, factor)
 
 
@@ -506,17 +516,16 @@ def laplacian_collapse(
     """
     op = "laplacian_collapse"
     levels = _check_levels(op, levels, (4, 5))
-    filter = _checks.choice(op, "filter", filter, FILTERS)
     finest = levels[-1]
-    factor = check_factor(op, factor, finest.ndim - 2)
-    sizes = plan(op, f"levels[{len(levels) - 1}]", finest.shape[2:], len(levels), filter, factor)
+    name = f"levels[{len(levels) - 1}]"
+    factor, sizes = plan(op, name, finest.shape[2:], len(levels), filter, factor)
     _check_shapes(op, levels, [(*finest.shape[:2], *s) for s in sizes])
     if len(levels) == 1:
         return finest.clone()
     layout = memory_format(finest)
     levels = [_dense(v, layout) for v in levels]
     if not differentiable(*levels):
-        return torch.ops.dfm_fast.laplacian_collapse(levels, filter, factor)
+        return _ops.laplacian_collapse(levels, filter, factor)
     return _LaplacianCollapse.apply(filter, factor, *levels)
 
 
@@ -542,12 +551,12 @@ def haar_build(x: Tensor, num_levels: int = 2) -> tuple[Tensor, ...]:
     op = "haar_build"
     _checks.tensor(op, "x", x, (4,))
     num_levels = _checks.integer(op, "num_levels", num_levels, 1)
-    plan(op, "x", x.shape[2:], num_levels, "haar", (2, 2))
+    plan(op, "x", x.shape[2:], num_levels, "haar", 2)
     if num_levels == 1:
         return (x.clone(),)
     x = _dense(x)
     if not differentiable(x):
-        return tuple(torch.ops.dfm_fast.haar_build(x, num_levels))
+        return tuple(_ops.haar_build(x, num_levels))
     return _HaarBuild.apply(x, num_levels)
 
 
@@ -572,5 +581,5 @@ def haar_collapse(levels: Sequence[Tensor]) -> Tensor:
     layout = memory_format(levels[-1])
     levels = [_dense(v, layout) for v in levels]
     if not differentiable(*levels):
-        return torch.ops.dfm_fast.haar_collapse(levels)
+        return _ops.haar_collapse(levels)
     return _HaarCollapse.apply(len(levels), *levels)
