@@ -14,7 +14,7 @@ def fail(op: str, argument: str, expected: str, got: object, error: type = Value
     raise error(f"{op}: {argument}: expected {expected}, got {got}")
 
 
-def tensor(op: str, argument: str, value: Any, ndim: tuple[int, ...]) -> None:
+def tensor(op: str, argument: str, value: Any, ndim: Sequence[int]) -> None:
     """A strided floating-point tensor with one of these numbers of dimensions."""
     if not isinstance(value, torch.Tensor):
         fail(op, argument, "a tensor", type(value).__name__, TypeError)
@@ -23,7 +23,8 @@ def tensor(op: str, argument: str, value: Any, ndim: tuple[int, ...]) -> None:
     if value.layout != torch.strided:
         fail(op, argument, "a strided tensor", value.layout, TypeError)
     if value.ndim not in ndim:
-        fail(op, argument, f"{' or '.join(map(str, ndim))} dimensions", list(value.shape))
+        some = f"{ndim[0]} or more" if isinstance(ndim, range) else " or ".join(map(str, ndim))
+        fail(op, argument, f"{some} dimensions", list(value.shape))
 
 
 def like(op: str, argument: str, value: torch.Tensor, name: str, other: torch.Tensor) -> None:
@@ -47,3 +48,13 @@ def choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         fail(op, argument, f"one of {', '.join(choices)}", repr(value))
     return value
+
+
+def shape(op: str, argument: str, value: Any) -> tuple[int, ...]:
+    """A sequence of sizes."""
+    value = (value,) if isinstance(value, int) else value
+    if not isinstance(value, Sequence) or not all(isinstance(n, int | torch.SymInt) for n in value):
+        fail(op, argument, "a sequence of ints", repr(value), TypeError)
+    if any(n < 0 for n in value):
+        fail(op, argument, "sizes of at least 0", list(value))
+    return tuple(value)

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -39,6 +39,13 @@ class Operator:
     reference: Callable[..., Any]
     raw: tuple[str, ...]  # dispatcher names, forward first: "dfm_fast::laplacian_build"
     cost: Callable[..., int]  # least bytes moved by the forward: each input and output once
+
+
+class Shard(NamedTuple):
+    """Where a local batch lies in the whole one: for operators whose result depends on it."""
+
+    start: int
+    batch: int
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -66,17 +73,25 @@ def define(
     RAW[name] = kernel
 
 
-def operator(*, reference: Callable[..., Any], raw: tuple[str, ...], cost: Callable[..., int]):
-    """Mark a public function as an operator of the library (see `Operator`)."""
+def operator(
+    *,
+    reference: Callable[..., Any],
+    raw: tuple[str, ...],
+    cost: Callable[..., int],
+    on_shard: Callable[..., Any] | None = None,
+):
+    """Mark a public function as an operator of the library (see `Operator`). `on_shard` is the
+    function with a keyword `shard` more, for DTensors, where a sample's result depends on its place
+    in the batch: noise."""
 
     def decorate(public: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(public)
         def call(*args: Any, **kwargs: Any) -> Any:
             if _has_dtensor(args, kwargs):
-                return _on_local_shards(public, args, kwargs)
+                return _on_local_shards(public, args, kwargs, on_shard)
             return public(*args, **kwargs)
 
-        name, family = public.__name__, public.__module__.rsplit(".", 1)[-1]
+        name, family = public.__name__, RAW[raw[0]].split(":")[0]
         qualified = tuple(f"dfm_fast::{op}" for op in raw)
         OPERATORS[name] = Operator(name, family, call, reference, qualified, cost)
         return call
@@ -132,15 +147,22 @@ def _has_dtensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return False
 
 
-def _on_local_shards(public: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _on_local_shards(
+    public: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    on_shard: Callable[..., Any] | None = None,
+) -> Any:
     """Run on the local shards. Every operator is independent along the batch, so Shard(0) stays
     Shard(0) and Replicate stays Replicate; other placements are first replicated."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import Shard as Split
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     leaves, spec = pytree.tree_flatten((args, kwargs))
     shards = [leaf for leaf in leaves if isinstance(leaf, DTensor)]
     mesh = shards[0].device_mesh
-    batch = Shard(0)
+    batch = Split(0)
     # A mesh dimension stays sharded if some tensor is sharded along the batch there.
     placements = [
         batch if any(shard.placements[i] == batch for shard in shards) else Replicate()
@@ -159,9 +181,13 @@ def _on_local_shards(public: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return leaf.redistribute(mesh, keep).to_local(grad_placements=grads)
 
     args, kwargs = pytree.tree_unflatten([local(leaf) for leaf in leaves], spec)
-    out = public(*args, **kwargs)
     sharded = [s for s in shards if batch in s.placements] or shards
     n = sharded[0].shape[0]  # shards may be uneven: the global batch is not to be had from one
+    if on_shard is None:
+        out = public(*args, **kwargs)
+    else:
+        _, start = compute_local_shape_and_global_offset(sharded[0].shape, mesh, placements)
+        out = on_shard(*args, shard=Shard(start[0], n), **kwargs)
 
     def whole(t: torch.Tensor) -> DTensor:
         size = {"shape": torch.Size((n, *t.shape[1:])), "stride": t.stride()}

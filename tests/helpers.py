@@ -54,7 +54,8 @@ class Case:
                 return shape
             new_batch = batch is not None and shape.batched
             sizes = (batch, *shape.sizes[1:]) if new_batch else shape.sizes
-            value = torch.randn(sizes, generator=generator, dtype=torch.float64)
+            draw = torch.rand if shape.uniform else torch.randn
+            value = draw(sizes, generator=generator, dtype=torch.float64)
             return relayout(value.to(device, dtype), layout)
 
         return pytree.tree_map(make, self.inputs)
@@ -65,10 +66,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Shape:
-    """A tensor of random values; without a batch (a weight) its sizes are fixed."""
+    """A tensor of random values, normal, or uniform in [0, 1) (a noise level); without a batch (a
+    weight) its sizes are fixed."""
 
     sizes: tuple[int, ...]
     batched: bool = True
+    uniform: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def detached(tree: Any, requires_grad: bool = True) -> Any:
 
 def grads(function: Callable[..., Any], args: Any, kwargs: Any, cotangents: Any = None) -> list:
     """Gradients of all tensors in args for the given (or fixed random) cotangents."""
+    if not tensors(args):
+        return []
     args = detached(args)
     out = tensors(function(*args, **kwargs))
     if cotangents is None:
@@ -137,12 +142,19 @@ def cotangents_for(out: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def assert_within_budget(
-    got: torch.Tensor, ref: torch.Tensor, exact: torch.Tensor, *, cap: float, what: str
+    got: torch.Tensor,
+    ref: torch.Tensor,
+    exact: torch.Tensor,
+    *,
+    cap: float,
+    what: str,
+    inputs: torch.dtype | None = None,
 ) -> None:
     """|got - exact| <= 2 max|ref - exact| + one rounding of the output, and under the cap.
 
     got: the implementation; ref: the reference in the same dtype on contiguous input; exact: the
-    reference in float64 on the same (already rounded) values.
+    reference in float64 on the same (already rounded) values; inputs: their dtype, the cap's unit
+    where it is coarser than the output's (a float32 loss of bfloat16 levels, which are rounded).
     """
     assert got.dtype == ref.dtype, f"{what}: dtype {got.dtype}, expected {ref.dtype}"
     assert got.shape == exact.shape, f"{what}: shape {got.shape}, expected {exact.shape}"
@@ -156,7 +168,8 @@ def assert_within_budget(
     budget = 2 * (ref - exact).abs().max() + eps / 2 * exact.abs() + slack
     worst = (error - budget).max().item()
     assert worst <= 0, f"{what}: {error.max():.3e} against fp64, {worst:.3e} over the budget"
-    assert error.max() <= cap * eps * scale, f"{what}: {error.max():.3e}, cap {cap} eps {scale:.2g}"
+    unit = max(eps, torch.finfo(inputs).eps if inputs else 0.0) * scale
+    assert error.max() <= cap * unit, f"{what}: {error.max():.3e}, cap {cap} x {unit:.2g}"
     assert not torch.isnan(error).any(), f"{what}: NaN"
 
 

@@ -34,12 +34,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfm_fast._library import INTERPRET, Operator
 
-PROPERTIES: dict[str, Callable[[Operator, Case, str], None]] = {}
+Property = Callable[[Operator, Case, str], None]
+PROPERTIES: dict[str, Property] = {}
+OF_TENSORS: set[str] = set()  # those that say something only of a function of tensors
 
 
-def prop(function: Callable[[Operator, Case, str], None]) -> Callable[[Operator, Case, str], None]:
+def prop(function: Property) -> Property:
     PROPERTIES[function.__name__] = function
     return function
+
+
+def of_tensors(function: Property) -> Property:
+    OF_TENSORS.add(function.__name__)
+    return prop(function)
 
 
 def call(op: Operator, case: Case, args: Any) -> list[torch.Tensor]:
@@ -66,10 +73,10 @@ def forward_parity(op: Operator, case: Case, device: str) -> None:
             assert len(got) == len(exact), f"{len(got)} outputs, expected {len(exact)}"
             for i, triple in enumerate(zip(got, ref, exact, strict=True)):
                 what = f"{case.id} {dtype} {layout} output {i}"
-                assert_within_budget(*triple, cap=case.cap, what=what)
+                assert_within_budget(*triple, cap=case.cap, what=what, inputs=dtype)
 
 
-@prop
+@of_tensors
 def backward_parity(op: Operator, case: Case, device: str) -> None:
     """Gradients in every dtype and layout within the error budget of the reference's autograd."""
     for dtype in dtypes(device):
@@ -82,10 +89,10 @@ def backward_parity(op: Operator, case: Case, device: str) -> None:
             got = grads(op.public, case.args(dtype, device, layout), case.kwargs, dy)
             for i, triple in enumerate(zip(got, ref, exact, strict=True)):
                 what = f"{case.id} {dtype} {layout} gradient {i}"
-                assert_within_budget(*triple, cap=4 * case.cap, what=what)
+                assert_within_budget(*triple, cap=4 * case.cap, what=what, inputs=dtype)
 
 
-@prop
+@of_tensors
 def reference_gradcheck(op: Operator, case: Case, device: str) -> None:
     """The reference's own gradient, in float64, against finite differences."""
     flat, spec = pytree.tree_flatten(detached(case.args(torch.float64, device)))
@@ -142,7 +149,7 @@ def layout_kept(op: Operator, case: Case, device: str) -> None:
             assert got == want, f"{case.id} {layout} output {i}: strides {got}, expected {want}"
 
 
-@prop
+@of_tensors
 def inputs_untouched(op: Operator, case: Case, device: str) -> None:
     """Arguments and gradients handed in keep their values, and outputs are fresh memory."""
     args = case.args(torch.float32, device)
@@ -157,7 +164,7 @@ def inputs_untouched(op: Operator, case: Case, device: str) -> None:
     assert_same(dy, dy_before, "incoming gradient changed")
 
 
-@prop
+@of_tensors
 def empty_batch(op: Operator, case: Case, device: str) -> None:
     """A batch of none gives outputs and gradients of none."""
     args = case.args(torch.float32, device, batch=0)
@@ -188,7 +195,7 @@ def deterministic(op: Operator, case: Case, device: str) -> None:
 # --- Autograd ----------------------------------------------------------------------------------
 
 
-@prop
+@of_tensors
 def partial_gradients(op: Operator, case: Case, device: str) -> None:
     """Any one tensor alone may require a gradient; it gets the one it gets among all."""
     args = case.args(torch.float32, device)
@@ -203,7 +210,7 @@ def partial_gradients(op: Operator, case: Case, device: str) -> None:
         assert_same([got], [expected], f"{case.id} gradient {i} alone")
 
 
-@prop
+@of_tensors
 def second_backward(op: Operator, case: Case, device: str) -> None:
     """A kept graph gives the same gradients again; differentiating twice is an error, not zeros."""
     args = detached(case.args(torch.float32, device))
@@ -220,7 +227,7 @@ def second_backward(op: Operator, case: Case, device: str) -> None:
         loss.backward()
 
 
-@prop
+@of_tensors
 def forward_mode_refused(op: Operator, case: Case, device: str) -> None:
     """Forward-mode derivatives are an error, not silently lost."""
     args = case.args(torch.float32, device)
@@ -248,7 +255,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@prop
+@of_tensors
 def opcheck(op: Operator, case: Case, device: str) -> None:
     """Every raw operator: schema, fake tensors (shapes, strides), AOT dispatch."""
     for layout, batch in itertools.product(("contiguous", "channels_last"), (None, 0)):
@@ -283,7 +290,7 @@ def compiles(op: Operator, case: Case, device: str) -> None:
 
     def function(*args: Any) -> list[torch.Tensor]:
         # Neighbouring element-wise code makes the compiler choose layouts around the operator.
-        args = pytree.tree_map_only(torch.Tensor, lambda t: t * 2 + 1, args)
+        args = pytree.tree_map_only(torch.Tensor, lambda t: t / 2 + 0.25, args)
         return [out.sin() for out in call(op, case, args)]
 
     torch._dynamo.reset()
@@ -308,35 +315,45 @@ def autocast(op: Operator, case: Case, device: str) -> None:
             assert_same(call(op, case, args), plain, f"{case.id} {dtype} under autocast")
 
 
-@prop
+@of_tensors
 def dtensor_batch_sharding(op: Operator, case: Case, device: str) -> None:
     """Sharded along the batch, every rank computes its own part and the result stays sharded."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    mesh = _fake_mesh()
-    args = case.args(torch.float32, "cpu")
-    shapes = iter(case.shapes())
+    mesh, shapes = _fake_mesh(), case.shapes()
+    # An uneven batch: the other rank has one sample less.
+    mine = next(shape.sizes[0] for shape in shapes if shape.batched)
+    args = case.args(torch.float32, "cpu", batch=2 * mine - 1)
 
-    def distributed(t: torch.Tensor, batched: bool) -> DTensor:
-        # An uneven batch: the other rank has one sample less.
-        size = (2 * len(t) - 1, *t.shape[1:]) if batched else t.shape
+    def local(t: torch.Tensor, batched: bool = True) -> torch.Tensor:
+        return t[:mine] if batched else t
+
+    def distributed(t: torch.Tensor, batched: bool = True) -> DTensor:
         placement = Shard(0) if batched else Replicate()
-        size = {"shape": torch.Size(size), "stride": t.stride()}
-        return DTensor.from_local(t, mesh, [placement], run_check=False, **size)
+        size = {"shape": t.shape, "stride": t.stride()}
+        return DTensor.from_local(local(t, batched), mesh, [placement], run_check=False, **size)
 
-    local = detached(
-        pytree.tree_map_only(torch.Tensor, lambda t: distributed(t, next(shapes).batched), args)
+    given = iter(shapes)
+    sharded = detached(
+        pytree.tree_map_only(torch.Tensor, lambda t: distributed(t, next(given).batched), args)
     )
-    out = call(op, case, local)
-    for got, want in zip(out, call(op, case, args), strict=True):
+    out, whole = call(op, case, sharded), call(op, case, args)
+    for got, want in zip(out, whole, strict=True):
         assert isinstance(got, DTensor), f"{case.id}: {type(got).__name__} out"
         assert got.placements == (Shard(0),), f"{case.id}: {got.placements}"
-        assert got.shape[0] == 2 * len(want) - 1, f"{case.id}: global batch {got.shape[0]}"
-        assert_same([got.to_local()], [want], f"{case.id}: local shard")
-    dy = cotangents_for(call(op, case, args))
-    got = torch.autograd.grad(out, tensors(local), [distributed(c, True) for c in dy])
-    want = grads(op.public, args, case.kwargs, dy)
-    assert_same([g.to_local() for g in got], want, f"{case.id}: local gradient")
+        assert got.shape == want.shape, f"{case.id}: global shape {got.shape}"
+        assert_same([got.to_local()], [local(want)], f"{case.id}: local shard")
+    # Of the other rank's samples nothing comes: what is left of a weight's gradient is ours.
+    dy = cotangents_for(whole)
+    for c in dy:
+        c[mine:] = 0
+    got = torch.autograd.grad(out, tensors(sharded), [distributed(c) for c in dy])
+    want = [
+        local(g, shape.batched)
+        for g, shape in zip(grads(op.public, args, case.kwargs, dy), shapes, strict=True)
+    ]
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.to_local(), w, msg=lambda m: f"{case.id}: gradient: {m}")
 
 
 @functools.cache
@@ -353,7 +370,7 @@ def _fake_mesh() -> Any:
 # --- Formulas ----------------------------------------------------------------------------------
 
 
-@prop
+@of_tensors
 def flop_formula(op: Operator, case: Case, device: str) -> None:
     """torch's FLOP counter sees every raw operator, and twice the batch is twice the work."""
     counts = []

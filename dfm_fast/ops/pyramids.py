@@ -44,6 +44,7 @@ from torch.autograd.function import once_differentiable
 from dfm_fast import _checks
 from dfm_fast._library import define, differentiable, operator
 from dfm_fast.ops._filters import FILTERS, Taps, axis_taps, halve, halvings
+from dfm_fast.ops._layouts import dense, empty_in, lay_out, memory_format
 
 _ops = torch.ops.dfm_fast
 
@@ -110,9 +111,9 @@ def laplacian_build_ref(
         fine = _accumulate(x)
         coarse = _down(fine, filter, factor).to(x.dtype)
         details.append(fine - _up(_accumulate(coarse), x.shape[2:], filter, factor))
-        details[-1] = _lay_out(details[-1].to(x.dtype), layout)
+        details[-1] = lay_out(details[-1].to(x.dtype), layout)
         x = coarse
-    return [_lay_out(x, layout), *reversed(details)]
+    return [lay_out(x, layout), *reversed(details)]
 
 
 def laplacian_collapse_ref(levels: Sequence[Tensor], filter: str, factor: Sequence[int]) -> Tensor:
@@ -121,7 +122,7 @@ def laplacian_collapse_ref(levels: Sequence[Tensor], filter: str, factor: Sequen
     for detail in levels[1:]:
         up = _up(_accumulate(x), detail.shape[2:], filter, factor)
         x = (_accumulate(detail) + up).to(detail.dtype)
-    return _lay_out(x, layout)
+    return lay_out(x, layout)
 
 
 def laplacian_build_backward_ref(
@@ -132,7 +133,7 @@ def laplacian_build_backward_ref(
     for level in map(_accumulate, grads[1:]):
         coarse = grad - _up_adjoint(level, filter, factor)
         grad = level + _down_adjoint(coarse, level.shape[2:], filter, factor)
-    return _lay_out(grad.to(grads[-1].dtype), memory_format(grads[-1]))
+    return lay_out(grad.to(grads[-1].dtype), memory_format(grads[-1]))
 
 
 def laplacian_collapse_backward_ref(
@@ -142,7 +143,7 @@ def laplacian_collapse_backward_ref(
     level, grads, layout = _accumulate(grad), [], memory_format(grad)
     for _ in range(num_levels - 1):
         level = _up_adjoint(level, filter, factor)
-        grads.append(_lay_out(level.to(grad.dtype), layout))
+        grads.append(lay_out(level.to(grad.dtype), layout))
     return grads[::-1]
 
 
@@ -154,9 +155,9 @@ def haar_build_ref(x: Tensor, num_levels: int) -> list[Tensor]:
         top, bottom = fine[:, :, 0::2], fine[:, :, 1::2]
         a, b, c, d = top[..., 0::2], top[..., 1::2], bottom[..., 0::2], bottom[..., 1::2]
         bands = (a + b) - (c + d), (a - b) + (c - d), (a - b) - (c - d)
-        details.append(_lay_out((torch.cat(bands, 1) / 2).to(x.dtype), layout))
+        details.append(lay_out((torch.cat(bands, 1) / 2).to(x.dtype), layout))
         x = (((a + b) + (c + d)) / 2).to(x.dtype)
-    return [_lay_out(x, layout), *reversed(details)]
+    return [lay_out(x, layout), *reversed(details)]
 
 
 def haar_collapse_ref(levels: Sequence[Tensor]) -> Tensor:
@@ -168,18 +169,10 @@ def haar_collapse_ref(levels: Sequence[Tensor]) -> Tensor:
         bottom = torch.stack(((ll - lh) + (hl - hh), (ll - lh) - (hl - hh)), -1)
         x = torch.stack((top.flatten(-2), bottom.flatten(-2)), -2).flatten(-3, -2)
         x = (x / 2).to(detail.dtype)
-    return _lay_out(x, layout)
+    return lay_out(x, layout)
 
 
 # --- Shapes, layouts, registration ----------------------------------------------------------------
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """contiguous_format, or channels_last (2-D, 3-D) where x is that and not contiguous."""
-    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    if not x.is_contiguous() and x.is_contiguous(memory_format=last):
-        return last
-    return torch.contiguous_format
 
 
 def level_sizes(
@@ -195,22 +188,11 @@ def level_sizes(
 
 def _empty(x: Tensor, channels: int, sizes: Sequence[int]) -> Tensor:
     """An output for x: its batch, dtype, device and layout."""
-    return _empty_in(memory_format(x), x, (x.shape[0], channels, *sizes))
+    return empty_in(memory_format(x), x, (x.shape[0], channels, *sizes))
 
 
 def _empty_like(x: Tensor) -> Tensor:
     return _empty(x, x.shape[1], x.shape[2:])
-
-
-def _empty_in(layout: torch.memory_format, x: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-
-
-def _lay_out(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """x with exactly the strides of a new tensor of that layout (`contiguous` leaves those of
-    sides of one, and of empty tensors, as they are)."""
-    out = _empty_in(layout, x, x.shape)
-    return x if x.stride() == out.stride() else out.copy_(x)
 
 
 def _build_fake(x: Tensor, num_levels: int, filter: str, factor: Sequence[int]) -> list[Tensor]:
@@ -248,12 +230,20 @@ def _laplacian_flops(elements: int, num_levels: int, filter: str, factor: Sequen
     return round(total)
 
 
+def build_flops(x: Sequence[int], num_levels: int, filter: str, factor: Sequence[int]) -> int:
+    """Of `laplacian_build`, or of `haar_build` for filter "haar", on sizes x [N, C, ...]."""
+    elements = math.prod(x)
+    if filter == "haar":  # three additions and one halving per output
+        return sum(4 * elements // 4**s for s in range(num_levels - 1))
+    return _laplacian_flops(elements, num_levels, filter, factor)
+
+
 define(
     "laplacian_build(Tensor x, int num_levels, str filter, int[] factor) -> Tensor[]",
     reference=laplacian_build_ref,
     fake=_build_fake,
     kernel="pyramids:laplacian_build",
-    flops=lambda x, n, filter, factor: _laplacian_flops(math.prod(x), n, filter, factor),
+    flops=build_flops,
 )
 define(
     "laplacian_build_backward(Tensor[] grads, str filter, int[] factor) -> Tensor",
@@ -277,13 +267,12 @@ define(
     kernel="pyramids:laplacian_collapse_backward",
     flops=lambda g, n, filter, factor: _laplacian_flops(math.prod(g), n, filter, factor),
 )
-# Three additions and one halving per output; 4/3 of the finest step over all levels.
 define(
     "haar_build(Tensor x, int num_levels) -> Tensor[]",
     reference=haar_build_ref,
     fake=_haar_build_fake,
     kernel="pyramids:haar_build",
-    flops=lambda x, n: sum(4 * math.prod(x) // 4**s for s in range(n - 1)),
+    flops=lambda x, n: build_flops(x, n, "haar", (2, 2)),
 )
 define(
     "haar_collapse(Tensor[] levels) -> Tensor",
@@ -414,13 +403,6 @@ def plan(*args: Any) -> tuple[tuple[int, ...], list[Sizes]]:
     return _plan(*args)
 
 
-def _dense(x: Tensor, layout: torch.memory_format | None = None) -> Tensor:
-    """x itself where it is contiguous or channels_last, else a contiguous copy."""
-    if layout is None and x.is_contiguous():
-        return x
-    return x.contiguous(memory_format=layout or memory_format(x))
-
-
 def _check_levels(op: str, levels: Sequence[Tensor], ndim: tuple[int, ...]) -> list[Tensor]:
     if not isinstance(levels, list | tuple):
         _checks.fail(op, "levels", "a list or tuple of tensors", type(levels).__name__, TypeError)
@@ -438,7 +420,7 @@ def _check_shapes(op: str, levels: Sequence[Tensor], expected: Sequence[Sequence
             _checks.fail(op, f"levels[{s}]", f"shape {shape}", tuple(level.shape))
 
 
-def _bytes(*tensors: Tensor) -> int:
+def nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -488,7 +470,7 @@ def laplacian_build(
     factor, _ = plan(op, "x", x.shape[2:], num_levels, filter, factor)
     if num_levels == 1:
         return (x.clone(),)
-    x = _dense(x)
+    x = dense(x)
     if not differentiable(x):
         return tuple(_ops.laplacian_build(x, num_levels, filter, factor))
     return _LaplacianBuild.apply(x, num_levels, filter, factor)
@@ -497,7 +479,7 @@ def laplacian_build(
 @operator(
     reference=laplacian_collapse_ref,
     raw=("laplacian_collapse", "laplacian_collapse_backward"),
-    cost=lambda levels, **_: _bytes(*levels, levels[-1]),
+    cost=lambda levels, **_: nbytes(*levels, levels[-1]),
 )
 def laplacian_collapse(
     levels: Sequence[Tensor], *, filter: str = "bilinear", factor: int | Sequence[int] = 2
@@ -523,7 +505,7 @@ def laplacian_collapse(
     if len(levels) == 1:
         return finest.clone()
     layout = memory_format(finest)
-    levels = [_dense(v, layout) for v in levels]
+    levels = [dense(v, layout) for v in levels]
     if not differentiable(*levels):
         return _ops.laplacian_collapse(levels, filter, factor)
     return _LaplacianCollapse.apply(filter, factor, *levels)
@@ -532,7 +514,7 @@ def laplacian_collapse(
 @operator(
     reference=haar_build_ref,
     raw=("haar_build", "haar_collapse"),
-    cost=lambda x, num_levels=2: 2 * _bytes(x),
+    cost=lambda x, num_levels=2: 2 * nbytes(x),
 )
 def haar_build(x: Tensor, num_levels: int = 2) -> tuple[Tensor, ...]:
     """Orthonormal Haar wavelet pyramid of images [N, C, H, W], critically sampled.
@@ -554,7 +536,7 @@ def haar_build(x: Tensor, num_levels: int = 2) -> tuple[Tensor, ...]:
     plan(op, "x", x.shape[2:], num_levels, "haar", 2)
     if num_levels == 1:
         return (x.clone(),)
-    x = _dense(x)
+    x = dense(x)
     if not differentiable(x):
         return tuple(_ops.haar_build(x, num_levels))
     return _HaarBuild.apply(x, num_levels)
@@ -563,7 +545,7 @@ def haar_build(x: Tensor, num_levels: int = 2) -> tuple[Tensor, ...]:
 @operator(
     reference=haar_collapse_ref,
     raw=("haar_collapse", "haar_build"),
-    cost=lambda levels: 2 * _bytes(*levels),
+    cost=lambda levels: 2 * nbytes(*levels),
 )
 def haar_collapse(levels: Sequence[Tensor]) -> Tensor:
     """Inverse of `haar_build`: [N, C, h, w] and details [N, 3C, ...], coarse to fine -> x.
@@ -579,7 +561,7 @@ def haar_collapse(levels: Sequence[Tensor]) -> Tensor:
     details = [(n, 3 * c, h << s, w << s) for s in range(len(levels) - 1)]
     _check_shapes(op, levels, [(n, c, h, w), *details])
     layout = memory_format(levels[-1])
-    levels = [_dense(v, layout) for v in levels]
+    levels = [dense(v, layout) for v in levels]
     if not differentiable(*levels):
         return _ops.haar_collapse(levels)
     return _HaarCollapse.apply(len(levels), *levels)
