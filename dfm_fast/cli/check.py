@@ -1,7 +1,8 @@
 """`dfm-fast check`: compile every Triton kernel for every target, with no GPU, and gate the result.
 
 One row per kernel, dtype and target: registers, shared memory, spills, widest global load and
-instructions in the machine code. Exit status 1 when a gate fails.
+instructions in the machine code; then how many passed on each target. Exit status 1 when a gate
+fails. All of them take minutes the first time, seconds again from Triton's cache.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +49,20 @@ def run(args: argparse.Namespace) -> int:
     if not work:
         print(f"check: expected a kernel like {args.kernel!r}, got none")
         return 1
-    print("{:<44} {:<5} {:<7} {:>9} {:>7} {:>6} {:>9} {:>12}".format(*HEADER))
+    start = time.perf_counter()
+    print("{:>7} {:<44} {:<5} {:<7} {:>9} {:>7} {:>6} {:>9} {:>12}".format("", *HEADER))
     # Processes, as Triton's compiler holds the interpreter lock; fresh ones, as it has threads.
     with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(work))) as pool:
-        rows = [_print(row) for row in pool.imap(_check, work)]
+        done = enumerate(pool.imap(_check, work), start=1)
+        rows = [_print(row, f"{i}/{len(work)}") for i, row in done]
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    for target in targets:
+        here = [row for row in rows if row.target == target]
+        print(f"{target}: {sum(not row.failures for row in here)} of {len(here)} passed")
     failed = sum(bool(row.failures) for row in rows)
-    print(f"{len(rows)} compiled, {failed} failed")
+    seconds = time.perf_counter() - start
+    print(f"{len(rows)} compiled in {seconds:.0f} s, {failed} failed")
     return 1 if failed else 0
 
 
@@ -65,10 +73,10 @@ def _check(item: tuple[int, str]) -> Any:
     return _aot.check(list(_aot.specialisations())[index], target)
 
 
-def _print(row: Any) -> Any:
+def _print(row: Any, progress: str) -> Any:
     print(
-        f"{row.kernel:<44} {row.dtype:<5} {row.target:<7} {row.registers:>9} {row.shared:>7} "
-        f"{row.spills:>6} {row.load_bits:>9} {row.instructions:>12}",
+        f"{progress:>7} {row.kernel:<44} {row.dtype:<5} {row.target:<7} {row.registers:>9} "
+        f"{row.shared:>7} {row.spills:>6} {row.load_bits:>9} {row.instructions:>12}",
         *(f"\n    FAILED {failure}" for failure in row.failures),
         flush=True,
     )

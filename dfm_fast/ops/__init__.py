@@ -8,11 +8,14 @@ from dfm_fast.ops.pyramids import (
     laplacian_build,
     laplacian_collapse,
 )
+from dfm_fast.ops.steps import cfg_euler_step, heun_step
 
 __all__ = [
     "add_noise",
+    "cfg_euler_step",
     "haar_build",
     "haar_collapse",
+    "heun_step",
     "laplacian_build",
     "laplacian_collapse",
     "philox_normal",

@@ -69,19 +69,19 @@ def _x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def _noise(**kwargs):
-    x, t = kwargs.pop("x", _x(2, 1, 4, 4)), kwargs.pop("t", _x(2))
-    return lambda f: f(x, t, kwargs.pop("seed", 0), **kwargs)
+def _noise(**changes):
+    values = {"x": _x(2, 1, 4, 4), "t": _x(2), "seed": 0, **changes}
+    return lambda f: f(**values)
 
 
-def _pyramid(**kwargs):
-    return _noise(**{"t": _x(2, 2), **kwargs})
+def _pyramid(**changes):
+    return _noise(**{"t": _x(2, 2), **changes})
 
 
-def _loss(**kwargs):
-    predictions = kwargs.pop("predictions", [_x(2, 1, 2, 2), _x(2, 1, 4, 4)])
-    x, seed = kwargs.pop("x", _x(2, 1, 4, 4)), kwargs.pop("seed", 0)
-    return lambda f: f(predictions, x, seed, **kwargs)
+def _loss(**changes):
+    predictions = [_x(2, 1, 2, 2), _x(2, 1, 4, 4)]
+    values = {"predictions": predictions, "x": _x(2, 1, 4, 4), "seed": 0, **changes}
+    return lambda f: f(**values)
 
 
 def _bad(name, argument, error, *calls):
