@@ -100,9 +100,11 @@ def load_pairs(ptr, N: tl.constexpr):
 
 
 @triton.jit
-def plane_of(ptr, at, H, W, C, VEC: tl.constexpr, LAST: tl.constexpr):
-    """Pointers to pixel (0, 0) of each lane's plane: [BLOCK], or [BLOCK, VEC] channels."""
-    ptr = ptr + at[0] * H * (W * C)
+def top_of(
+    ptr, at, H, WP, C, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr
+):  # fmt: skip
+    """Pointers to row 0 of each lane's columns: [BLOCK], or [BLOCK, VEC] channels."""
+    ptr = ptr + at[0] * H * (WP * COLS * C) + at[2] * (COLS * C)
     if LAST:
         ptr = ptr + at[3] * VEC + tl.arange(0, VEC)[None, :]
     return ptr
@@ -120,7 +122,7 @@ def load(
     is what both filters mean by their edges; the columns do after `mirror`.
     """
     H, WP, C = size[0] >> LEVEL, size[1], size[2]
-    ptr = plane_of(ptr, at, H, WP * COLS, C, VEC, LAST)
+    ptr = top_of(ptr, at, H, WP, C, COLS, VEC, LAST)
     patch = ()
     for i in tl.static_range(-HALO, ROWS + HALO):
         row = (at[1] >> LEVEL) + i
@@ -142,10 +144,10 @@ def load_row(
     line, column, WP, C, COLS: tl.constexpr, HALO: tl.constexpr, VEC: tl.constexpr,
     LAST: tl.constexpr,
 ):  # fmt: skip
-    columns = load_columns(line + column * (COLS * C), C, COLS, VEC, LAST)
+    columns = load_columns(line, C, COLS, VEC, LAST)
     if HALO > 0:
-        left = tl.maximum(column * (COLS // HALO) - 1, 0)
-        right = tl.minimum((column + 1) * (COLS // HALO), WP * (COLS // HALO) - 1)
+        left = tl.maximum(-column, -1)
+        right = tl.minimum(WP - column, 2) + (COLS // HALO - 2)
         before = load_columns(line + left * (HALO * C), C, HALO, VEC, LAST)
         after = load_columns(line + right * (HALO * C), C, HALO, VEC, LAST)
         columns = before + columns + after
@@ -160,20 +162,17 @@ def store(
     """Write the inside of a patch, rounded; arguments as `load`."""
     COLS: tl.constexpr = len(patch[0]) - 2 * HALO
     H, WP, C = size[0] >> LEVEL, size[1], size[2]
-    ptr = plane_of(ptr, at, H, WP * COLS, C, VEC, LAST)
+    ptr = top_of(ptr, at, H, WP, C, COLS, VEC, LAST)
     for i in tl.static_range(len(patch) - 2 * HALO):
         line = ptr + ((at[1] >> LEVEL) + i) * (WP * COLS * C)
-        store_row(line, patch[HALO + i], None, at[2], C, HALO, VEC, LAST)
+        store_row(line, patch[HALO + i], None, C, HALO, VEC, LAST)
 
 
 @triton.jit
-def store_row(
-    line, row, mask, column, C, HALO: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr
-):  # fmt: skip
+def store_row(line, row, mask, C, HALO: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr):
     COLS: tl.constexpr = len(row) - 2 * HALO
     WIDE: tl.constexpr = COLS if COLS < VEC else VEC
     dtype = line.dtype.element_ty
-    line = line + column * (COLS * C)
     if LAST:
         for k in tl.static_range(COLS):
             tl.store(line + k * C, row[HALO + k].to(dtype), mask)

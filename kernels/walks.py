@@ -14,11 +14,11 @@ from dfm_fast.kernels.patches import (
     load_row,
     mirror,
     mirrored,
-    plane_of,
     pool,
     residual,
     rounded,
     store_row,
+    top_of,
     up_row,
 )
 
@@ -28,7 +28,7 @@ def _bands(x_ptr, at, size, i, STEPS: tl.constexpr, COLS: tl.constexpr, VEC: tl.
            LAST: tl.constexpr):  # fmt: skip
     """Rows i 2^STEPS on of x with their halo, and what they come to: middle rows, coarse row."""
     H, WP, C = size[0], size[1], size[2]
-    ptr = plane_of(x_ptr, at, H, WP * COLS, C, VEC, LAST)
+    ptr = top_of(x_ptr, at, H, WP, C, COLS, VEC, LAST)
     x = ()
     for k in tl.static_range(1 << STEPS):
         line = ptr + mirrored((i << STEPS) + k, H) * (WP * COLS * C)
@@ -56,10 +56,10 @@ def build_kernel(
     HALO: tl.constexpr = 1 << STEPS
     EXTRA: tl.constexpr = STEPS - 1  # columns of a middle row's halo that only the coarse row needs
     C = size[2]
-    coarse_at = plane_of(coarse_ptr, at, H >> STEPS, WP * (COLS >> STEPS), C, VEC, LAST)
-    fine_at = plane_of(fine_ptr, at, H, WP * COLS, C, VEC, LAST)
+    coarse_at = top_of(coarse_ptr, at, H >> STEPS, WP, C, COLS >> STEPS, VEC, LAST)
+    fine_at = top_of(fine_ptr, at, H, WP, C, COLS, VEC, LAST)
     if STEPS == 2:
-        middle_at = plane_of(middle_ptr, at, H // 2, WP * (COLS // 2), C, VEC, LAST)
+        middle_at = top_of(middle_ptr, at, H // 2, WP, C, COLS // 2, VEC, LAST)
     first, end = at[1] >> STEPS, (at[1] + ROWS) >> STEPS
     x, middle, coarse = _bands(x_ptr, at, size, first - 1, STEPS, COLS, VEC, LAST)
     last_x, last_m, last_c = x[HALO - 1], middle[EXTRA], coarse
@@ -68,15 +68,15 @@ def build_kernel(
         x, middle, coarse = _bands(x_ptr, at, size, i, STEPS, COLS, VEC, LAST)
         before, inside = i > first, i < end
         row = i * ((COLS >> STEPS) * WP * C)
-        store_row(coarse_at + row, coarse, inside, at[2], C, 1, VEC, LAST)
+        store_row(coarse_at + row, coarse, inside, C, 1, VEC, LAST)
         if STEPS == 2:
             above, near = up_row(last_c, 0), up_row(coarse, 0)
             row = i * (COLS * WP * C)
             width = COLS // 2 * WP * C
             detail = residual(last_m, near, above, 0.0625, 2)
-            store_row(middle_at + row - width, detail, before, at[2], C, 0, VEC, LAST)
+            store_row(middle_at + row - width, detail, before, C, 0, VEC, LAST)
             detail = residual(middle[0], above, near, 0.0625, 2)
-            store_row(middle_at + row, detail, inside, at[2], C, 0, VEC, LAST)
+            store_row(middle_at + row, detail, inside, C, 0, VEC, LAST)
         wide = up_row(last_m, EXTRA)
         row = (i << STEPS) * (COLS * WP * C)
         for k in tl.static_range(STEPS):
@@ -84,10 +84,10 @@ def build_kernel(
             upper = last_x if k == 0 else x[2 * k - 1]
             detail = residual(upper, near, wide, 0.0625, HALO)
             line = fine_at + row + (2 * k - 1) * (COLS * WP * C)
-            store_row(line, detail, before if k == 0 else inside, at[2], C, 0, VEC, LAST)
+            store_row(line, detail, before if k == 0 else inside, C, 0, VEC, LAST)
             detail = residual(x[2 * k], wide, near, 0.0625, HALO)
             line = fine_at + row + 2 * k * (COLS * WP * C)
-            store_row(line, detail, inside, at[2], C, 0, VEC, LAST)
+            store_row(line, detail, inside, C, 0, VEC, LAST)
             wide = near
         last_x, last_m, last_c = x[HALO - 1], middle[EXTRA], coarse
 
@@ -114,7 +114,7 @@ def _narrow(row):
 def _narrowed(dy_ptr, at, size, i, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr):
     """Rows 4 i to 4 i + 3 of dy, narrowed to middle columns with a halo of 1."""
     H, WP, C = size[0], size[1], size[2]
-    ptr = plane_of(dy_ptr, at, H, WP * COLS, C, VEC, LAST)
+    ptr = top_of(dy_ptr, at, H, WP, C, COLS, VEC, LAST)
     out = ()
     for k in tl.static_range(4):
         line = ptr + mirrored(4 * i + k, H) * (WP * COLS * C)
@@ -136,9 +136,9 @@ def collapse_bwd_kernel(
     at = lanes(P, H, WP, CG, ROWS, TC, TW, TH, BLOCK, LAST, WIDE)
     size = (H, WP, CG * VEC if LAST else 1)
     C = size[2]
-    coarse_at = plane_of(dcoarse_ptr, at, H // 4, WP * (COLS // 4), C, VEC, LAST)
+    coarse_at = top_of(dcoarse_ptr, at, H // 4, WP, C, COLS // 4, VEC, LAST)
     if dmiddle_ptr is not None:
-        middle_at = plane_of(dmiddle_ptr, at, H // 2, WP * (COLS // 2), C, VEC, LAST)
+        middle_at = top_of(dmiddle_ptr, at, H // 2, WP, C, COLS // 2, VEC, LAST)
     first, end = at[1] // 4, (at[1] + ROWS) // 4
     above = _narrowed(dy_ptr, at, size, first - 1, COLS, VEC, LAST)
     a, b, c = above[1], above[2], above[3]
@@ -153,10 +153,10 @@ def collapse_bwd_kernel(
         if dmiddle_ptr is not None:
             row = i * (COLS * WP * C)
             width = COLS // 2 * WP * C
-            store_row(middle_at + row - width, upper, before, at[2], C, 1, VEC, LAST)
-            store_row(middle_at + row, lower, inside, at[2], C, 1, VEC, LAST)
+            store_row(middle_at + row - width, upper, before, C, 1, VEC, LAST)
+            store_row(middle_at + row, lower, inside, C, 1, VEC, LAST)
         g, h = _narrow(upper), _narrow(lower)
         grad = _weigh(e, f, g, h, 0.0625)
         row = (i - 1) * (COLS // 4 * WP * C)
-        store_row(coarse_at + row, grad, before, at[2], C, 0, VEC, LAST)
+        store_row(coarse_at + row, grad, before, C, 0, VEC, LAST)
         a, b, c, e, f = rows[1], rows[2], rows[3], g, h
