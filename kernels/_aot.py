@@ -122,7 +122,7 @@ def _read_nvidia(compiled: Any, spec: Specialisation) -> tuple[int, int, int, in
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run(_tool("cuobjdump"), "-res-usage", file.name)
-        sass = _run(_tool("nvdisasm"), "-c", file.name)
+        sass = _run(_tool("nvdisasm"), "-c", "-ndf", file.name)
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\S+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
     code = code[: len(code) - next(i for i, op in enumerate(code[::-1]) if op != "NOP")]

@@ -20,13 +20,28 @@ def check(tmp_path, *arguments):
     return status, json.loads(path.read_text())
 
 
-# Every kernel once on sm_90; then the other dtypes, layouts and targets of the one that matters
-# most and of the general one. `dfm-fast check` alone does all of them, in minutes.
+# Each has spilled, for a step of occupancy that ptxas would not give up.
+@pytest.mark.parametrize(
+    ("targets", "dtype", "kernel"),
+    [
+        (["sm_90"], "bf16", "laplacian_collapse_backward bilinear NHWC"),
+        (["sm_90", "sm_100"], "fp32", "laplacian_collapse nearest NCHW"),
+        (["sm_120"], "fp16", "haar_build NCHW"),
+    ],
+)
+def test_what_once_spilled_spills_no_more(targets, dtype, kernel, tmp_path):
+    arguments = [word for target in targets for word in ("--target", target)]
+    status, rows = check(tmp_path, *arguments, "--dtype", dtype, "--kernel", kernel)
+    assert [(row["target"], row["spills"]) for row in rows] == [(target, 0) for target in targets]
+    assert status == 0
+
+
+# Everything on one target; then the one that matters most and the general one on the others.
+# `dfm-fast check` alone does all of it.
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--target", "sm_90", "--dtype", "bf16", "--kernel", "NCHW"),
-        ("--target", "sm_90", "--dtype", "fp16", "--dtype", "fp32", "--kernel", "build bilinear 1"),
+        ("--target", "sm_90"),
         ("--dtype", "bf16", "--kernel", "build bilinear 1 NCHW"),
         ("--dtype", "bf16", "--dtype", "fp64", "--kernel", "resample 32"),
     ],
@@ -41,11 +56,14 @@ def test_kernels_compile_within_the_limits_of_every_target(arguments, tmp_path, 
     assert all(row["registers"] > 0 and row["instructions"] > 0 for row in rows)
 
 
-def test_loads_are_sixteen_bytes_wide(tmp_path):
+def test_loads_are_sixteen_bytes_wide(tmp_path, capsys):
     _, rows = check(
         tmp_path, "--target", "sm_90", "--dtype", "bf16", "--kernel", "build bilinear 1 NCHW"
     )
     assert [row["load_bits"] for row in rows] == [128]
+    printed = capsys.readouterr().out
+    assert "1/1 laplacian_build bilinear 1 NCHW" in printed
+    assert "sm_90: 1 of 1 passed" in printed
 
 
 def test_a_failed_gate_is_an_exit_status(monkeypatch, tmp_path, capsys):
