@@ -1,5 +1,6 @@
 """Drop-in modules."""
 
+from dfm_fast.nn.noises import PerScaleNoise
 from dfm_fast.nn.pyramids import LaplacianPyramid
 
-__all__ = ["LaplacianPyramid"]
+__all__ = ["LaplacianPyramid", "PerScaleNoise"]

@@ -30,6 +30,7 @@ LARGEST = math.sqrt(66 * math.log(2))  # of all normals
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
+_FOLD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
 
 
 def philox(counter: Tensor, key: Tensor | int, subsequence: int = 0) -> Tensor:
@@ -76,17 +77,20 @@ Seed = int | Tensor | None
 
 
 def seed_of(
-    op: str, seed: Seed, offset: int, device: torch.device
+    op: str, seed: Seed, offset: int, device: torch.device, shard: object = None
 ) -> tuple[Tensor | None, int, int]:
     """(state, seed, offset) as the raw operators take them: `state` int64 [2] on the device, whose
     seed and offset are added to the other two; None where the numbers are known on the host.
 
-    seed None draws a state from the device's default generator, with no synchronisation.
+    seed None draws a state from the device's default generator, with no synchronisation; not for a
+    shard, as the ranks would draw different ones.
     """
     offset = _checks.integer(op, "offset", offset, 0)
     if isinstance(seed, Tensor):
         _check_state(op, seed, device)
         return seed, 0, offset
+    if seed is None and shard is not None:
+        _checks.fail(op, "seed", "a seed, equal on all ranks, for a DTensor", None)
     if seed is None:
         # Offsets that are multiples of 4 are the fast ones. The shift may wrap: all is modulo 2^64.
         return torch.empty(2, dtype=torch.int64, device=device).random_() << 2, 0, offset
@@ -108,3 +112,16 @@ def _check_state(op: str, seed: Tensor, device: torch.device) -> None:
         _checks.fail(op, "seed", "shape [2], seed and offset", list(seed.shape))
     if seed.device != device:
         _checks.fail(op, "seed", f"device {device}", seed.device)
+
+
+def fold(seed: Tensor | int, number: int) -> Tensor | int:
+    """Another seed for each number; 0 keeps the seed. Keys differ, so streams are independent."""
+    if number == 0:
+        return seed
+    step = number * _FOLD & ((1 << 64) - 1)
+    if isinstance(seed, int):
+        return (seed + step) & ((1 << 64) - 1)
+    step = step - (1 << 64) if step >= 1 << 63 else step
+    folded = seed.clone()
+    folded[0] += step  # wraps
+    return folded

@@ -203,7 +203,7 @@ def _velocity_loss_shard(
     gains = check_std(op, std, count)
     if seed is None:
         _checks.fail(op, "seed", "the seed that the noise was made with", None, TypeError)
-    state, seed, offset = seed_of(op, seed, offset, x.device)
+    state, seed, offset = seed_of(op, seed, offset, x.device, shard)
     offsets = level_offsets(shapes, offset, shard)
     x = dense(x)
     layout = memory_format(x)

@@ -328,7 +328,7 @@ def _add_noise_shard(
     op = "add_noise"
     _checks.tensor(op, "x", x, range(1, 65))
     t = _check_t(op, t, x, (x.shape[0],))
-    state, seed, offset = seed_of(op, seed, offset, x.device)
+    state, seed, offset = seed_of(op, seed, offset, x.device, shard)
     if shard is not None:
         offset += shard.start * math.prod(x.shape[1:])
     x = dense(x)
@@ -387,7 +387,7 @@ def _pyramid_add_noise_shard(
     dtype = dtype or x.dtype
     if dtype not in _checks.FLOATING:
         _checks.fail(op, "dtype", "float32, bfloat16, float16 or float64", dtype, TypeError)
-    state, seed, offset = seed_of(op, seed, offset, x.device)
+    state, seed, offset = seed_of(op, seed, offset, x.device, shard)
     offsets = level_offsets(level_shapes(x.shape, num_levels, filter, factor), offset, shard)
     wanted, mask = wanted_levels(active, num_levels)
     x, options = dense(x), (filter, factor, gains, targets, dtype)

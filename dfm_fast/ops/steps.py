@@ -323,7 +323,10 @@ def _run(
     table, scale = None, 1.0
     if isinstance(cfg_scale, Tensor):
         table = _check_table(op, "cfg_scale", cfg_scale, x, step).to(dt.dtype)
-        table = table.expand_as(dt).contiguous()
+        rows = {len(table), len(dt)} - {1}
+        if len(rows) > 1:
+            _checks.fail(op, "cfg_scale", f"{len(dt)} rows like dt", list(table.shape))
+        table, dt = (v.expand(max(rows, default=1), -1).contiguous() for v in (table, dt))
     elif isinstance(cfg_scale, int | float):
         scale = float(cfg_scale)
     else:

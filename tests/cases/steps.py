@@ -71,6 +71,12 @@ BAD = [
     *_bad("cfg_euler_step", "dt", ValueError, _step(dt=_x(2).to("meta"))),
     *_bad("cfg_euler_step", "cfg_scale", TypeError, _step(cfg_scale="2", v_uncond=_pair())),
     *_bad("cfg_euler_step", "cfg_scale", ValueError, _step(cfg_scale=_x(1), v_uncond=_pair())),
+    *_bad(
+        "cfg_euler_step",
+        "cfg_scale",
+        ValueError,
+        _step(cfg_scale=_x(3, 2), v_uncond=_pair(), dt=_x(2, 2), step=torch.tensor(0)),
+    ),
     *_bad("cfg_euler_step", "active", ValueError, _step(active=[True])),
     *_bad("cfg_euler_step", "active", TypeError, _step(active=[1, 1])),
     *_bad("cfg_euler_step", "active", ValueError, _step(active=_x(2))),

@@ -1,0 +1,258 @@
+"""The sampling loop: all levels, coarse to fine, guidance, previews, one CUDA graph per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfm_fast import _checks
+from dfm_fast.flow.decompositions import Decomposition
+from dfm_fast.flow.schedules import StageSchedule
+from dfm_fast.ops import cfg_euler_step, heun_step, philox_normal
+from dfm_fast.ops._scales import level_offsets
+
+Levels = list[Tensor | None]
+
+
+class Guidance:
+    """Classifier-free guidance: its scale, the conditions of u, and when it is on."""
+
+    def __init__(
+        self,
+        op: str,
+        scale: float,
+        uncond: Mapping[str, Any] | None,
+        interval: tuple[float, float],
+    ) -> None:
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            _checks.fail(op, "cfg_scale", "a number", repr(scale), TypeError)
+        if uncond is not None and not isinstance(uncond, Mapping):
+            got = type(uncond).__name__
+            _checks.fail(op, "uncond", "a mapping of conditions", got, TypeError)
+        if scale != 1 and uncond is None:
+            _checks.fail(op, "uncond", f"conditions, as cfg_scale is {scale:g}", None)
+        if not isinstance(interval, Sequence) or len(interval) != 2:
+            _checks.fail(op, "cfg_interval", "(low, high)", repr(interval))
+        low, high = interval
+        if not 0 <= low <= high <= 1:
+            _checks.fail(op, "cfg_interval", "0 <= low <= high <= 1", tuple(interval))
+        self.scale, self.uncond, self.interval = float(scale), uncond, (low, high)
+
+    def table(self, t: Tensor) -> Tensor:
+        """w [K, L] for noise levels t [K, L]."""
+        low, high = self.interval
+        inside = (t >= low) & (t <= high)
+        return torch.where(inside, torch.full_like(t, self.scale), torch.ones_like(t))
+
+
+def check_velocities(
+    op: str,
+    velocities: Any,
+    levels: Levels,
+    step: int | None,
+    finite: bool,
+) -> None:
+    """One tensor like each level that was given; with `finite` also the values (synchronises)."""
+    at = "" if step is None else f" in step {step}"
+    if not isinstance(velocities, list | tuple):
+        got = type(velocities).__name__
+        _checks.fail(op, "model", f"a list of velocities{at}", got, TypeError)
+    if len(velocities) != len(levels):
+        _checks.fail(op, "model", f"{len(levels)} velocities{at}", len(velocities))
+    for s, (v, level) in enumerate(zip(velocities, levels, strict=True)):
+        if level is None:
+            continue
+        if not isinstance(v, Tensor):
+            got = type(v).__name__
+            _checks.fail(
+                op, "model", f"a tensor for level {s}, which is active{at}", got, TypeError
+            )
+        if v.shape != level.shape:
+            _checks.fail(op, "model", f"shape {list(level.shape)} for level {s}{at}", list(v.shape))
+        if finite and not v.isfinite().all():
+            _checks.fail(op, "model", f"finite velocities of level {s}{at}", "inf or nan")
+
+
+class Sampler:
+    """One run of the loop. Tables of t, dt and guidance lie on the device, and a step counter
+    chooses their row, so that a step is the same work every time: a graph of it can be replayed."""
+
+    def __init__(
+        self,
+        op: str,
+        model: Callable[..., Sequence[Tensor | None]],
+        decomposition: Decomposition,
+        schedule: StageSchedule,
+        guidance: Guidance,
+        solver: str,
+        cond: Mapping[str, Any],
+        check: bool,
+        preview: Callable[[int, Tensor], None] | None,
+    ) -> None:
+        self.op, self.model, self.decomposition = op, model, decomposition
+        self.schedule, self.guidance, self.heun = schedule, guidance, solver == "heun"
+        self.cond, self.check, self.preview = dict(cond), check, preview
+
+    def __call__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        seed: Tensor | int,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: bool,
+        graphs: bool,
+    ) -> Tensor:
+        exact = self.schedule.table()
+        # Differences and guidance in float64, from the exact table.
+        self.dt = exact.diff(dim=0).float().to(device)
+        self.scales = self.guidance.table(exact)
+        self.guided = ((self.scales != 1) & self._active_or_done(exact)).any(1).tolist()
+        self.w, self.t = self.scales.float().to(device), exact.float().to(device)
+        starts = level_offsets(shapes, 0)
+        noise = {"device": device, "dtype": dtype}
+        x = [
+            philox_normal(shape, seed, offset=o, **noise)
+            for shape, o in zip(shapes, starts, strict=True)
+        ]
+        bar = _bar(sum(self.schedule.steps)) if progress else None
+        for stage, steps in enumerate(self.schedule.stages):
+            x = self._stage(stage, steps, x, graphs, bar)
+            if self.preview is not None:
+                self.preview(stage, self.decomposition.collapse(x[: stage + 1]))
+        if bar is not None:
+            bar.close()
+        return self.decomposition.collapse(x)
+
+    def _active_or_done(self, t: Tensor) -> Tensor:
+        """[N + 1, L]: levels whose velocity counts at a row of the table."""
+        active = self.schedule.active()
+        return torch.cat((active, active[-1:]))
+
+    def _stage(
+        self, stage: int, steps: range, x: list[Tensor], graphs: bool, bar: Any
+    ) -> list[Tensor]:
+        step = torch.full((1,), steps.start, dtype=torch.int64, device=x[0].device)
+        if graphs:
+            return self._replayed(stage, steps, x, step, bar)
+        for k in steps:
+            x = self._step(stage, k, x, step)
+            step += 1
+            if bar is not None:
+                bar.update()
+        return x
+
+    def _step(self, stage: int, k: int, x: list[Tensor], step: Tensor) -> list[Tensor]:
+        on = [s <= stage for s in range(len(x))]
+        options = {"cfg_scale": self.w[:-1], "active": on, "step": step}
+        cond, uncond = self._velocities(stage, k, x, step)
+        if uncond is None:
+            options["cfg_scale"] = 1.0
+        y = cfg_euler_step(x, cond, uncond, self.dt, **options)
+        if not self.heun:
+            return y
+        # At the end of the step, guided with its own row's scale.
+        cond, uncond = self._velocities(stage, k + 1, y, step + 1)
+        options = {"cfg_scale": 1.0, "active": on, "step": step}
+        if uncond is not None:
+            options["cfg_scale"] = self.w[1:]
+        return heun_step(x, y, cond, uncond, self.dt, **options)
+
+    def _velocities(
+        self, stage: int, row: int, x: list[Tensor], step: Tensor
+    ) -> tuple[Levels, Levels | None]:
+        """(conditional, unconditional or None) at a row of the table."""
+        n, count = x[0].shape[0], len(x)
+        levels: Levels = [v if s <= stage else None for s, v in enumerate(x)]
+        t = self.t.index_select(0, step).expand(n, count)
+        active = torch.zeros(n, count, dtype=torch.bool, device=t.device)
+        active[:, : stage + 1] = True
+        if not self.guided[row]:
+            return self._call(levels, t, active, self.cond, row), None
+        other = {**self.cond, **(self.guidance.uncond or {})}
+        both = _stacked(self.cond, other, n)
+        if both is None:
+            cond = self._call(levels, t, active, self.cond, row)
+            return cond, self._call(levels, t, active, other, row)
+        twice = [None if v is None else torch.cat((v, v)) for v in levels]
+        out = self._call(twice, torch.cat((t, t)), torch.cat((active, active)), both, row)
+        halves = [(None, None) if v is None else v.chunk(2) for v in out]
+        return [c for c, _ in halves], [u for _, u in halves]
+
+    def _call(
+        self, levels: Levels, t: Tensor, active: Tensor, cond: Mapping[str, Any], step: int
+    ) -> Levels:
+        out = self.model(levels, t, active, **cond)
+        check_velocities(self.op, out, levels, step, self.check)
+        return [v if g is not None else None for v, g in zip(out, levels, strict=True)]
+
+    def _replayed(
+        self, stage: int, steps: range, x: list[Tensor], step: Tensor, bar: Any
+    ) -> list[Tensor]:
+        """The stage as replays of one graph per kind of step (guided or not)."""
+        x, replays = [v.clone() for v in x], {}
+
+        def advance(k: int) -> None:
+            for old, new in zip(x, self._step(stage, k, x, step), strict=True):
+                if new is not old:
+                    old.copy_(new)
+            step.add_(1)
+
+        for k in steps:
+            kind = self.guided[k], self.heun and self.guided[k + 1]
+            if kind not in replays:
+                replays[kind] = capture(lambda k=k: advance(k), [*x, step])
+            replays[kind]()
+            if bar is not None:
+                bar.update()
+        return x
+
+
+def capture(call: Callable[[], None], state: Iterable[Tensor]) -> Callable[[], None]:
+    """A CUDA graph's replay of a call that changes `state` in place; state is left as it was."""
+    state = list(state)
+    before = [v.clone() for v in state]
+
+    def restore() -> None:
+        for v, old in zip(state, before, strict=True):
+            v.copy_(old)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # autotuning and lazy initialisation happen outside the graph
+            call()
+            restore()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _stacked(a: Mapping[str, Any], b: Mapping[str, Any], n: int) -> dict[str, Any] | None:
+    """Conditions for a batch of both, None where some cannot be stacked."""
+    if a.keys() != b.keys():
+        return None
+    both = {}
+    for name, left in a.items():
+        right = b[name]
+        if isinstance(left, Tensor) and isinstance(right, Tensor):
+            if left.shape != right.shape or left.shape[:1] != (n,) or left.dtype != right.dtype:
+                return None
+            both[name] = torch.cat((left, right))
+        elif left is right:
+            both[name] = left
+        else:
+            return None
+    return both
+
+
+def _bar(total: int) -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("DecomposableFlow.sample: progress: expected tqdm, got none") from error
+    return tqdm(total=total, desc="sampling", unit="step")
