@@ -13,10 +13,10 @@ or spill; 16-byte loads and stores of the finest level):
     build     patches 8 x 8, weights 1/4 and 3/4                       25.0  (180)
               and bfloat16 widened in pairs, weights 1 and 3           21.4  (150)
               patches 8 x 16: fewer halos, too many registers          16.0  (244)
-              walking down 8 columns                                   14.1  (91)
-    collapse  patches 8 x 8                                            12.3  (108)
-    backward  of build: patches 8 x 8                                  12.6  (96)
-              of collapse: patches 8 x 8, then walking                 16.1  (106), 10.3  (60)
+              walking down 8 columns                                   13.7  (96)
+    collapse  patches 8 x 8                                            11.9  (106)
+    backward  of build: patches 8 x 8                                  12.2  (106)
+              of collapse: patches 8 x 8, then walking                 16.1  (106), 10.1  (60)
 
 Where that stands: 132 SMs issue about 30e12 instructions of a lane a second, and at 4.3e12 bytes a
 second build and collapse of three levels (37/16 elements moved, 2 bytes each) come to 32 an
@@ -243,10 +243,10 @@ def _launches(
     return [(2, 2)] * (levels // 2) + [(1, 1)] * (levels % 2)
 
 
-def _coarser(x: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
+def _coarser(x: Tensor, steps: int) -> Tensor:
     """A new level `steps` halvings coarser than x."""
     *frames, height, width = x.shape[2:]
-    return resample.empty(x, x.shape[1], (*frames, height >> steps, width >> steps), dtype)
+    return resample.empty(x, x.shape[1], (*frames, height >> steps, width >> steps))
 
 
 @functools.cache
