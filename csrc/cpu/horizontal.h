@@ -22,6 +22,22 @@ constexpr int64_t kRowMargin = 32;
 // Neighbours come from the vectors before and after, in registers: reading a row that was just
 // written at an offset of one element would wait for the stores.
 
+template <class A, size_t... I>
+inline Vec<A> lane_numbers(std::index_sequence<I...>) {
+  return Vec<A>{A(I)...};
+}
+
+// row[i] += value, as the vector that i was stored in: a vector that is read after the store of one
+// of its elements waits for it.
+template <class A>
+DFM_INLINE inline void add_lane(A* row, int64_t i, A value) {
+  constexpr int64_t lanes = kLanes<A>;
+  int64_t lane = i & (lanes - 1);
+  Vec<A> here =
+      lane_numbers<A>(std::make_index_sequence<lanes>{}) == A(lane) ? Vec<A>{} + value : Vec<A>{};
+  store(row + i - lane, load(row + i - lane) + here);
+}
+
 // The offsets first .. last of a stencil that are not zero.
 template <int first_, int last_>
 struct Window {
@@ -220,14 +236,14 @@ struct HorizontalStep {
   DFM_INLINE void gather_rows(const Rows& rows, A* y) const {
     with_window([&](auto window) DFM_INLINE { gather_single(window, rows, fine, y, p.data()); });
     for (const Tap& tap : corrections)
-      y[tap.row] += static_cast<A>(tap.weight) * rows.sum_one(tap.column);
+      add_lane(y, tap.row, static_cast<A>(tap.weight) * rows.sum_one(tap.column));
   }
   // y = the spread of a row x; one channel.
   template <class From>
   void spread_row(const From* x, A* y) const {
     with_window([&](auto window) DFM_INLINE { spread_single(window, x, coarse, y, p.data()); });
     for (const Tap& tap : corrections)
-      y[tap.row] += static_cast<A>(tap.weight) * load_one(x + tap.column);
+      add_lane(y, tap.row, static_cast<A>(tap.weight) * load_one(x + tap.column));
   }
 
   // The same for C channels or blocks. Two pixels on either side of x are overwritten with zeros.

@@ -235,7 +235,7 @@ struct WeightedRows {
   A weight[K];
 
   template <class Count>
-  Vec<A> sum(int64_t i, Count count) const {
+  DFM_INLINE Vec<A> sum(int64_t i, Count count) const {
     Vec<A> sum = weight[0] * load(row[0] + i, count);
     for (int k = 1; k < K; ++k) sum += weight[k] * load(row[k] + i, count);
     return sum;
