@@ -10,6 +10,7 @@ from helpers import DEVICES, LAYOUTS, dtypes, relayout
 import dfm_fast
 from dfm_fast import nn
 from dfm_fast._library import INTERPRET, load_extension
+from dfm_fast.ops import pyramids as ops
 from dfm_fast.ops._filters import FILTERS, axis_taps
 from dfm_fast.ops.pyramids import level_sizes
 
@@ -188,6 +189,23 @@ def test_a_constant_has_no_details():
         )
         assert_close(coarse, torch.full((1, 1, 8, 8), 3.0))
         assert max(d.abs().max() for d in details) < 1e-5
+
+
+def test_calls_of_many_kinds_in_turn():
+    """An implementation may keep what it prepares for a shape, filter, factor and direction."""
+    kinds = [("bilinear", 2), ("binomial", 2), ("binomial", (1, 2)), ("nearest", 4), ("dct", 2)]
+    xs = [randn(1, 1, *sides) for sides in [(16, 32), (32, 16), (16, 16), (8, 64)]]
+    for x in [*xs, *xs]:
+        for filter, factor in kinds:
+            per_axis = (factor, factor) if isinstance(factor, int) else factor
+            kwargs = {"filter": filter, "factor": factor}
+            got = dfm_fast.laplacian_build(x, 2, **kwargs)
+            want = ops.laplacian_build_ref(x, 2, filter, per_axis)
+            for g, w in zip(got, want, strict=True):
+                assert_close(g, w)
+            assert_close(dfm_fast.laplacian_collapse(got, **kwargs), x)
+            dx = torch.ops.dfm_fast.laplacian_build_backward(want, filter, per_axis)
+            assert_close(dx, ops.laplacian_build_backward_ref(want, filter, per_axis), 1e-5)
 
 
 def test_one_level_is_a_copy():

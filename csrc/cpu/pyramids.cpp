@@ -189,25 +189,40 @@ Plane<const T> readable(Plane<T> p) {
 
 // --- Laplacian ---
 
-// The plans of all levels; `work` gets their grids.
+// The plans of all levels of a pyramid, coarse to fine, and all grids.
 template <class A>
-std::vector<LevelPlan<A>> make_plans(const char* op, const Tensor& finest, int64_t num_levels,
-                                     Filter filter, IntArrayRef factor, bool backward, A sign,
-                                     Work& work) {
+struct Plans {
+  std::array<int64_t, 12> key;  // what they were made of
+  std::vector<LevelPlan<A>> levels;
+  std::vector<Grid> grids;
+};
+
+// `work` gets the grids. The last few plans of each thread are kept: making them took 50 us of the
+// 105 us in which one thread builds two binomial levels of 512x512, and 7 of 13 us at 64x64.
+template <class A>
+const std::vector<LevelPlan<A>>& make_plans(const char* op, const Tensor& finest,
+                                            int64_t num_levels, Filter filter, IntArrayRef factor,
+                                            bool backward, A sign, Work& work) {
   auto layout = layout_of(finest);
   auto steps = parse_factor(op, factor, finest.dim());
   Grid grid = grid_of(finest, layout);
   work.planes = finest.size(0) * (layout == at::MemoryFormat::Contiguous ? finest.size(1) : 1);
-  work.grids = {grid};
-  std::vector<LevelPlan<A>> plans;
+  std::array<int64_t, 12> key{grid.T,   grid.H,   grid.W,   grid.C,   num_levels, int64_t(filter),
+                              steps[0], steps[1], steps[2], backward, sign < 0,   1};
+  static thread_local std::array<Plans<A>, 8> kept{};
+  static thread_local size_t oldest = 0;
+  for (const auto& plans : kept)
+    if (plans.key == key) return work.grids = plans.grids, plans.levels;
+  Plans<A> made{key, {}, {grid}};
   for (int64_t s = 0; s < num_levels - 1; ++s) {
     check_sides(op, filter, grid, steps);
-    plans.emplace_back(grid, filter, steps, backward, sign);
-    work.grids.push_back(grid = plans.back().coarse);
+    made.levels.emplace_back(grid, filter, steps, backward, sign);
+    made.grids.push_back(grid = made.levels.back().coarse);
   }
-  std::reverse(plans.begin(), plans.end());
-  std::reverse(work.grids.begin(), work.grids.end());
-  return plans;
+  std::reverse(made.levels.begin(), made.levels.end());
+  std::reverse(made.grids.begin(), made.grids.end());
+  Plans<A>& slot = kept[oldest++ % kept.size()] = std::move(made);
+  return work.grids = slot.grids, slot.levels;
 }
 
 void check_grids(const char* op, TensorList levels, const Work& work) {
@@ -232,7 +247,7 @@ std::vector<Tensor> laplacian_build_cpu(const Tensor& x, int64_t num_levels,
     using T = decltype(zero);
     using A = acc_t<T>;
     Work work;
-    auto plans = make_plans<A>(op, x, num_levels, filter, factor, false, -1, work);
+    const auto& plans = make_plans<A>(op, x, num_levels, filter, factor, false, -1, work);
     for (Grid grid : work.grids) levels.push_back(empty_like(x, x.size(1), grid));
     if (x.numel() == 0) return;
     Scratch<T> scratch(work);
@@ -265,7 +280,7 @@ Tensor laplacian_collapse_cpu(TensorList levels, std::string_view filter_name, I
     using T = decltype(zero);
     using A = acc_t<T>;
     Work work;
-    auto plans = make_plans<A>(op, finest, levels.size(), filter, factor, false, 1, work);
+    const auto& plans = make_plans<A>(op, finest, levels.size(), filter, factor, false, 1, work);
     check_grids(op, levels, work);
     if (finest.numel() == 0) return;
     Scratch<T> scratch(work);
@@ -299,7 +314,7 @@ Tensor laplacian_build_backward_cpu(TensorList grads, std::string_view filter_na
     using T = decltype(zero);
     using A = acc_t<T>;
     Work work;
-    auto plans = make_plans<A>(op, finest, grads.size(), filter, factor, true, 1, work);
+    const auto& plans = make_plans<A>(op, finest, grads.size(), filter, factor, true, 1, work);
     check_grids(op, grads, work);
     if (finest.numel() == 0) return;
     Scratch<A> scratch(work);
@@ -343,7 +358,7 @@ std::vector<Tensor> laplacian_collapse_backward_cpu(const Tensor& grad, int64_t 
     using T = decltype(zero);
     using A = acc_t<T>;
     Work work;
-    auto plans = make_plans<A>(op, grad, num_levels, filter, factor, true, 1, work);
+    const auto& plans = make_plans<A>(op, grad, num_levels, filter, factor, true, 1, work);
     for (int64_t s = 0; s < num_levels - 1; ++s)
       grads.push_back(empty_like(grad, grad.size(1), work.grids[s]));
     if (grad.numel() == 0) return;

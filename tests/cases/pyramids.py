@@ -21,6 +21,7 @@ LAPLACIAN = {
     "binomial-odd": ((2, 2, 17, 23), 4, "binomial", (2, 2)),
     "binomial-smallest": ((2, 2, 2, 3), 2, "binomial", (2, 2)),
     "binomial-tiles": ((1, 1, 75, 150), 2, "binomial", (2, 2)),
+    "binomial-whole-vectors": ((1, 2, 12, 128), 3, "binomial", (2, 2)),
     "binomial-factor-4": ((1, 2, 13, 18), 2, "binomial", (4, 4)),
     "dct": ((2, 2, 32, 16), 2, "dct", (2, 2)),
     "dct-3-levels": ((1, 3, 16, 48), 2, "dct", (4, 2)),
