@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
         (i, target)
         for target in targets
         for i, spec in enumerate(_aot.specialisations())
-        if args.kernel in spec.name and (not args.dtype or spec.dtype in args.dtype)
+        if args.kernel in spec.name
+        and target in spec.targets
+        and (not args.dtype or spec.dtype in args.dtype)
     ]
     if not work:
         print(f"check: expected a kernel like {args.kernel!r}, got none")
