@@ -1,5 +1,5 @@
-"""The loss end to end, with no training: where the data is Gaussian the best prediction and its loss
-are known. The checks are run again on losses with one thing wrong."""
+"""The loss end to end, with no training: where the data is Gaussian the best prediction and its
+loss are known. The checks are run again on losses with one thing wrong."""
 
 import math
 
