@@ -13,7 +13,7 @@ file does the rest, in this order:
 
 CPU: wall clock. GPU: CUDA events around the replay of a captured graph, L2 overwritten before each;
 the plain call, host time included, is measured as well. A backward row times the backward alone, on
-a graph that is kept, for everybody.
+a graph that is kept, for everybody; a training row both.
 """
 
 from __future__ import annotations
@@ -88,6 +88,9 @@ class Row:
     direction: str = "forward"
     quick: bool = False
     device: str = ""  # "cuda" where only a GPU is worth it
+    frozen: tuple[int, ...] = ()  # inputs that get no gradient
+    adapt: Callable[[list[Tensor]], list[Tensor]] = lambda inputs: inputs  # of normal inputs
+    own_noise: bool = False  # everybody else draws other random numbers: timed, not compared
 
     @property
     def dtype_name(self) -> str:
@@ -128,20 +131,32 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 def make_inputs(row: Row, device: str) -> list[Tensor]:
     """Random, the same in every run."""
     generator = torch.Generator().manual_seed(0)
-    values = (torch.randn(shape, generator=generator) for shape in row.shapes)
+    values = row.adapt([torch.randn(shape, generator=generator) for shape in row.shapes])
     return [lay_out(v.to(device, row.dtype), row.layout) for v in values]
 
 
-def bind(function: Callable[..., Any], inputs: Sequence[Tensor], direction: str) -> Callable:
+def bind(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    direction: str,
+    frozen: Sequence[int] = (),
+) -> Callable:
     """The zero-argument call that a row times."""
     if direction == "forward":
         return lambda: function(*inputs)
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    outputs = tensors(function(*leaves))
+    given = [x if i in frozen else x.detach().requires_grad_() for i, x in enumerate(inputs)]
+    leaves = [x for x in given if x.requires_grad]
+    outputs = tensors(function(*given))
     generator = torch.Generator().manual_seed(1)
     values = (torch.randn(y.shape, generator=generator) for y in outputs)
     grads = [torch.empty_like(y).copy_(v) for y, v in zip(outputs, values, strict=True)]
+    if direction == "training":  # forward and backward
+        return lambda: torch.autograd.grad(tensors(function(*given)), leaves, grads)
     return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+
+def bind_row(row: Row, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable:
+    return bind(function, inputs, row.direction, row.frozen)
 
 
 def compile_forms(
@@ -153,15 +168,15 @@ def compile_forms(
     for form, function in row.compiled.items():
         start = time.monotonic()
         say(f"    compiling {form} ... ", end="")
-        bind(function, inputs, row.direction)()  # makes its weights outside the compiled graph
+        bind_row(row, function, inputs)()  # makes its weights outside the compiled graph
         try:
             compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
-            call = bind(compiled, inputs, row.direction)
+            call = bind_row(row, compiled, inputs)
             call()
         except Exception as error:
             missing[f"compiled {form}"] = f"does not compile: {reason(error)}"
         else:
-            yield f"compiled {form}", Provider(call)
+            yield f"compiled {form}", Provider(call, compare=not row.own_noise)
         say(f"{time.monotonic() - start:.1f} s")
 
 
@@ -197,12 +212,14 @@ def assemble(
     """Everybody who takes part but copy, and why the others do not."""
     missing: dict[str, str] = {}
     providers = {
-        "ours": Provider(bind(row.ours, inputs, row.direction)),
-        "eager": Provider(bind(row.eager, inputs, row.direction)),
+        "ours": Provider(bind_row(row, row.ours, inputs)),
+        "eager": Provider(bind_row(row, row.eager, inputs), compare=not row.own_noise),
     }
     if row.dtype in (torch.bfloat16, torch.float16):
         wide = [x.float() for x in inputs]
-        providers["float32"] = Provider(bind(row.ours, wide, row.direction), note="ours in float32")
+        call = bind_row(row, row.ours, wide)
+        compare = not row.own_noise  # normals are rounded to the dtype too
+        providers["float32"] = Provider(call, compare=compare, note="ours in float32")
     for name, rival in row.rivals.items():
         provider = rival_provider(rival, inputs)
         if isinstance(provider, str):
@@ -218,8 +235,8 @@ def assemble(
 
 def reference_results(row: Row, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """(in the row's dtype, in float64), both on contiguous inputs of the same values."""
-    low = bind(row.reference, [x.contiguous() for x in inputs], row.direction)()
-    exact = bind(row.reference, [x.double().contiguous() for x in inputs], row.direction)()
+    low = bind_row(row, row.reference, [x.contiguous() for x in inputs])()
+    exact = bind_row(row, row.reference, [x.double().contiguous() for x in inputs])()
     return tensors(low), tensors(exact)
 
 

@@ -20,6 +20,7 @@ CASES = {
     "photos_512": Case((8, 3, 512, 512), 4),
     "photos_1024": Case((2, 3, 1024, 1024), 4),
     "video_latents": Case((1, 16, 16, 64, 64), 3, (1, 2, 2)),  # all frames kept
+    "front_end": Case((32, 16, 64, 64), 2),  # DFM at 512 px, two levels, a batch of training
     "large_latents": Case((8, 16, 1024, 1024), 3),  # larger than any cache; GPU only
 }
 
@@ -40,6 +41,15 @@ GOALS = (
     Goal("cpu", "laplacian_build-binomial-photos_512-float32-contiguous-forward", "opencv", 4.0),
     Goal("cpu", "laplacian_build-binomial-photos_512-float32-contiguous-forward", "kornia", 100.0),
     Goal("*", "laplacian_*-bilinear-dfm_latents-bfloat16-contiguous-*", "float32", 1.0),
+    Goal("cpu", "add_noise-*-dfm_latents-float32-contiguous-forward", "eager", 6.0),
+    Goal("cpu", "add_noise-*-dfm_latents-float32-contiguous-forward", "compiled", 10.0),
+    Goal("cpu", "pyramid_add_noise-bilinear-front_end-float32-contiguous-forward", "eager", 10.0),
+    Goal("cpu", "velocity_loss-bilinear-front_end-float32-contiguous-training", "eager", 4.0),
+    Goal("cpu", "cfg_euler_step-*-float32-contiguous-forward", "eager", 5.0),
+    Goal("cuda", "add_noise-*-large_latents-*", "copy", 0.75),
+    Goal("cuda", "add_noise-*-large_latents-*", "compiled", 1.5),
+    # 700e9 normals a second, 2 bytes each, against 4.3e12 bytes a second of an H200's copy.
+    Goal("cuda", "philox_normal-*-large_latents-bfloat16-*", "copy", 0.326),
     Goal("cuda", "laplacian_*-bilinear-dfm_latents-float32-contiguous-*", "compiled", 3.0),
     Goal("cuda", "laplacian_*-large_latents-*", "copy", 0.85),
     Goal("cuda", "laplacian_*-binomial-photos_512-float32-contiguous-forward", "copy", 0.85),

@@ -13,7 +13,15 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # `benchmarks` is not installed
 
-from benchmarks import bench_pyramids, harness, photographs, records, shapes
+from benchmarks import (
+    bench_noises,
+    bench_pyramids,
+    bench_steps,
+    harness,
+    photographs,
+    records,
+    shapes,
+)
 from benchmarks.clocks import crowd, interleave
 from dfm_fast._library import OPERATORS
 
@@ -211,7 +219,7 @@ def test_goals_are_judged_and_misses_are_kept(monkeypatch):
 
 
 def test_every_goal_is_some_rows():
-    ids = list(bench_pyramids.ROWS)
+    ids = [*bench_pyramids.ROWS, *bench_noises.ROWS, *bench_steps.ROWS]
     for goal in shapes.GOALS:
         assert any(harness.fnmatch(i, goal.row) for i in ids), goal
 
