@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from dfm_fast.kernels import pyramids
 from dfm_fast.kernels._aot import TARGETS, Specialisation
 from dfm_fast.kernels.patches import join
 from dfm_fast.kernels.philox import PLAIN, four, stream
@@ -186,6 +187,77 @@ def _add_noise_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _pick(s, a, b, c, d):
+    return tl.where(s == 0, a, tl.where(s == 1, b, tl.where(s == 2, c, d)))
+
+
+@triton.jit(do_not_specialize=("seed", "offset0", "offset1", "offset2", "offset3"))
+def _levels_kernel(
+    x0_ptr, x1_ptr, x2_ptr, x3_ptr, g0_ptr, g1_ptr, g2_ptr, g3_ptr,
+    out0_ptr, out1_ptr, out2_ptr, out3_ptr, v0_ptr, v1_ptr, v2_ptr, v3_ptr, t_ptr, mask_ptr,
+    state_ptr, seed: tl.int64, offset0: tl.int64, offset1: tl.int64, offset2: tl.int64,
+    offset3: tl.int64, gain0: tl.float64, gain1: tl.float64, gain2: tl.float64, gain3: tl.float64,
+    end0, end1, end2, end3, SIZE0, SIZE1, SIZE2, SIZE3, CG0, CG1, CG2, CG3, COLUMN, COLUMNS,
+    GAINED: tl.constexpr, ALIGNED: tl.constexpr, DO: tl.constexpr, HOW: tl.constexpr,
+    EACH: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Up to four levels x, as `_add_noise_kernel`; level s has programs from end(s - 1) on.
+
+    NOISE: x_t to out and v to v. LOSS: a sum of squares of g - v per program to out0.
+    LOSS_BACKWARD: with t the loss's gradient, dg to out. t and mask are [N, COLUMNS], from COLUMN.
+    """
+    ACC: tl.constexpr = tl.float64 if x0_ptr.dtype.element_ty == tl.float64 else tl.float32
+    n, block = tl.program_id(0) // end3, tl.program_id(0) % end3
+    s = (block >= end0).to(tl.int32) + (block >= end1).to(tl.int32) + (block >= end2).to(tl.int32)
+    block -= _pick(s, 0, end0, end1, end2)
+    size, groups = _pick(s, SIZE0, SIZE1, SIZE2, SIZE3), _pick(s, CG0, CG1, CG2, CG3)
+    x_ptr = _pick(s, x0_ptr, x1_ptr, x2_ptr, x3_ptr)
+    g_ptr, out_ptr, v_ptr, t, gain, keep = None, None, None, None, None, None
+    if g0_ptr is not None:
+        g_ptr = _pick(s, g0_ptr, g1_ptr, g2_ptr, g3_ptr)
+    if DO != LOSS:
+        out_ptr = _pick(s, out0_ptr, out1_ptr, out2_ptr, out3_ptr)
+        t = tl.load(t_ptr + n.to(tl.int64) * COLUMNS + COLUMN + s)
+        if mask_ptr is not None:
+            keep = tl.load(mask_ptr + n.to(tl.int64) * COLUMNS + COLUMN + s)
+    if v0_ptr is not None:
+        v_ptr = _pick(s, v0_ptr, v1_ptr, v2_ptr, v3_ptr)
+    if GAINED:
+        gain = _pick(s, gain0, gain1, gain2, gain3).to(ACC)
+    if DO == LOSS_BACKWARD:
+        t = t * (2.0 / (size.to(ACC) * groups * VEC))
+    at = stream(state_ptr, seed, _pick(s, offset0, offset1, offset2, offset3))
+    acc = _aligned_part(
+        x_ptr, g_ptr, out_ptr, v_ptr, at, t, gain, keep, n, block, size, groups, ALIGNED, DO, HOW,
+        ACC, EACH, VEC, LAST, BLOCK, WIDE,
+    )  # fmt: skip
+    if DO == LOSS:
+        tl.store(out0_ptr + tl.program_id(0), tl.sum(acc))
+
+
+@triton.jit
+def _loss_kernel(
+    sums_ptr, mask_ptr, loss_ptr, end0, end1, end2, end3, SIZE0, SIZE1, SIZE2, SIZE3, CG0, CG1,
+    CG2, CG3, COLUMN, COLUMNS, levels, VEC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of the programs of `_levels_kernel`, in a fixed order -> means [N, COLUMNS]; 0 where a
+    level has none or is masked."""
+    n, s = tl.program_id(0) // levels, tl.program_id(0) % levels
+    size, groups = _pick(s, SIZE0, SIZE1, SIZE2, SIZE3), _pick(s, CG0, CG1, CG2, CG3)
+    first, end = _pick(s, 0, end0, end1, end2), _pick(s, end0, end1, end2, end3)
+    acc = tl.zeros([BLOCK], sums_ptr.dtype.element_ty)
+    for start in range(first, end, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        acc += tl.load(sums_ptr + n.to(tl.int64) * end3 + offs, offs < end, 0)
+    loss = tl.sum(acc) / tl.maximum(size.to(acc.dtype) * groups * VEC, 1)
+    at = n.to(tl.int64) * COLUMNS + COLUMN + s
+    if mask_ptr is not None:
+        loss = tl.where(tl.load(mask_ptr + at), loss, 0)
+    tl.store(loss_ptr + at, loss)
+
+
 # --- Launching ------------------------------------------------------------------------------------
 
 
@@ -263,6 +335,167 @@ def add_noise(
     return outs
 
 
+Levels = Sequence[Tensor | None]  # None where a level is not wanted
+
+
+def _chunks(tensors: Levels, count: int) -> Iterator[slice]:
+    """Levels of one launch each: at most LEVELS, and of one dtype, as one way is compiled."""
+    dtypes = {v.dtype for v in tensors if v is not None}
+    step = LEVELS if len(dtypes) <= 1 else 1
+    for start in range(0, count, step):
+        if any(v is not None for v in tensors[start : start + step]):
+            yield slice(start, start + step)
+
+
+def _four(values: Sequence[Any]) -> list[Any]:
+    """Filled up with the first that is there: what is not launched is not read either."""
+    spare = next((v for v in values if v is not None), None)
+    values = [spare if v is None else v for v in values]
+    return values + [spare] * (LEVELS - len(values))
+
+
+def _launch_levels(
+    do: tl.constexpr,
+    x: Levels,
+    g: Levels,
+    out: Levels,
+    v: Levels,
+    t: Tensor | None,
+    mask: Tensor | None,
+    state: Tensor | None,
+    seed: int,
+    offsets: Sequence[int],
+    gains: Sequence[float],
+    levels: slice,
+    last: bool,
+    loss: Tensor | None = None,
+) -> None:
+    part = [tuple(values[levels]) for values in (x, g, out, v)]
+    some = next(v for v in part[0] if v is not None)
+    acc, columns = accumulation(some), len(x)
+    shapes = tuple((some.shape[0], 0, 0, 0) if v is None else v.shape for v in part[0])
+    itemsize = max(v.element_size() for values in part for v in values if v is not None)
+    ((*sizes,), constants) = _plan(shapes, last, itemsize)
+    sizes += [(0, 0, 0)] * (LEVELS - len(sizes))
+    ends = list(itertools.accumulate(s[0] for s in sizes))
+    sizes = [*ends, *(s[1] for s in sizes), *(s[2] for s in sizes)]
+    offsets = [*offsets[levels], *[0] * LEVELS][:LEVELS]
+    aligned = _aligned(state, offsets, [s for s in shapes if math.prod(s)], last)
+    gained = any(gain != 1 for gain in gains[levels])
+    how = _how(acc if loss is not None else next(v for v in part[2] if v is not None).dtype, acc)
+    programs = some.shape[0] * ends[-1]
+    part = list(itertools.chain.from_iterable(map(_four, part)))
+    if loss is not None:
+        part[8] = sums = torch.empty(programs, dtype=acc, device=some.device)
+    with on_device(some):
+        _levels_kernel[(programs,)](
+            *part, t, mask, state, seed, *offsets, *_four(gains[levels]), *sizes, levels.start,
+            columns, gained, aligned, do.value, how, *constants, num_warps=BLOCK // WARP,
+        )  # fmt: skip
+        if loss is not None:
+            count = len(shapes)
+            _loss_kernel[(some.shape[0] * count,)](
+                sums, mask, loss, *sizes, levels.start, columns, count, constants[1], BLOCK,
+                num_warps=BLOCK // WARP,
+            )  # fmt: skip
+
+
+def _build(
+    x: Tensor, wanted: Sequence[bool], filter: str, factor: Sequence[int]
+) -> list[Tensor | None]:
+    """The wanted levels of x, in its dtype."""
+    if len(wanted) == 1:
+        levels = [x]
+    elif filter == "haar":
+        levels = pyramids.haar_build(x, len(wanted))
+    else:
+        levels = pyramids.laplacian_build(x, len(wanted), filter, factor)
+    return [v if w else None for v, w in zip(levels, wanted, strict=True)]
+
+
+def _spread(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    given = iter(tensors)
+    return [next(given) if w else None for w in wanted]
+
+
+def pyramid_add_noise(
+    x: Tensor,
+    t: Tensor,
+    mask: Tensor | None,
+    wanted: Sequence[bool],
+    state: Tensor | None,
+    seed: int,
+    offsets: Sequence[int],
+    filter: str,
+    factor: Sequence[int],
+    gains: Sequence[float],
+    targets: bool,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Two launches: the pyramid, then the noise of all levels."""
+    levels, count = _build(x, wanted, filter, factor), len(wanted)
+    like, layout = x.new_empty(0, dtype=dtype), memory_format(x)
+    shapes = [v.shape for v in levels if v is not None]
+    outs = [empty_in(layout, like, s) for s in shapes * (1 + targets)]
+    x_t = _spread(outs[: len(shapes)], wanted)
+    v = _spread(outs[len(shapes) :], wanted) if targets else [None] * count
+    t, mask = t.contiguous(), None if mask is None else mask.contiguous()
+    for part in _chunks(levels, count) if x.numel() else ():
+        stream = state, seed, offsets, gains
+        _launch_levels(NOISE, levels, [None] * count, x_t, v, t, mask, *stream, part, is_last(x))
+    return outs
+
+
+def velocity_loss(
+    predictions: Sequence[Tensor],
+    x: Tensor,
+    mask: Tensor | None,
+    wanted: Sequence[bool],
+    state: Tensor | None,
+    seed: int,
+    offsets: Sequence[int],
+    filter: str,
+    factor: Sequence[int],
+    gains: Sequence[float],
+) -> Tensor:
+    """Three launches: the pyramid, sums of squares of each program, and their sums."""
+    levels, count = _build(x, wanted, filter, factor), len(wanted)
+    none, acc = [None] * count, accumulation(x)
+    loss = torch.zeros((x.shape[0], count), dtype=acc, device=x.device)
+    mask = None if mask is None else mask.contiguous()
+    g = _spread(predictions, wanted)
+    for part in _chunks(g, count) if x.numel() else ():
+        stream = state, seed, offsets, gains
+        _launch_levels(LOSS, levels, g, none, none, None, mask, *stream, part, is_last(x), loss)
+    return loss
+
+
+def velocity_loss_backward(
+    grad: Tensor,
+    predictions: Sequence[Tensor],
+    x: Tensor,
+    mask: Tensor | None,
+    wanted: Sequence[bool],
+    state: Tensor | None,
+    seed: int,
+    offsets: Sequence[int],
+    filter: str,
+    factor: Sequence[int],
+    gains: Sequence[float],
+) -> list[Tensor]:
+    """Two launches: the pyramid, then the gradients of all levels."""
+    levels, count = _build(x, wanted, filter, factor), len(wanted)
+    layout = memory_format(x)
+    grads = [empty_in(layout, g, g.shape) for g in predictions]
+    g, dg, none = _spread(predictions, wanted), _spread(grads, wanted), [None] * count
+    grad = grad.to(accumulation(x)).contiguous()
+    mask = None if mask is None else mask.contiguous()
+    for part in _chunks(g, count) if x.numel() else ():
+        stream = state, seed, offsets, gains
+        _launch_levels(LOSS_BACKWARD, levels, g, dg, none, grad, mask, *stream, part, is_last(x))
+    return grads
+
+
 # --- For `dfm-fast check` -------------------------------------------------------------------------
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -280,6 +513,7 @@ def specialisations() -> Iterator[Specialisation]:
         acc = torch.promote_types(full, torch.float32)
         tensors = {"out_ptr": "*"}, {"x_ptr": "*", "t_ptr": f"*fp{8 * acc.itemsize}", "v_ptr": "*"}
         layout, how = "NHWC" if last else "NCHW", _how(full, acc)
+        yield from _of_levels(full, last, constants)
         for aligned in (True, None)[: 1 if last or full is torch.float64 else 2]:
             ask = "" if aligned else " device seed"
             state = {} if aligned else {"state_ptr": "*i64"}
@@ -290,6 +524,36 @@ def specialisations() -> Iterator[Specialisation]:
             given, name = given | tensors[1], f"add_noise {layout}{ask}"
             fields = _add_noise_kernel, dtype, given, constants | {"ALIGNED": aligned}
             yield from _per_target(name, how, fields, load_bits=128)
+
+
+def _per_level(name: str, kind: str) -> dict[str, str]:
+    return {name.replace("0", str(s)): kind for s in range(LEVELS)}
+
+
+def _of_levels(full: torch.dtype, last: bool, common: dict[str, Any]) -> Iterator[Specialisation]:
+    """The three operators on levels, seed on the host."""
+    dtype, layout = next(k for k, v in _DTYPES.items() if v == full), "NHWC" if last else "NCHW"
+    acc = torch.promote_types(full, torch.float32)
+    wide = f"*fp{8 * acc.itemsize}"
+    constants = {k: v for k, v in common.items() if k != "CG"}
+    constants |= {"ALIGNED": True, "GAINED": False}
+    integers = _per_level("end0", "i32") | _per_level("SIZE0", "i32") | _per_level("CG0", "i32")
+    integers |= {"COLUMN": "i32", "COLUMNS": "i32"}
+    given = integers | _per_level("offset0", "i64") | {"seed": "i64"}
+    given |= _per_level("gain0", "fp64") | _per_level("x0_ptr", "*")
+    g, out, v = (_per_level(name, "*") for name in ("g0_ptr", "out0_ptr", "v0_ptr"))
+    for name, do, more in (
+        ("pyramid_add_noise", NOISE, out | v | {"t_ptr": wide}),
+        ("velocity_loss", LOSS, g | {"out0_ptr": wide}),
+        ("velocity_loss_backward", LOSS_BACKWARD, g | out | {"t_ptr": wide}),
+    ):
+        how = _how(acc if do == LOSS else full, acc)
+        fields = _levels_kernel, dtype, given | more, constants | {"DO": do.value}
+        yield from _per_target(f"{name} {layout}", how, fields, load_bits=128)
+    if not last:
+        given = integers | {"sums_ptr": wide, "loss_ptr": wide, "mask_ptr": "*i1", "levels": "i32"}
+        fields = {"VEC": constants["VEC"], "BLOCK": BLOCK}
+        yield Specialisation("velocity_loss sums", _loss_kernel, dtype, given, fields)
 
 
 def _per_target(name: str, how: int, fields: Any, **rest: Any) -> Iterator[Specialisation]:
