@@ -45,6 +45,7 @@ class Specialisation:
     targets: tuple[str, ...] = tuple(TARGETS)
     load_bits: int = 0  # the widest global load must have at least so many
     options: dict[str, Any] = field(default_factory=dict)
+    normals: int = 0  # that a lane draws, where its code has no branch and no loop
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Report:
     load_bits: int  # widest global load
     instructions: int
     failures: tuple[str, ...]
+    per_normal: float = 0.0  # instructions of a lane per normal it draws
 
 
 def specialisations() -> Iterator[Specialisation]:
@@ -88,7 +90,7 @@ def check(spec: Specialisation, target: str) -> Report:
         failures.append(f"widest load: expected {spec.load_bits} bits, got {load_bits}")
     return Report(
         spec.name, spec.dtype, target, registers, shared, spills, load_bits, instructions,
-        tuple(failures),
+        tuple(failures), instructions / spec.normals if spec.normals else 0.0,
     )  # fmt: skip
 
 

@@ -6,6 +6,18 @@ channels_last four pixels of 16 bytes of channels.
 
 Whether normals start at a multiple of 4 is known on the host, or, where the offset lies in a
 tensor, asked on the device: a program then takes one of two ways, and nothing is synchronised.
+
+Instructions per normal in the sm_90 code of `dfm-fast check`, all of the kernel counted, contiguous
+(`tl.randn4x` alone has 176; 700e9 normals a second need 47 or fewer on 132 SMs):
+
+                               bfloat16    float32
+    philox_normal                  24.2       31.5
+    add_noise                      30.7       36.0
+    pyramid_add_noise              31.8       37.1     beside the launch that makes the levels
+    velocity_loss                  41.0       40.3     its sums are float32's
+    velocity_loss_backward         32.2       38.2
+
+These are counts, not timings.
 """
 
 from __future__ import annotations
@@ -261,6 +273,11 @@ def _loss_kernel(
 # --- Launching ------------------------------------------------------------------------------------
 
 
+def _options(last: bool) -> dict[str, int]:
+    """ptxas spills 16 bytes for occupancy (sm_120, loss backward) unless told what is enough."""
+    return {} if last or INTERPRET or torch.version.hip else {"maxnreg": 128}
+
+
 def _how(dtype: torch.dtype, acc: torch.dtype) -> int:
     """PLAIN, EXACT or FAST, for results of a dtype."""
     if INTERPRET or torch.version.hip or acc == torch.float64:
@@ -318,6 +335,7 @@ def _add_noise(
         _add_noise_kernel[(out.shape[0] * blocks,)](
             x, t, *outs, state, seed, offset, blocks, size, groups, aligned,
             _how(out.dtype, acc), *constants, num_warps=BLOCK // WARP,
+            **_options(last),
         )  # fmt: skip
 
 
@@ -391,6 +409,7 @@ def _launch_levels(
         _levels_kernel[(programs,)](
             *part, t, mask, state, seed, *offsets, *_four(gains[levels]), *sizes, levels.start,
             columns, gained, aligned, do.value, how, *constants, num_warps=BLOCK // WARP,
+            **_options(last),
         )  # fmt: skip
         if loss is not None:
             count = len(shapes)
@@ -558,7 +577,11 @@ def _of_levels(full: torch.dtype, last: bool, common: dict[str, Any]) -> Iterato
 
 def _per_target(name: str, how: int, fields: Any, **rest: Any) -> Iterator[Specialisation]:
     nvidia = tuple(t for t in TARGETS if t.startswith("sm_"))
-    *fields, constants = fields
     others = tuple(t for t in TARGETS if t not in nvidia)
+    *fields, constants = fields
+    normals = constants["EACH"] * (constants["VEC"] if constants["LAST"] else 1)
     for way, targets in ((how, nvidia), (0, others)):
+        # Not PLAIN, and aligned: then all is unrolled.
+        rest["normals"] = normals if way and constants["ALIGNED"] else 0
+        rest["options"] = _options(constants["LAST"]) if targets == nvidia else {}
         yield Specialisation(name, *fields, constants | {"HOW": way}, targets=targets, **rest)

@@ -66,6 +66,22 @@ def test_loads_are_sixteen_bytes_wide(tmp_path, capsys):
     assert "sm_90: 1 of 1 passed" in printed
 
 
+# What is reached. A rise is a loss of speed: these kernels wait for nothing else.
+@pytest.mark.parametrize(
+    ("kernel", "most"),
+    [
+        ("philox_normal", {"bf16": 24.5, "fp16": 24.5, "fp32": 32}),
+        ("add_noise NCHW", {"bf16": 31, "fp16": 31, "fp32": 36.5}),
+    ],
+)
+def test_instructions_per_normal(kernel, most, tmp_path):
+    _, rows = check(tmp_path, "--target", "sm_90", "--kernel", kernel)
+    counts = {row["dtype"]: row["per_normal"] for row in rows if row["kernel"] == kernel}
+    assert counts.pop("fp64") == 0
+    assert counts.keys() == most.keys()
+    assert all(0 < count <= most[dtype] for dtype, count in counts.items()), counts
+
+
 def test_a_failed_gate_is_an_exit_status(monkeypatch, tmp_path, capsys):
     from dfm_fast.kernels import _aot
 

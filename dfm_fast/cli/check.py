@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HEADER = ("kernel", "dtype", "target", "registers", "shared", "spills", "load bits", "instructions")
+HEADER += ("a normal",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"check: expected a kernel like {args.kernel!r}, got none")
         return 1
     start = time.perf_counter()
-    print("{:>7} {:<44} {:<5} {:<7} {:>9} {:>7} {:>6} {:>9} {:>12}".format("", *HEADER))
+    print("{:>7} {:<44} {:<5} {:<7} {:>9} {:>7} {:>6} {:>9} {:>12} {:>8}".format("", *HEADER))
     # Processes, as Triton's compiler holds the interpreter lock; fresh ones, as it has threads.
     with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(work))) as pool:
         done = enumerate(pool.imap(_check, work), start=1)
@@ -78,7 +79,8 @@ def _check(item: tuple[int, str]) -> Any:
 def _print(row: Any, progress: str) -> Any:
     print(
         f"{progress:>7} {row.kernel:<44} {row.dtype:<5} {row.target:<7} {row.registers:>9} "
-        f"{row.shared:>7} {row.spills:>6} {row.load_bits:>9} {row.instructions:>12}",
+        f"{row.shared:>7} {row.spills:>6} {row.load_bits:>9} {row.instructions:>12}"
+        + (f" {row.per_normal:>8.1f}" if row.per_normal else ""),
         *(f"\n    FAILED {failure}" for failure in row.failures),
         flush=True,
     )
