@@ -8,6 +8,7 @@ captured launch replays with the next row.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,23 +21,24 @@ from torch import Tensor
 
 from dfm_fast.ops._layouts import empty_in, memory_format
 
-BLOCK = 2048
+BLOCK = 1024
 LEVELS = 4  # a launch
 
 
 @triton.jit
 def _level(
     x_ptr, p_ptr, c_ptr, u_ptr, y_ptr, n, column, block, dt_ptr, w_ptr, scale, mask_ptr, step_ptr,
-    L, ACC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    L, ACC: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Block `block` of one level."""
+    """Block `block` of one level, n vectors of VEC."""
     entry = column
     if step_ptr is not None:
         entry += tl.load(step_ptr).to(tl.int32) * L
     if WIDE:
         block = block.to(tl.int64)
-    offs = block * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < n
+    vector = block * (BLOCK // VEC) + tl.arange(0, BLOCK // VEC)[:, None]
+    mask = vector < n  # known to be alike within a vector: so loads are as wide
+    offs = vector * VEC + tl.arange(0, VEC)[None, :]
     x = tl.load(x_ptr + offs, mask).to(ACC)
     v = tl.load(c_ptr + offs, mask).to(ACC)
     if u_ptr is not None:
@@ -62,24 +64,24 @@ def _step_kernel(
     x2_ptr, p2_ptr, c2_ptr, u2_ptr, y2_ptr, n2, column2,
     x3_ptr, p3_ptr, c3_ptr, u3_ptr, y3_ptr, n3, column3,
     end0, end1, end2, dt_ptr, w_ptr, scale, mask_ptr, step_ptr, L,
-    ACC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     if block < end0:
         _level(x0_ptr, p0_ptr, c0_ptr, u0_ptr, y0_ptr, n0, column0, block, dt_ptr, w_ptr, scale,
-               mask_ptr, step_ptr, L, ACC, BLOCK, WIDE)  # fmt: skip
+               mask_ptr, step_ptr, L, ACC, BLOCK, VEC, WIDE)  # fmt: skip
     elif block < end1:
         if x1_ptr is not None:
             _level(x1_ptr, p1_ptr, c1_ptr, u1_ptr, y1_ptr, n1, column1, block - end0, dt_ptr,
-                   w_ptr, scale, mask_ptr, step_ptr, L, ACC, BLOCK, WIDE)  # fmt: skip
+                   w_ptr, scale, mask_ptr, step_ptr, L, ACC, BLOCK, VEC, WIDE)  # fmt: skip
     elif block < end2:
         if x2_ptr is not None:
             _level(x2_ptr, p2_ptr, c2_ptr, u2_ptr, y2_ptr, n2, column2, block - end1, dt_ptr,
-                   w_ptr, scale, mask_ptr, step_ptr, L, ACC, BLOCK, WIDE)  # fmt: skip
+                   w_ptr, scale, mask_ptr, step_ptr, L, ACC, BLOCK, VEC, WIDE)  # fmt: skip
     else:
         if x3_ptr is not None:
             _level(x3_ptr, p3_ptr, c3_ptr, u3_ptr, y3_ptr, n3, column3, block - end2, dt_ptr,
-                   w_ptr, scale, mask_ptr, step_ptr, L, ACC, BLOCK, WIDE)  # fmt: skip
+                   w_ptr, scale, mask_ptr, step_ptr, L, ACC, BLOCK, VEC, WIDE)  # fmt: skip
 
 
 def _launch(
@@ -98,6 +100,7 @@ def _launch(
     if double and cfg_scale is None:  # a Python number reaches the kernel in float32
         cfg_scale = torch.full_like(dt, scale, dtype=torch.float64)
     out = [empty_in(memory_format(v), v, v.shape) for v in x]
+    vec = math.gcd(16 // x[0].element_size(), *(v.numel() for v in x)) if x else 1
     for first in range(0, len(x), LEVELS):
         part = range(first, min(first + LEVELS, len(x)))
         arguments: list[Any] = []
@@ -105,7 +108,7 @@ def _launch(
         for s in part:
             p = predicted[s] if predicted else None
             u = v_uncond[s] if v_uncond else None
-            arguments += [x[s], p, v_cond[s], u, out[s], x[s].numel(), columns[s]]
+            arguments += [x[s], p, v_cond[s], u, out[s], x[s].numel() // vec, columns[s]]
             blocks += triton.cdiv(x[s].numel(), BLOCK)
             ends.append(blocks)
         if blocks == 0:
@@ -114,7 +117,8 @@ def _launch(
         arguments += [None, None, None, None, None, 0, 0] * missing
         ends += [blocks] * missing
         wide = any(x[s].numel() >= 2**31 - BLOCK for s in part)
-        constants = {"ACC": tl.float64 if double else tl.float32, "BLOCK": BLOCK, "WIDE": wide}
+        acc = tl.float64 if double else tl.float32
+        constants = {"ACC": acc, "BLOCK": BLOCK, "VEC": vec, "WIDE": wide}
         with on_device(x[0]):
             _step_kernel[(blocks,)](
                 *arguments, *ends[:3], dt, cfg_scale, scale, mask, step, dt.shape[1], **constants
@@ -144,6 +148,7 @@ def specialisations() -> Iterator[Specialisation]:
         arguments |= {"w_ptr": table} if guided else {}
         arguments |= {"scale": "fp32"}
         acc = tl.float64 if dtype == "fp64" else tl.float32
-        constants = {"ACC": acc, "BLOCK": BLOCK, "WIDE": False}
+        vec = {"fp32": 4, "fp64": 2}.get(dtype, 8)
+        constants = {"ACC": acc, "BLOCK": BLOCK, "VEC": vec, "WIDE": False}
         name = f"{'heun' if heun else 'cfg_euler'}_step{' guided' if guided else ''}"
         yield Specialisation(name, _step_kernel, dtype, arguments, constants, load_bits=128)
