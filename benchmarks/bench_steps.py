@@ -68,6 +68,7 @@ def step_row(name: str, dtype: torch.dtype = F32, **options: Any) -> Row:
 
 
 def rows() -> Iterator[Row]:
+    yield step_row("one_latent", quick=True)
     yield step_row("dfm_latents", quick=True)
     yield step_row("front_end")
     yield step_row("dfm_latents", BF16)

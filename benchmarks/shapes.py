@@ -21,6 +21,7 @@ CASES = {
     "photos_1024": Case((2, 3, 1024, 1024), 4),
     "video_latents": Case((1, 16, 16, 64, 64), 3, (1, 2, 2)),  # all frames kept
     "front_end": Case((32, 16, 64, 64), 2),  # DFM at 512 px, two levels, a batch of training
+    "one_latent": Case((1, 16, 128, 128), 2),  # sampling one picture at 1024 px
     "large_latents": Case((8, 16, 1024, 1024), 3),  # larger than any cache; GPU only
 }
 
