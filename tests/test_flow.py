@@ -129,6 +129,12 @@ def test_std_is_saved_with_the_model():
     ):
         assert torch.equal(a, b)
     assert target.flow.calls == 7
+    # What a checkpoint does not hold stays; that it is missing is said.
+    kept = source.flow.decomposition.std.tolist()
+    with pytest.raises(RuntimeError, match="std"):
+        source.load_state_dict(Model().state_dict())
+    source.load_state_dict({}, strict=False)
+    assert source.flow.decomposition.std.tolist() == kept
 
 
 @pytest.mark.parametrize("decomposition", [Haar(2, 4), Haar(2)], ids=str)

@@ -95,8 +95,6 @@ class Decomposition(nn.Module):
         saved = state_dict.get(prefix + "std")
         if saved is not None:
             self.set_std(saved.tolist())
-        elif self._std is not None and not any(k.startswith(prefix) for k in state_dict):
-            self.set_std(None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _scaled(self, levels: Sequence[Tensor], invert: bool) -> list[Tensor]:

@@ -18,7 +18,7 @@ PYRAMIDS = {
     "standardised": ((2, 2, 8, 12), 2, {"std": [0.5, 0.125]}),
     "binomial-odd": ((1, 2, 17, 23), 3, {"filter": "binomial"}),
     "factor-4": ((2, 2, 16, 32), 2, {"factor": (4, 4)}),
-    "video": ((1, 3, 3, 8, 12), 2, {"factor": (1, 2, 2)}),
+    "video": ((3, 2, 3, 8, 12), 2, {"factor": (1, 2, 2)}),
     "haar": ((2, 3, 16, 24), 3, {"filter": "haar"}),
     "dct": ((2, 2, 16, 16), 2, {"filter": "dct"}),
 }
