@@ -6,12 +6,16 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <numeric>
 #include <optional>
 #include <string_view>
 #include <type_traits>
 #include <vector>
+
+#include "tensors.h"
 
 namespace dfm_fast {
 namespace {
@@ -23,13 +27,6 @@ using at::TensorList;
 using State = std::optional<Tensor>;
 
 // --- Arguments ---
-
-// channels_last where x is that and not contiguous, as `memory_format` in the reference.
-at::MemoryFormat layout_of(const Tensor& x) {
-  if ((x.dim() != 4 && x.dim() != 5) || x.is_contiguous()) return at::MemoryFormat::Contiguous;
-  auto last = x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
-  return x.is_contiguous(last) ? last : at::MemoryFormat::Contiguous;
-}
 
 void check_dense(const char* op, const char* argument, const Tensor& x, at::MemoryFormat layout) {
   TORCH_CHECK(x.is_contiguous(layout), op, ": expected ", argument, " dense in ", layout,
@@ -66,21 +63,6 @@ Samples samples_of(const Tensor& x, at::MemoryFormat layout) {
 
 // --- Types ---
 
-template <class T>
-struct Tag {
-  using type = T;
-};
-
-template <class F>
-void dispatch(at::ScalarType dtype, const char* op, F f) {
-  if (dtype == at::kFloat) return f(Tag<float>{});
-  if (dtype == at::kBFloat16) return f(Tag<bf16>{});
-  if (dtype == at::kHalf) return f(Tag<fp16>{});
-  TORCH_CHECK(dtype == at::kDouble, op, ": expected float32, bfloat16, float16 or float64, got ",
-              dtype);
-  f(Tag<double>{});
-}
-
 // The dtype in which a tensor beside x is read or written: `dtype` itself if that is x's, or one of
 // them is float32 and neither float64; else the arithmetic's, which a copy converts.
 at::ScalarType beside(const Tensor& x, at::ScalarType dtype) {
@@ -89,16 +71,16 @@ at::ScalarType beside(const Tensor& x, at::ScalarType dtype) {
   return direct ? dtype : accumulation(x);
 }
 
-// f(x's type, other type), for a dtype from `beside`.
+// f(zero of x's type, of the other type), for a dtype from `beside`.
 template <class F>
 void dispatch_beside(const Tensor& x, at::ScalarType dtype, const char* op, F f) {
-  dispatch(x.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (dtype == x.scalar_type()) return f(tag, tag);
-    if constexpr (sizeof(T) == 2) return f(tag, Tag<float>{});
+  dispatch(x.scalar_type(), op, [&](auto zero) {
+    using T = decltype(zero);
+    if (dtype == x.scalar_type()) return f(zero, zero);
+    if constexpr (sizeof(T) == 2) return f(zero, float{});
     if constexpr (std::is_same_v<T, float>) {
-      if (dtype == at::kBFloat16) return f(tag, Tag<bf16>{});
-      return f(tag, Tag<fp16>{});
+      if (dtype == at::kBFloat16) return f(zero, bf16{});
+      return f(zero, fp16{});
     }
   });
 }
@@ -118,8 +100,8 @@ Tensor philox_normal_cpu(const Tensor& like, const State& state, int64_t seed, i
   const char* op = "philox_normal";
   Normals normals = normals_of(op, state, seed, offset);
   Tensor out = at::empty(like.sizes(), like.options(), at::MemoryFormat::Contiguous);
-  dispatch(out.scalar_type(), op, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  dispatch(out.scalar_type(), op, [&](auto zero) {
+    using T = decltype(zero);
     using A = acc_t<T>;
     Samples samples(1, out.numel(), 1);
     Plain<T> to{mutable_data<T>(out)};
@@ -130,43 +112,6 @@ Tensor philox_normal_cpu(const Tensor& like, const State& state, int64_t seed, i
   return out;
 }
 
-// Column s of what samples have, of `levels` levels.
-struct Column {
-  int64_t s = 0, levels = 1;
-  const bool* mask = nullptr;  // [N, levels]
-
-  bool active(int64_t n) const { return !mask || mask[n * levels + s]; }
-  template <class A>
-  A of(const Tensor& table, int64_t n) const {
-    return data<A>(table)[n * levels + s];
-  }
-};
-
-// x_t and, if given, v of a level X; t [N, levels].
-void noise_level(const char* op, const Tensor& x, const Tensor& t, Column column, double gain,
-                 const Normals& normals, const Tensor& x_t, const Tensor* v) {
-  Samples samples = samples_of(x, layout_of(x));
-  dispatch_beside(x, x_t.scalar_type(), op, [&](auto tag, auto to_tag) {
-    using T = typename decltype(tag)::type;
-    using To = typename decltype(to_tag)::type;
-    using A = acc_t<T>;
-    const T* from = data<T>(x);
-    To *to = mutable_data<To>(x_t), *to_v = v ? mutable_data<To>(*v) : nullptr;
-    for_tiles<A>(samples, [&](int64_t n, int64_t tile, NoiseBuffer<A>& buffer) {
-      int64_t at = n * samples.elements();
-      To* sample_v = to_v ? to_v + at : nullptr;
-      if (!column.active(n)) {
-        if (tile > 0) return;
-        std::fill_n(to + at, samples.elements(), To{});
-        if (v) std::fill_n(sample_v, samples.elements(), To{});
-        return;
-      }
-      Noised<T, To> noised(from + at, to + at, sample_v, column.of<A>(t, n), static_cast<A>(gain));
-      for_tile(normals, samples, n, tile, buffer, noised);
-    });
-  });
-}
-
 std::tuple<Tensor, Tensor> add_noise_cpu(const Tensor& x, const Tensor& t, const State& state,
                                          int64_t seed, int64_t offset) {
   const char* op = "add_noise";
@@ -174,9 +119,38 @@ std::tuple<Tensor, Tensor> add_noise_cpu(const Tensor& x, const Tensor& t, const
   check_dense(op, "x", x, layout);
   TORCH_CHECK(x.dim() > 0, op, ": expected x with at least one dimension, got ", x.sizes());
   check_table(op, "t", t, accumulation(x), x.sizes().slice(0, 1));
+  Normals normals = normals_of(op, state, seed, offset);
   Tensor x_t = at::empty(x.sizes(), x.options(), layout);
   Tensor v = at::empty(x.sizes(), x.options(), layout);
-  noise_level(op, x, t, {}, 1, normals_of(op, state, seed, offset), x_t, &v);
+  Samples samples = samples_of(x, layout);
+  int64_t each = samples.elements();
+  bool few = samples.channels == 1 && each < Samples::kLeast;  // less than come at once
+  dispatch(x.scalar_type(), op, [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const T* from = data<T>(x);
+    T *to = mutable_data<T>(x_t), *to_v = mutable_data<T>(v);
+    auto noised = [&](int64_t n) {
+      int64_t at = n * each;
+      return Noised<T, T>(from + at, to + at, to_v + at, data<A>(t)[n], 1);
+    };
+    if (!few)
+      return for_tiles<A>(samples, [&](int64_t n, int64_t tile, NoiseBuffer<A>& buffer) {
+        for_tile(normals, samples, n, tile, buffer, noised(n));
+      });
+    Samples all(1, x.numel(), 1);
+    for_tiles<A>(all, [&](int64_t, int64_t tile, NoiseBuffer<A>& buffer) {
+      int64_t i = tile * all.tile_pixels, end = std::min(i + all.tile_pixels, all.pixels);
+      const A* z = fill(normals, normals.first + i, end - i, buffer.rows.get());
+      while (i < end) {
+        int64_t n = i / each, m = i % each, length = std::min(each - m, end - i);
+        auto f = noised(n);
+        for_vectors<A>(length,
+                       [&](int64_t k, auto count) DFM_INLINE { f(m + k, load(z + k), count); });
+        i += length, z += length;
+      }
+    });
+  });
   return {x_t, v};
 }
 
@@ -197,6 +171,30 @@ std::vector<Tensor> build(const Tensor& x, int64_t num_levels, std::string_view 
   return laplacian.redispatch(cpu, x, num_levels, filter, factor);
 }
 
+std::vector<std::vector<int64_t>> level_sizes(const Tensor& x, int64_t num_levels, bool haar,
+                                              IntArrayRef factor) {
+  std::vector<std::vector<int64_t>> all(num_levels, x.sizes().vec());
+  for (int64_t s = num_levels - 2; s >= 0; --s) {
+    all[s] = all[s + 1];
+    for (size_t a = 0; a < factor.size(); ++a)
+      for (int64_t f = factor[a]; f > 1; f /= 2) all[s][a + 2] = (all[s][a + 2] + 1) / 2;
+  }
+  if (haar && num_levels > 1) {  // a level has the sides of the next coarser image
+    for (int64_t s = num_levels - 1; s > 0; --s) all[s] = all[s - 1], all[s][1] *= 3;
+  }
+  return all;
+}
+
+// Some channels of one sample of a level.
+struct Part {
+  const void* x;    // where it begins, of x's type
+  int64_t n;        // the sample
+  int64_t at;       // where it begins in its level, in memory and in the random stream
+  int64_t slot;     // of its first tile, among all tiles of the level
+  Samples samples;  // one
+  Normals normals;
+};
+
 // The arguments that the operators of all levels share.
 struct Scales {
   const char* op;
@@ -210,26 +208,90 @@ struct Scales {
   IntArrayRef factor;
   ArrayRef<double> gains;
 
-  int64_t levels() const { return static_cast<int64_t>(wanted.size()); }
+  at::MemoryFormat layout{};
+  int64_t levels = 0, channels = 0, slices = 0;  // channels of a slice, slices of a sample
+  std::vector<std::vector<int64_t>> sizes;       // of the levels
 
-  void check() const {
+  // A slice goes through all levels while they are in the second-level cache. What it is depends on
+  // sizes only, so that sums do, too.
+  static constexpr int64_t kSlice = 1 << 16;  // elements
+
+  void check() {
     TORCH_CHECK(x.dim() == 4 || x.dim() == 5, op, ": expected x with 4 or 5 dimensions, got ",
                 x.sizes());
-    check_dense(op, "x", x, layout_of(x));
-    TORCH_CHECK(levels() > 0 && offsets.size() == wanted.size() && gains.size() == wanted.size(),
-                op, ": expected offsets and gains of ", levels(), " levels, got ", offsets.size(),
+    layout = layout_of(x), levels = static_cast<int64_t>(wanted.size());
+    check_dense(op, "x", x, layout);
+    TORCH_CHECK(levels > 0 && offsets.size() == wanted.size() && gains.size() == wanted.size(), op,
+                ": expected offsets and gains of ", levels, " levels, got ", offsets.size(),
                 " and ", gains.size());
-    if (mask) check_table(op, "mask", *mask, at::kBool, {x.size(0), levels()});
+    TORCH_CHECK(static_cast<int64_t>(factor.size()) == x.dim() - 2, op, ": expected a factor of ",
+                x.dim() - 2, " numbers, got ", factor);
+    if (mask) check_table(op, "mask", *mask, at::kBool, {x.size(0), levels});
+    bool haar = filter == "haar";
+    sizes = level_sizes(x, levels, haar, factor);
+    int64_t C = x.size(1);
+    bool by_channel = layout == at::MemoryFormat::Contiguous && !haar && x.numel() > 0;
+    channels = by_channel ? std::clamp<int64_t>(kSlice * C * x.size(0) / x.numel(), 1, C) : C;
+    slices = C ? (C + channels - 1) / channels : 1;
   }
 
-  Column column(int64_t s) const { return {s, levels(), mask ? data<bool>(*mask) : nullptr}; }
+  bool active(int64_t n, int64_t s) const { return !mask || data<bool>(*mask)[n * levels + s]; }
+  template <class A>
+  A of(const Tensor& table, int64_t n, int64_t s) const {
+    return data<A>(table)[n * levels + s];
+  }
+  int64_t elements(int64_t s) const {  // of a sample
+    int64_t product = 1;
+    for (size_t a = 1; a < sizes[s].size(); ++a) product *= sizes[s][a];
+    return product;
+  }
+  int64_t tiles(int64_t s) const { return x.size(0) * slices * samples(s, channels).tiles(); }
+  Tensor empty(int64_t s, at::ScalarType dtype) const {
+    return at::empty(sizes[s], x.options().dtype(dtype), layout);
+  }
 
-  // f(s, level, normals) for every wanted level.
+  // f(s, part) for every part of every wanted level. Slices in parallel, or, where they are few,
+  // one after the other with its tiles in parallel.
   template <class F>
-  void for_levels(F f) const {
-    auto built = build(x, levels(), filter, factor);
-    for (int64_t s = 0; s < levels(); ++s)
-      if (wanted[s]) f(s, built[s], normals_of(op, state, seed, offsets[s]));
+  void for_parts(const F& f) const {
+    if (x.numel() == 0) return;
+    std::vector<Normals> normals;
+    for (int64_t s = 0; s < levels; ++s) normals.push_back(normals_of(op, state, seed, offsets[s]));
+    auto run = [&](const std::vector<Tensor>& built, int64_t i, bool whole) {
+      int64_t n = i / slices, c = i % slices * channels;
+      for (int64_t s = 0; s < levels; ++s) {
+        if (!wanted[s]) continue;
+        int64_t plane = elements(s) / x.size(1), at = n * elements(s) + c * plane;
+        int64_t slot = i * samples(s, channels).tiles();
+        auto start = static_cast<const char*>(built[s].const_data_ptr());
+        Part part{start + (whole ? at * x.element_size() : 0),   n,         at, slot,
+                  samples(s, std::min(channels, x.size(1) - c)), normals[s]};
+        part.normals.first += at;
+        f(s, part);
+      }
+    };
+    int64_t count = x.size(0) * slices;
+    if (count < 2 * at::get_num_threads() || x.numel() < kSlice) {
+      auto built = build(x, levels, filter, factor);
+      for (int64_t i = 0; i < count; ++i) run(built, i, true);
+      return;
+    }
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t c = i % slices * channels;
+        Tensor slice = x.narrow(0, i / slices, 1);
+        if (slices > 1) slice = slice.narrow(1, c, std::min(channels, x.size(1) - c));
+        run(build(slice, levels, filter, factor), i, false);
+      }
+    });
+  }
+
+ private:
+  Samples samples(int64_t s, int64_t c) const {
+    int64_t plane = elements(s) / std::max<int64_t>(x.size(1), 1);
+    if (layout == at::MemoryFormat::Contiguous) return {1, c * plane, 1};
+    return {1, elements(s) / std::max<int64_t>(sizes[s][1], 1), sizes[s][1]};
   }
 };
 
@@ -241,34 +303,57 @@ std::vector<Tensor> pyramid_add_noise_cpu(const Tensor& x, const Tensor& t, cons
   const char* op = "pyramid_add_noise";
   Scales scales{op, x, mask, wanted, state, seed, offsets, filter, factor, gains};
   scales.check();
-  check_table(op, "t", t, accumulation(x), {x.size(0), scales.levels()});
-  auto options = x.options().dtype(beside(x, dtype));
+  check_table(op, "t", t, accumulation(x), {x.size(0), scales.levels});
+  at::ScalarType type = beside(x, dtype);
   std::vector<Tensor> x_t, v;
-  scales.for_levels([&](int64_t s, const Tensor& level, const Normals& normals) {
-    x_t.push_back(at::empty(level.sizes(), options, layout_of(x)));
-    if (targets) v.push_back(at::empty(level.sizes(), options, layout_of(x)));
-    noise_level(op, level, t, scales.column(s), gains[s], normals, x_t.back(),
-                targets ? &v.back() : nullptr);
+  std::vector<int64_t> place(scales.levels);
+  for (int64_t s = 0; s < scales.levels; ++s) {
+    place[s] = static_cast<int64_t>(x_t.size());
+    if (wanted[s]) x_t.push_back(scales.empty(s, type));
+    if (wanted[s] && targets) v.push_back(scales.empty(s, type));
+  }
+  dispatch_beside(x, type, op, [&](auto zero, auto to_zero) {
+    using T = decltype(zero);
+    using To = decltype(to_zero);
+    using A = acc_t<T>;
+    scales.for_parts([&](int64_t s, const Part& part) {
+      To* to = mutable_data<To>(x_t[place[s]]) + part.at;
+      To* to_v = targets ? mutable_data<To>(v[place[s]]) + part.at : nullptr;
+      if (!scales.active(part.n, s)) {
+        std::fill_n(to, part.samples.elements(), To{});
+        if (targets) std::fill_n(to_v, part.samples.elements(), To{});
+        return;
+      }
+      Noised<T, To> noised(static_cast<const T*>(part.x), to, to_v, scales.of<A>(t, part.n, s),
+                           static_cast<A>(gains[s]));
+      for_tiles<A>(part.samples, [&](int64_t, int64_t tile, NoiseBuffer<A>& buffer) {
+        for_tile(part.normals, part.samples, 0, tile, buffer, noised);
+      });
+    });
   });
   x_t.insert(x_t.end(), v.begin(), v.end());
   for (Tensor& level : x_t) level = level.to(dtype);
   return x_t;
 }
 
-// f(s, level, normals, predictions of the level in a dtype that can be read beside it).
-template <class F>
-void for_predictions(const Scales& scales, TensorList predictions, F f) {
+// --- Loss ---
+
+// Predictions per level, in dtypes that can be read beside x.
+std::vector<Tensor> place_predictions(const Scales& scales, TensorList predictions) {
+  std::vector<Tensor> placed(scales.levels);
   size_t next = 0;
-  scales.check();
-  scales.for_levels([&](int64_t s, const Tensor& level, const Normals& normals) {
+  for (int64_t s = 0; s < scales.levels; ++s) {
+    if (!scales.wanted[s]) continue;
     TORCH_CHECK(next < predictions.size(), scales.op, ": expected a prediction of level ", s,
                 ", got ", predictions.size(), " tensors");
     const Tensor& given = predictions[next++];
-    TORCH_CHECK(given.sizes() == level.sizes(), scales.op, ": expected predictions[", next - 1,
-                "] of sizes ", level.sizes(), ", got ", given.sizes());
-    check_dense(scales.op, "predictions", given, layout_of(scales.x));
-    f(s, level, normals, given.to(beside(level, given.scalar_type())));
-  });
+    TORCH_CHECK(given.sizes() == IntArrayRef(scales.sizes[s]), scales.op,
+                ": expected a prediction of sizes ", IntArrayRef(scales.sizes[s]), ", got ",
+                given.sizes());
+    check_dense(scales.op, "predictions", given, scales.layout);
+    placed[s] = given.to(beside(scales.x, given.scalar_type()));
+  }
+  return placed;
 }
 
 Tensor velocity_loss_cpu(TensorList predictions, const Tensor& x, const State& mask,
@@ -277,39 +362,43 @@ Tensor velocity_loss_cpu(TensorList predictions, const Tensor& x, const State& m
                          ArrayRef<double> gains) {
   const char* op = "velocity_loss";
   Scales scales{op, x, mask, wanted, state, seed, offsets, filter, factor, gains};
-  int64_t levels = scales.levels();
-  Tensor loss = at::zeros({x.size(0), levels}, x.options().dtype(accumulation(x)));
-  for_predictions(scales, predictions,
-                  [&](int64_t s, const Tensor& level, const Normals& normals, const Tensor& given) {
-                    Column column = scales.column(s);
-                    Samples samples = samples_of(level, layout_of(level));
-                    // Of every tile, so that their order does not depend on threads.
-                    std::vector<double> sums(samples.count * samples.tiles());
-                    dispatch_beside(level, given.scalar_type(), op, [&](auto tag, auto given_tag) {
-                      using T = typename decltype(tag)::type;
-                      using G = typename decltype(given_tag)::type;
-                      using A = acc_t<T>;
-                      for_tiles<A>(samples, [&](int64_t n, int64_t tile, NoiseBuffer<A>& buffer) {
-                        if (!column.active(n)) return;
-                        int64_t at = n * samples.elements();
-                        Residual<T, G> residual{data<T>(level) + at, data<G>(given) + at,
-                                                static_cast<A>(gains[s])};
-                        SquareSum<A> sum;
-                        for_tile(normals, samples, n, tile, buffer,
-                                 [&](int64_t m, Vec<A> z, auto count)
-                                     DFM_INLINE { sum.add(residual(m, z, count), count); });
-                        sums[n * samples.tiles() + tile] = sum.total();
-                      });
-                      for (int64_t n = 0; n < samples.count; ++n) {
-                        if (!column.active(n)) continue;
-                        double sum = 0;
-                        for (int64_t tile = 0; tile < samples.tiles(); ++tile)
-                          sum += sums[n * samples.tiles() + tile];
-                        mutable_data<A>(loss)[n * levels + s] =
-                            static_cast<A>(sum / samples.elements());
-                      }
-                    });
-                  });
+  scales.check();
+  int64_t N = x.size(0), L = scales.levels;
+  auto placed = place_predictions(scales, predictions);
+  // Of every tile, so that their order does not depend on threads.
+  std::vector<std::vector<double>> sums(L);
+  for (int64_t s = 0; s < L; ++s)
+    if (wanted[s]) sums[s].resize(scales.tiles(s));
+  scales.for_parts([&](int64_t s, const Part& part) {
+    if (!scales.active(part.n, s)) return;
+    dispatch_beside(x, placed[s].scalar_type(), op, [&](auto zero, auto given_zero) {
+      using T = decltype(zero);
+      using G = decltype(given_zero);
+      using A = acc_t<T>;
+      Residual<T, G> residual{static_cast<const T*>(part.x), data<G>(placed[s]) + part.at,
+                              static_cast<A>(gains[s])};
+      for_tiles<A>(part.samples, [&](int64_t, int64_t tile, NoiseBuffer<A>& buffer) {
+        SquareSum<A> sum;
+        for_tile(part.normals, part.samples, 0, tile, buffer,
+                 [&](int64_t m, Vec<A> z, auto count)
+                     DFM_INLINE { sum.add(residual(m, z, count), count); });
+        sums[s][part.slot + tile] = sum.total();
+      });
+    });
+  });
+  Tensor loss = at::zeros({N, L}, x.options().dtype(accumulation(x)));
+  for (int64_t s = 0; s < L; ++s)
+    for (int64_t n = 0; n < N; ++n) {
+      if (!wanted[s] || !scales.active(n, s)) continue;
+      int64_t tiles = scales.tiles(s) / N;
+      double sum =
+          std::accumulate(sums[s].begin() + n * tiles, sums[s].begin() + (n + 1) * tiles, 0.);
+      double mean = sum / scales.elements(s);
+      if (loss.scalar_type() == at::kDouble)
+        mutable_data<double>(loss)[n * L + s] = mean;
+      else
+        mutable_data<float>(loss)[n * L + s] = static_cast<float>(mean);
+    }
   return loss;
 }
 
@@ -321,35 +410,34 @@ std::vector<Tensor> velocity_loss_backward_cpu(const Tensor& grad, TensorList pr
                                                ArrayRef<double> gains) {
   const char* op = "velocity_loss_backward";
   Scales scales{op, x, mask, wanted, state, seed, offsets, filter, factor, gains};
-  check_table(op, "grad", grad, accumulation(x), {x.size(0), scales.levels()});
-  std::vector<Tensor> out;
-  for_predictions(scales, predictions,
-                  [&](int64_t s, const Tensor& level, const Normals& normals, const Tensor& given) {
-                    Column column = scales.column(s);
-                    Samples samples = samples_of(level, layout_of(level));
-                    Tensor dg = at::empty(given.sizes(), given.options(), layout_of(x));
-                    dispatch_beside(level, given.scalar_type(), op, [&](auto tag, auto given_tag) {
-                      using T = typename decltype(tag)::type;
-                      using G = typename decltype(given_tag)::type;
-                      using A = acc_t<T>;
-                      for_tiles<A>(samples, [&](int64_t n, int64_t tile, NoiseBuffer<A>& buffer) {
-                        int64_t at = n * samples.elements();
-                        G* to = mutable_data<G>(dg) + at;
-                        if (!column.active(n)) {
-                          if (tile == 0) std::fill_n(to, samples.elements(), G{});
-                          return;
-                        }
-                        Residual<T, G> residual{data<T>(level) + at, data<G>(given) + at,
-                                                static_cast<A>(gains[s])};
-                        A scale = column.of<A>(grad, n) * static_cast<A>(2. / samples.elements());
-                        for_tile(normals, samples, n, tile, buffer,
-                                 [&](int64_t m, Vec<A> z, auto count) DFM_INLINE {
-                                   store(to + m, scale * residual(m, z, count), count);
-                                 });
-                      });
-                    });
-                    out.push_back(dg.to(predictions[out.size()].scalar_type()));
-                  });
+  scales.check();
+  check_table(op, "grad", grad, accumulation(x), {x.size(0), scales.levels});
+  auto placed = place_predictions(scales, predictions);
+  std::vector<Tensor> dg(scales.levels), out;
+  for (int64_t s = 0; s < scales.levels; ++s)
+    if (wanted[s]) dg[s] = scales.empty(s, placed[s].scalar_type());
+  scales.for_parts([&](int64_t s, const Part& part) {
+    dispatch_beside(x, placed[s].scalar_type(), op, [&](auto zero, auto given_zero) {
+      using T = decltype(zero);
+      using G = decltype(given_zero);
+      using A = acc_t<T>;
+      G* to = mutable_data<G>(dg[s]) + part.at;
+      if (!scales.active(part.n, s)) {
+        std::fill_n(to, part.samples.elements(), G{});
+        return;
+      }
+      Residual<T, G> residual{static_cast<const T*>(part.x), data<G>(placed[s]) + part.at,
+                              static_cast<A>(gains[s])};
+      A scale = scales.of<A>(grad, part.n, s) * static_cast<A>(2. / scales.elements(s));
+      for_tiles<A>(part.samples, [&](int64_t, int64_t tile, NoiseBuffer<A>& buffer) {
+        for_tile(part.normals, part.samples, 0, tile, buffer,
+                 [&](int64_t m, Vec<A> z, auto count)
+                     DFM_INLINE { store(to + m, scale * residual(m, z, count), count); });
+      });
+    });
+  });
+  for (int64_t s = 0; s < scales.levels; ++s)
+    if (wanted[s]) out.push_back(dg[s].to(predictions[out.size()].scalar_type()));
   return out;
 }
 

@@ -172,33 +172,43 @@ struct Residual {
   }
 };
 
-// Squares of vectors, summed in double.
+// Squares of vectors: few are summed in A, then all in double.
 template <class A>
-struct SquareSum {
-  Vec<double> sums[2] = {};
-
-  template <class Count>
-  DFM_INLINE void add(Vec<A> r, Count count) {
-    if constexpr (!std::is_same_v<Count, Whole<A>>)
-      for (int i = 0; i < kLanes<A>; ++i) r[i] = i < count ? r[i] : 0;
-    if constexpr (std::is_same_v<A, double>) {
-      sums[0] = mul_add<double>(r, r, sums[0]);
-    } else {
-      typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-      Half halves[2];
-      std::memcpy(halves, &r, sizeof r);
-      for (int k = 0; k < 2; ++k) {  // squares of floats are exact in double
-        auto wide = __builtin_convertvector(halves[k], Vec<double>);
-        sums[k] += wide * wide;
-      }
-    }
+class SquareSum {
+ public:
+  DFM_INLINE void add(Vec<A> r, Whole<A>) {
+    few_ = mul_add<A>(r, r, few_);
+    if (++count_ % 8 == 0) flush();
   }
-  double total() const {
-    Vec<double> both = sums[0] + sums[1];
+  DFM_INLINE void add(Vec<A> r, int count) {
+    for (int i = 0; i < kLanes<A>; ++i) r[i] = i < count ? r[i] : 0;
+    add(r, Whole<A>{});
+  }
+  double total() {
+    flush();
     double sum = 0;
-    for (int i = 0; i < kLanes<double>; ++i) sum += both[i];
+    for (int i = 0; i < kLanes<double>; ++i) sum += all_[i];
     return sum;
   }
+
+ private:
+  template <size_t... I>
+  DFM_INLINE void flush(std::index_sequence<I...>) {
+    constexpr size_t n = sizeof...(I);
+    all_ += __builtin_convertvector(__builtin_shufflevector(few_, few_, I...), Vec<double>) +
+            __builtin_convertvector(__builtin_shufflevector(few_, few_, (n + I)...), Vec<double>);
+  }
+  DFM_INLINE void flush() {
+    if constexpr (std::is_same_v<A, double>)
+      all_ += few_;
+    else
+      flush(std::make_index_sequence<kLanes<double>>{});
+    few_ = Vec<A>{};
+  }
+
+  Vec<A> few_{};
+  Vec<double> all_{};
+  int64_t count_ = 0;
 };
 
 }  // namespace dfm_fast
