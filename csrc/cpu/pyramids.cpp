@@ -10,6 +10,7 @@
 
 #include "box.h"
 #include "haar.h"
+#include "tensors.h"
 
 namespace dfm_fast {
 namespace {
@@ -19,13 +20,6 @@ using at::Tensor;
 using at::TensorList;
 
 // --- Arguments ---
-
-// channels_last where x is that and not contiguous, as `memory_format` in the reference.
-at::MemoryFormat layout_of(const Tensor& x) {
-  auto last = x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
-  bool is_last = !x.is_contiguous() && x.is_contiguous(last);
-  return is_last ? last : at::MemoryFormat::Contiguous;
-}
 
 void check_dense(const char* op, const char* argument, const Tensor& x, at::MemoryFormat layout) {
   TORCH_CHECK(x.dim() == 4 || x.dim() == 5, op, ": expected ", argument,
@@ -108,16 +102,6 @@ Plane<T> plane(const Tensor& x, Grid grid, int64_t p) {
 }
 
 // --- Scheduling ---
-
-template <class F>
-void dispatch(at::ScalarType dtype, const char* op, F f) {
-  if (dtype == at::kFloat) return f(float{});
-  if (dtype == at::kBFloat16) return f(bf16{});
-  if (dtype == at::kHalf) return f(fp16{});
-  TORCH_CHECK(dtype == at::kDouble, op, ": expected float32, bfloat16, float16 or float64, got ",
-              dtype);
-  f(double{});
-}
 
 // Where the work of an operator lies: grids of the levels, coarse to fine, of every plane.
 struct Work {
