@@ -127,6 +127,13 @@ def test_two_to_the_32_elements_do_not_repeat():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_the_stream_wraps_at_two_to_the_64(device):
+    state = torch.tensor([9, -8], device=device)  # eight before the end
+    got = dfm_fast.philox_normal((16,), state, device=device).cpu()
+    torch.testing.assert_close(got[8:], dfm_fast.philox_normal((8,), 9), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_part_of_a_tensor_is_a_part_of_the_stream(device):
     whole = dfm_fast.philox_normal((1000,), 21, device=device)
     for start in (0, 1, 2, 3, 4, 64, 513):

@@ -64,7 +64,7 @@ def normals_ref(
     if state is not None:
         key, first = state[0], first + state[1]
     blocks = torch.arange(n // 4 + 2, device=like.device)
-    counters = ((first >> 2) & ((1 << 62) - 1)) + blocks  # a logical shift
+    counters = ((first >> 2) + blocks) & ((1 << 62) - 1)  # e wraps at 2^64
     z = box_muller(philox(counters, key), torch.promote_types(like.dtype, torch.float32))
     return (
         z.flatten().index_select(0, torch.arange(n, device=like.device) + (first & 3)).view(shape)
