@@ -43,7 +43,6 @@ def train(kind: str, per_sample: bool) -> None:
 
     from dfm_fast.flow import DecomposableFlow, Laplacian
 
-    dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)  # the same on both ranks: data and noise must differ all the same
     model = Model()
@@ -76,7 +75,6 @@ def train(kind: str, per_sample: bool) -> None:
     if not per_sample:
         assert {levels for levels, *_ in model.seen} == {1, 2}, "one stage never came"
     print(f"rank {rank} done")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -95,4 +93,8 @@ def test_both_stages_train_on_two_ranks(kind, per_sample):
 
 
 if __name__ == "__main__":
+    dist.init_process_group("gloo")
     train(sys.argv[1], bool(int(sys.argv[2])))
+    # Only now: a DistributedDataParallel that outlives its process group may never return from its
+    # destructor.
+    dist.destroy_process_group()
