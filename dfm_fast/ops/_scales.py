@@ -86,7 +86,7 @@ def wanted_levels(
 ) -> tuple[list[bool], Tensor | None]:
     """(levels to compute, mask [N, L] or None)."""
     if active is None or isinstance(active, Tensor):
-        return [True] * num_levels, active
+        return [True] * num_levels, None if active is None else active.contiguous()
     return list(active), None
 
 
