@@ -1,5 +1,6 @@
 """Two ranks under torchrun's environment, gloo: DDP and FSDP2 train through both stages."""
 
+import os
 import socket
 import sys
 
@@ -98,3 +99,7 @@ if __name__ == "__main__":
     # Only now: a DistributedDataParallel that outlives its process group may never return from its
     # destructor.
     dist.destroy_process_group()
+    # No shutdown of the interpreter: a thread of gloo that still frees a tensor would abort it
+    # (pytorch/pytorch#179291).
+    sys.stdout.flush()
+    os._exit(0)

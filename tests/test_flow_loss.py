@@ -184,6 +184,31 @@ def test_parameters_that_a_stage_skips_get_zero_gradients():
     model.zero_grad(set_to_none=True)
     flow.loss(model, x, seed=0).mean().backward()
     assert model.heads[1].weight.grad is None
+    # One that is thawed again has one again.
+    model.heads[1].requires_grad_(True)
+    flow.loss(model, x, seed=0).mean().backward()
+    assert (model.heads[1].weight.grad == 0).all()
+
+
+class Renamed(nn.Module):
+    """As many parameters as Heads, under other names."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Heads()
+
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+def test_zero_gradients_are_of_the_model_at_hand():
+    """Models that come and go may live at one address: nothing is remembered beyond their lives."""
+    flow, x = DecomposableFlow(Laplacian(2), stage_probs=[1.0, 0.0]), torch.randn(2, 1, 8, 8)
+    for make in (Heads, Renamed) * 8:
+        model = make()
+        flow.loss(model, x, seed=0).mean().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        del model
 
 
 def test_none_equals_zeros_for_the_loss():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,6 @@ class DecomposableFlow(nn.Module):
         self.seed = _checks.integer(op, "seed", seed, 0)
         self.check = check
         self.calls = 0  # of loss, saved: a resumed run draws the stages it would have drawn
-        self._reached: dict[Any, list[str]] = {}
 
     def get_extra_state(self) -> dict[str, int]:
         return {"seed": self.seed, "calls": self.calls}
@@ -147,7 +147,7 @@ class DecomposableFlow(nn.Module):
         sampler.check_velocities(op, velocities, levels, step=None, finite=self.check)
         velocities = [v if g is not None else None for v, g in zip(velocities, levels, strict=True)]
         loss = self.decomposition.loss(velocities, x, key, active=on).sum(1)
-        return self._touch(model, loss, (self.per_sample, stages[0] if stages else 0))
+        return self._touch(model, loss, levels)
 
     def forward(self, model: Model, x: Tensor, *, seed: Seed = None, **cond: Any) -> Tensor:
         return self.loss(model, x, seed=seed, **cond)
@@ -157,20 +157,24 @@ class DecomposableFlow(nn.Module):
         state, number, _ = seed_of(op, seed, 0, device)
         return fold(number if state is None else state, _rank())
 
-    def _touch(self, model: Model, loss: Tensor, stage: Any) -> Tensor:
+    def _touch(self, model: Model, loss: Tensor, levels: Sequence[Tensor | None]) -> Tensor:
         """The loss, from which parameters that it does not depend on get zero gradients, as DDP
-        needs. Which these are depends on the stage alone: the graph is walked once for each."""
+        needs. Which these are depends on the levels given alone: the graph is walked once each."""
         if not isinstance(model, nn.Module) or not loss.requires_grad:
             return loss
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        # Sharded parameters are not the ones in the graph; FSDP2 does without their gradients.
-        parameters = {n: p for n, p in parameters.items() if type(p) is nn.Parameter}
-        key = (id(model), len(parameters), *stage)
-        if key not in self._reached:
+        given = tuple(level is not None for level in levels)
+        skipped = _SKIPPED.setdefault(model, {})
+        if given not in skipped:
             reached = _leaves(loss)
-            self._reached[key] = [n for n, p in parameters.items() if p not in reached]
-        skipped = [parameters[n] for n in self._reached[key]]
-        return _ZeroGradients.apply(loss, *skipped) if skipped else loss
+            # Sharded parameters are not the ones in the graph; FSDP2 does without their gradients.
+            skipped[given] = [
+                name
+                for name, p in model.named_parameters()
+                if type(p) is nn.Parameter and p not in reached
+            ]
+        parameters = [model.get_parameter(name) for name in skipped[given]]
+        parameters = [p for p in parameters if p.requires_grad]
+        return _ZeroGradients.apply(loss, *parameters) if parameters else loss
 
     # --- Sampling ---
 
@@ -242,6 +246,11 @@ class DecomposableFlow(nn.Module):
 
 # Seeds of t, apart from those of the noise: far from any rank's.
 _T_STREAM = 1 << 62
+
+
+# Names of the parameters that a loss does not reach, by model and by which levels it is given.
+_SKIPPED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[bool, ...], list[str]]]
+_SKIPPED = weakref.WeakKeyDictionary()
 
 
 def _rank() -> int:

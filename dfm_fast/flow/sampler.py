@@ -110,6 +110,8 @@ class Sampler:
         self.dt = exact.diff(dim=0).float().to(device)
         self.scales = self.guidance.table(exact)
         self.guided = ((self.scales != 1) & self._active_or_done(exact)).any(1).tolist()
+        self.other = {**self.cond, **(self.guidance.uncond or {})}
+        self.both = _stacked(self.cond, self.other, shapes[0][0]) if any(self.guided) else None
         self.w, self.t = self.scales.float().to(device), exact.float().to(device)
         starts = level_offsets(shapes, 0)
         noise = {"device": device, "dtype": dtype}
@@ -171,13 +173,11 @@ class Sampler:
         active[:, : stage + 1] = True
         if not self.guided[row]:
             return self._call(levels, t, active, self.cond, row), None
-        other = {**self.cond, **(self.guidance.uncond or {})}
-        both = _stacked(self.cond, other, n)
-        if both is None:
+        if self.both is None:
             cond = self._call(levels, t, active, self.cond, row)
-            return cond, self._call(levels, t, active, other, row)
+            return cond, self._call(levels, t, active, self.other, row)
         twice = [None if v is None else torch.cat((v, v)) for v in levels]
-        out = self._call(twice, torch.cat((t, t)), torch.cat((active, active)), both, row)
+        out = self._call(twice, torch.cat((t, t)), torch.cat((active, active)), self.both, row)
         halves = [(None, None) if v is None else v.chunk(2) for v in out]
         return [c for c, _ in halves], [u for _, u in halves]
 
