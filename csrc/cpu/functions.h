@@ -1,0 +1,61 @@
+// Functions of vectors: what the compiler does not vectorise by itself.
+//
+// Those of float are within 1 ulp; those of double call the C library
+// lane by lane.
+#pragma once
+
+#include <cmath>
+
+#include "rows.h"
+
+namespace dfm_fast {
+
+// The lanes, added pairwise: the same order on every ISA of one width.
+template <class A>
+inline A sum_lanes(Vec<A> v) {
+  A lanes[kLanes<A>];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int half = kLanes<A> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// f of every lane.
+template <class F>
+inline Vec<double> by_lane(Vec<double> v, F f) {
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = f(v[i]);
+  return v;
+}
+
+// 2^n for whole n from -126 to 127.
+inline Vec<float> power_of_two(Vec<float> n) {
+  return detail::bits_as<Vec<float>>((__builtin_convertvector(n, Vec<int32_t>) + 127) << 23);
+}
+
+// e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2) / 2; ln 2 in two parts (Cody and Waite) and the
+// polynomial of Cephes' expf. Its limits become 0, denormals and infinity by two factors of 2.
+inline Vec<float> exp(Vec<float> x) {
+  Vec<float> bounded = x > 128 ? Vec<float>{} + 128 : (x < -128 ? Vec<float>{} - 128 : x);
+  constexpr float magic = 0x1.8p23f;  // adding it rounds to a whole number
+  Vec<float> n = bounded * 1.44269504f + magic - magic;
+  Vec<float> r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1;
+  Vec<float> half = n * 0.5f + magic - magic;
+  return p * power_of_two(half) * power_of_two(n - half);
+}
+inline Vec<double> exp(Vec<double> x) {
+  return by_lane(x, [](double v) { return std::exp(v); });
+}
+
+// 1 / (1 + e^-x); 0 where e^-x is infinite.
+template <class V>
+inline V sigmoid(V x) {
+  return 1 / (1 + exp(-x));
+}
+
+}  // namespace dfm_fast
