@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import random
 import time
@@ -153,10 +154,24 @@ def count_launches(call: Callable[[], Any]) -> int:
     return sum(not e.is_user_annotation and not e.name.startswith(labels) for e in cuda)
 
 
-def peak_mib(call: Callable[[], Any]) -> float:
-    """MiB allocated on the GPU by one call at most, over what was there."""
+def peak_mib(call: Callable[[], Any], device: str) -> float:
+    """MiB allocated by one call at most, over what was there."""
+    if device == "cpu":
+        return _peak_mib_cpu(call)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _peak_mib_cpu(call: Callable[[], Any]) -> float:
+    """From the profiler's record of what torch's CPU allocator gave and took back."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        keep = call()
+    del keep
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    sums = itertools.accumulate(nbytes for _, nbytes in sorted(changes))
+    return max(sums, default=0) / 2**20

@@ -317,6 +317,9 @@ def judge(row_id: str, device: str, record: dict[str, Any]) -> list[dict[str, An
         if fnmatch(device, goal.device) and fnmatch(row_id, goal.row):
             if goal.against == "copy":
                 measured = record["copy_fraction"]["median"]
+            elif goal.against == "memory":
+                ours, eager = (record["providers"][n]["peak_mib"] for n in ("ours", "eager"))
+                measured = 1 - ours / eager if eager else None
             else:
                 measured = record["speedup"].get(goal.against, {}).get("median")
             met = None if measured is None else measured >= goal.at_least
@@ -361,6 +364,14 @@ def figures(
     }
 
 
+def memory(record: dict[str, Any], providers: dict[str, Provider], device: str) -> None:
+    """Add everybody's peak memory; rivals with allocators of their own are not seen."""
+    for name, entry in record["providers"].items():
+        provider = providers[f"compiled {entry['form']}" if name == "compiled" else name]
+        if not provider.foreign:
+            entry["peak_mib"] = peak_mib(provider.call, device)
+
+
 def on_gpu(
     record: dict[str, Any], providers: dict[str, Provider], samplers: dict[str, Sampler]
 ) -> None:
@@ -370,7 +381,6 @@ def on_gpu(
         call = providers[source].call
         entry["call_ms"] = plain_call_ms(call)
         entry["launches"] = count_launches(call)
-        entry["peak_mib"] = peak_mib(call)
         if getattr(samplers[source], "is_plain_call", False):
             entry["note"] = "timed as a plain call: it cannot be captured as a CUDA graph"
 
@@ -394,6 +404,7 @@ def measure(row: Row, device: str, seconds: float, say: Say) -> tuple[dict, Call
         for name, provider in providers.items():
             if provider.note and name in record["providers"]:
                 record["providers"][name]["note"] = provider.note
+        memory(record, providers, device)
         if device != "cpu":
             on_gpu(record, providers, samplers)
     record["goals"] = judge(row.id, torch.device(device).type, record)

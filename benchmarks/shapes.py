@@ -31,7 +31,9 @@ class Goal(NamedTuple):
 
     device: str  # pattern: cpu, cuda or *
     row: str  # pattern of Row.id
-    against: str  # "copy": fraction of its bandwidth; "float32": ours in it; else a rival's name
+    # "copy": fraction of its bandwidth; "memory": the share of eager's peak that ours does without;
+    # "float32": ours in it; else a rival's name.
+    against: str
     at_least: float
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import getpass
+import importlib
 import json
 import math
 import socket
@@ -13,15 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # `benchmarks` is not installed
 
-from benchmarks import (
-    bench_noises,
-    bench_pyramids,
-    bench_steps,
-    harness,
-    photographs,
-    records,
-    shapes,
-)
+from benchmarks import bench_pyramids, harness, photographs, records, shapes
 from benchmarks.clocks import crowd, interleave
 from dfm_fast._library import OPERATORS
 
@@ -218,8 +211,27 @@ def test_goals_are_judged_and_misses_are_kept(monkeypatch):
     ]
 
 
+def test_memory_is_everybodys_own_peak(monkeypatch):
+    """Eager has five tensors at once, x / 2 one."""
+
+    def wasteful(x):
+        kept = [x + 1, x + 2]
+        return x / 2 + 0 * kept[0]
+
+    monkeypatch.setattr(harness, "GOALS", (shapes.Goal("*", "halve-*", "memory", 0.25),))
+    record, _ = measure(tiny_row(shapes=((512, 512),), eager=wasteful))
+    entries = record["providers"]
+    assert entries["ours"]["peak_mib"] == pytest.approx(1, rel=0.01)
+    assert entries["eager"]["peak_mib"] == pytest.approx(5, rel=0.01)
+    (goal,) = record["goals"]
+    assert goal["measured"] == pytest.approx(0.8, rel=0.01)
+    assert goal["met"] is True
+
+
 def test_every_goal_is_some_rows():
-    ids = [*bench_pyramids.ROWS, *bench_noises.ROWS, *bench_steps.ROWS]
+    files = Path(shapes.__file__).parent.glob("bench_*.py")
+    families = [importlib.import_module(f"benchmarks.{file.stem}") for file in files]
+    ids = [row for family in families for row in family.ROWS]
     for goal in shapes.GOALS:
         assert any(harness.fnmatch(i, goal.row) for i in ids), goal
 

@@ -132,7 +132,10 @@ def test_a_gpus_page_has_launches_and_memory():
     page = report.page([{**RECORD, "machine": GPU, "rows": [row]}], {}, [], [])
     assert "launches, ours" in page
     assert "<td>1.5</td><td></td><td></td><td>1</td><td></td><td></td><td>67</td>" in page
-    assert "launches, ours" not in report.page([RECORD], {}, [], [])
+    page = report.page([{**RECORD, "rows": [row]}], {}, [], [])
+    assert "launches, ours" not in page
+    assert "peak MiB, ours" in page
+    assert "<td>67</td>" in page
 
 
 def test_missed_goals_absent_rivals_and_a_busy_machine_are_shown():

@@ -182,7 +182,8 @@ def columns(with_ms: bool) -> list[str]:
 def goal_text(row: dict[str, Any], goal: dict[str, Any]) -> str:
     """laplacian_build ... fp32: 0.71 of copy, goal 0.6 of copy"""
     rival = DTYPES.get(goal["against"], goal["against"])
-    kind = "of copy" if rival == "copy" else f"{TIMES} {rival}"
+    kinds = {"copy": "of copy", "memory": "of eager's peak memory less"}
+    kind = kinds.get(rival, f"{TIMES} {rival}")
     measured = "not measured" if goal["met"] is None else f"{goal['measured']:.3g} {kind}"
     return f"{label(row)} {dtype(row)}: {measured}, goal {goal['at_least']:g} {kind}"
 
@@ -307,18 +308,19 @@ def html_section(record: dict[str, Any], images: Sequence[Path]) -> str:
 
 
 def launches(record: dict[str, Any]) -> str:
-    """What only a GPU's results have: the plain call, launches and peak memory of each."""
-    if not is_gpu(record):
-        return ""
-    who = ("ours", "eager", "compiled")
-    head = ["row", "dtype"]
-    head += [f"{what}, {name}" for what in ("call ms", "launches", "peak MiB") for name in who]
+    """The peak memory of each; on a GPU the plain call and the launches too."""
+    who, facts = ("ours", "eager", "compiled"), {"peak_mib": "peak MiB"}
+    title = "Peak memory"
+    if is_gpu(record):
+        title = "Plain calls, launches, memory"
+        facts = {"call_ms": "call ms", "launches": "launches", **facts}
+    head = ["row", "dtype", *(f"{what}, {name}" for what in facts.values() for name in who)]
     rows = []
     for row in record["rows"]:
         entries = [row["providers"].get(name, {}) for name in who]
-        figures = [e.get(key) for key in ("call_ms", "launches", "peak_mib") for e in entries]
+        figures = [e.get(key) for key in facts for e in entries]
         rows.append([label(row), dtype(row), *("" if f is None else f"{f:.3g}" for f in figures)])
-    return "<h3>Plain calls, launches, memory</h3>" + table(head, rows)
+    return f"<h3>{title}</h3>" + table(head, rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
