@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -42,11 +43,12 @@ struct Gelu {
   }
 };
 
-// x s(x) with s = sigmoid(argument), slope s + x s (1 - s) argument'.
+// x s with s = sigmoid(u); slope s + x s (1 - s) u'. Neither s nor 1 - s cancels.
 template <class V>
-Both<V> gated(V x, V argument, V argument_slope) {
-  V s = sigmoid(argument), xs = x * s;
-  return {xs, s + xs * (1 - s) * argument_slope};
+Both<V> gated(V x, V u, V u_slope) {
+  V e = exp(u > 0 ? -u : u), large = 1 / (1 + e), small = e * large;
+  V s = u > 0 ? large : small;
+  return {x * s, s + x * (large * small) * u_slope};
 }
 
 struct GeluTanh {
@@ -116,14 +118,23 @@ void activate_row(T* y, const T* x, const T* bias, int64_t D) {
   });
 }
 
-// sum += dx, in the arithmetic type.
+// Sums over rows are in double: what many rows add up to is then rounded once.
+template <class A>
+using Sum = Vec<double, kLanes<A> * sizeof(double)>;
+
+// sum += dx; sum has whole vectors.
 template <bool biased, bool summed, class F, class T>
-void activate_backward_row(T* dx, acc_t<T>* sum, const T* dy, const T* x, const T* bias,
-                           int64_t D) {
-  for_vectors<acc_t<T>>(D, [=](int64_t i, auto count) DFM_INLINE {
-    auto v = load(dy + i, count) * F::both(load_sum<biased>(x, bias, i, count)).slope;
+void activate_backward_row(T* dx, double* sum, const T* dy, const T* x, const T* bias, int64_t D) {
+  using A = acc_t<T>;
+  for_vectors<A>(D, [=](int64_t i, auto count) DFM_INLINE {
+    Vec<A> v = load(dy + i, count) * F::both(load_sum<biased>(x, bias, i, count)).slope;
     store(dx + i, v, count);
-    if constexpr (summed) store(sum + i, load(sum + i, count) + v, count);
+    if constexpr (summed) {
+      Sum<A> total;
+      std::memcpy(&total, sum + i, sizeof total);
+      total += __builtin_convertvector(v, Sum<A>);
+      std::memcpy(sum + i, &total, sizeof total);
+    }
   });
 }
 
@@ -238,19 +249,22 @@ Tensor gelu_tanh_cpu(const Tensor& x, const std::optional<Tensor>& bias_) {
   return y;
 }
 
-// The partial sums of all blocks, block by block.
+// sum = the partial sums of all blocks [blocks, stride], in their order.
 template <class T>
-void add_blocks(T* sum, const acc_t<T>* partial, int64_t blocks, int64_t D) {
+void add_blocks(T* sum, const double* partial, int64_t blocks, int64_t D, int64_t stride) {
   using A = acc_t<T>;
-  int64_t vectors = (D + kLanes<A> - 1) / kLanes<A>;
-  at::parallel_for(0, vectors, grain(blocks * kLanes<A>), [&](int64_t begin, int64_t end) {
-    int64_t first = begin * kLanes<A>, last = std::min(end * kLanes<A>, D);
-    for_vectors<A>(last - first, [&](int64_t i, auto count) DFM_INLINE {
-      Vec<A> v{};
-      for (int64_t b = 0; b < blocks; ++b) v += load(partial + b * D + first + i, count);
-      store(sum + first + i, v, count);
-    });
-  });
+  at::parallel_for(0, stride / kLanes<A>, grain(blocks * kLanes<A>),
+                   [&](int64_t begin, int64_t end) {
+                     int64_t first = begin * kLanes<A>, last = std::min(end * kLanes<A>, D);
+                     for_vectors<A>(last - first, [&](int64_t i, auto count) DFM_INLINE {
+                       Sum<A> total{}, part;
+                       for (int64_t b = 0; b < blocks; ++b) {
+                         std::memcpy(&part, partial + b * stride + first + i, sizeof part);
+                         total += part;
+                       }
+                       store(sum + first + i, __builtin_convertvector(total, Vec<A>), count);
+                     });
+                   });
 }
 
 std::tuple<Tensor, Tensor> gelu_tanh_backward_cpu(const Tensor& dy, const Tensor& x,
@@ -263,19 +277,18 @@ std::tuple<Tensor, Tensor> gelu_tanh_backward_cpu(const Tensor& dy, const Tensor
   Tensor bias = bias_ ? bias_->contiguous() : Tensor();
   Tensor dx = at::empty(x.sizes(), x.options());
   Tensor dbias = at::empty({need_dbias ? D : 0}, x.options());
-  auto acc = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  Tensor partial = at::empty({need_dbias ? blocks : 0, D}, x.options().dtype(acc));
+  int64_t stride = (D + kLanes<float> - 1) / kLanes<float> * kLanes<float>;
+  Tensor partial = at::empty({need_dbias ? blocks : 0, stride}, x.options().dtype(at::kDouble));
   dispatch(x.scalar_type(), op, [&](auto t) {
     using T = decltype(t);
-    using A = acc_t<T>;
     const T *from = data<T>(x), *b = bias_ ? data<T>(bias) : nullptr, *dy_ = data<T>(dy);
     T* to = mutable_data<T>(dx);
-    A* sums = mutable_data<A>(partial);
+    double* sums = mutable_data<double>(partial);
     with_bool(b, [&](auto biased) {
       with_bool(need_dbias, [&](auto summed) {
         auto block = [&](int64_t k) {
-          A* sum = summed ? sums + k * D : nullptr;
-          if (summed) std::fill(sum, sum + D, A(0));
+          double* sum = summed ? sums + k * stride : nullptr;
+          if (summed) std::fill(sum, sum + stride, 0.0);
           for (int64_t r = k * kBlock; r < std::min((k + 1) * kBlock, in.count); ++r)
             activate_backward_row<biased, summed, GeluTanh>(to + r * D, sum, dy_ + r * grad.stride,
                                                             from + r * in.stride, b, D);
@@ -285,7 +298,7 @@ std::tuple<Tensor, Tensor> gelu_tanh_backward_cpu(const Tensor& dy, const Tensor
         });
       });
     });
-    if (need_dbias) add_blocks(mutable_data<T>(dbias), sums, blocks, D);
+    if (need_dbias) add_blocks(mutable_data<T>(dbias), sums, blocks, D, stride);
   });
   return {dx, dbias};
 }

@@ -8,14 +8,14 @@ r"""Activations of feed-forward layers, each in one pass over what the projectio
     tanh form: Φ(b) = (1 + tanh(u)) / 2 = sigmoid(2u),  u = √(2/π) (b + 0.044715 b³)
     silu(b) = b sigmoid(b)
 
-(Hendrycks & Gimpel 2016, arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202.) x [..., 2D] or [..., D].
-Backward saves x (and bias) only and computes the rest again: with g the activation,
+(Hendrycks & Gimpel 2016, arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202.) x is [..., 2D], or
+[..., D]. Backward saves x (and bias) only and computes the rest again: with g the activation,
 
-    da = dy g(b),  db = dy a g'(b),  dbias = Σ_rows dx
+    da = dy g(b),  db = dy a g'(b),  dbias = sum of dx over rows
 
-dbias is summed in two stages, in an order that depends on nothing but the number of rows. In float32
-(float64 for float64), rounded once. Bytes moved at least, in elements of y: geglu and swiglu 3
-forward, 5 backward; gelu_tanh 2 forward, 3 backward; the bias is small.
+dbias is summed in two stages, in an order that depends on nothing but the number of rows. In
+float32 (float64 for float64), rounded once. Bytes moved at least, in elements of y: geglu and
+swiglu 3 forward, 5 backward; gelu_tanh 2 forward, 3 backward; the bias is small.
 """
 
 from __future__ import annotations
