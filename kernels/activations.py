@@ -19,7 +19,6 @@ from dfm_fast.kernels.resample import on_device
 from torch import Tensor
 
 BLOCK = 1024  # elements of a program
-ROWS = 32  # of a partial sum
 COLUMNS = 256  # of a program of the summing kernels, at most
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 
@@ -27,12 +26,35 @@ ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 
 
 @triton.jit
+def _normal(x):
+    """(cdf of the standard normal distribution, exp(-x^2 / 2)). In float32 as csrc/cpu/functions.h,
+    where the coefficients are from: fewer instructions than erf, of which exp is needed anyway."""
+    bell = tl.exp(-0.5 * x * x)
+    if x.dtype == tl.float64:
+        cdf = 0.5 + 0.5 * tl.math.erf(x * 0.70710678118654752440)
+    else:
+        z = tl.minimum(tl.abs(x), 15.0)
+        p = z * 3.06563848e-3 + 3.32061425e-2
+        p = p * z + 1.60538569e-1
+        p = p * z + 4.06400055e-1
+        p = p * z + 0.5
+        q = z * 7.68367015e-3 + 8.32616761e-2
+        q = q * z + 4.09668028e-1
+        q = q * z + 1.10621703
+        q = q * z + 1.61068475
+        q = q * z + 1
+        tail = bell * p / q
+        cdf = tl.where(x > 0, 1 - tail, tail)
+    return cdf, bell
+
+
+@triton.jit
 def _slope(x, ACTIVATION: tl.constexpr):
     """(g(x), g'(x))"""
     if ACTIVATION == 0:
-        cdf = 0.5 + 0.5 * tl.math.erf(x * 0.70710678118654752440)
+        cdf, bell = _normal(x)
         value = x * cdf
-        slope = cdf + x * tl.exp(-0.5 * x * x) * 0.39894228040143267794  # 1 / sqrt(2 pi)
+        slope = cdf + x * bell * 0.39894228040143267794  # 1 / sqrt(2 pi)
     else:
         if ACTIVATION == 1:  # sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
             square = x * x
@@ -59,7 +81,8 @@ def _vectors(n, D, BLOCK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
         block = block.to(tl.int64)
     vector = block * (BLOCK // VEC) + tl.arange(0, BLOCK // VEC)[:, None]
     # The mask is known to be alike within a vector: so loads are as wide.
-    return vector // D, vector % D, vector < n
+    row = vector // D
+    return row, vector - row * D, vector < n
 
 
 @triton.jit
@@ -106,10 +129,10 @@ def _gelu_tanh_kernel(
 @triton.jit
 def _gelu_tanh_dbias_kernel(
     x_ptr, bias_ptr, dy_ptr, dx_ptr, partial_ptr, rows, D, x_stride, dy_stride, ACC: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dx of ROWS rows, a few at a time, and their sum."""
-    GROUP: tl.constexpr = 8
+    """dx of ROWS rows, GROUP at a time, and their sum."""
     first = tl.program_id(0) * ROWS
     column = tl.program_id(1) * (COLUMNS // VEC) + tl.arange(0, COLUMNS // VEC)[None, :, None]
     lane = tl.arange(0, VEC)[None, None, :]
@@ -156,6 +179,12 @@ def _stride(x: Tensor) -> int:
 
 def _acc(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def _blocks(acc: tl.dtype) -> dict[str, int]:
+    """Rows of a partial sum, and how many at a time. (In a loop float64 spills.)"""
+    rows, group = (4, 4) if acc == tl.float64 else (32, 8)
+    return {"ROWS": rows, "GROUP": group, "COLUMNS": COLUMNS}
 
 
 def _vec(x: Tensor, D: int, *others: Tensor) -> int:
@@ -223,12 +252,14 @@ def gelu_tanh_backward(
     dx, dbias, rows = x.new_empty(x.shape), x.new_empty(D), math.prod(x.shape[:-1])
     if dx.numel() == 0:
         return dx, dbias.zero_()
-    vec, blocks, acc = _vec(x, D, dy, bias), triton.cdiv(rows, ROWS), _acc(x)
+    vec, acc = _vec(x, D, dy, bias), _acc(x)
+    constants = _blocks(acc)
+    blocks = triton.cdiv(rows, constants["ROWS"])
     partial = x.new_empty(blocks, D, dtype=torch.promote_types(x.dtype, torch.float32))
     with on_device(x):
         _gelu_tanh_dbias_kernel[(blocks, triton.cdiv(D, COLUMNS))](
             x, bias, dy, dx, partial, rows, D // vec, _stride(x) // vec, _stride(dy) // vec,
-            ACC=acc, ROWS=ROWS, COLUMNS=COLUMNS, VEC=vec, WIDE=_wide(x, dy, dx),
+            **constants, ACC=acc, VEC=vec, WIDE=_wide(x, dy, dx),
         )  # fmt: skip
         _sum_rows_kernel[(triton.cdiv(D, 64),)](partial, dbias, blocks, D, ROWS=16, COLUMNS=64)
     return dx, dbias
@@ -258,11 +289,11 @@ def specialisations() -> Iterator[Specialisation]:
                     load_bits=128,
                 )  # fmt: skip
         sums = {"partial_ptr": "*fp64" if dtype == "fp64" else "*fp32"}
-        rows = {"ACC": acc, "ROWS": ROWS, "COLUMNS": COLUMNS, "VEC": vec, "WIDE": False}
+        rows = {**_blocks(acc), "ACC": acc, "VEC": vec}
         tensors = dict.fromkeys(("x_ptr", "bias_ptr", "dy_ptr", "dx_ptr"), "*")
         yield Specialisation(
             "gelu_tanh_backward dbias", _gelu_tanh_dbias_kernel, dtype, _SIZES | tensors | sums,
-            rows, load_bits=128,
+            rows | {"WIDE": False}, load_bits=128,
         )  # fmt: skip
         yield Specialisation(
             "gelu_tanh_backward sum", _sum_rows_kernel, dtype, _SIZES | sums | {"sum_ptr": "*"},

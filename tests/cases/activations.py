@@ -4,7 +4,7 @@ from helpers import Bad, Case, Shape
 # name: (shape of [..., 2D], compiled with)
 GLU = {
     "tokens": ((2, 5, 144), "inductor"),
-    "snapgen": ((2, 3, 2 * 2305), ""),  # 2304, SDXL's, and one
+    "odd": ((2, 3, 2 * 577), ""),  # an odd half: no aligned vectors
     "one-row": ((1, 1152), ""),
     "maps": ((2, 3, 5, 34), ""),
     "narrow": ((3, 7, 2), ""),
@@ -14,7 +14,7 @@ GELU = {
     "tokens": ((2, 5, 72), True, "inductor"),
     "no-bias": ((2, 5, 72), False, ""),
     "one-row": ((1, 1152), True, ""),
-    "odd": ((2, 9, 2305), True, ""),
+    "odd": ((2, 9, 577), True, ""),
     "maps": ((2, 3, 5, 17), True, ""),
     "many-rows": ((3, 41, 5), True, ""),  # more than a block of the sum
 }
