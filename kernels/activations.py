@@ -62,7 +62,7 @@ def _slope(x, ACTIVATION: tl.constexpr):
             u_slope = 1.59576912160573071176 + 0.21406444881780075 * square
         else:
             u = x
-            u_slope = x * 0 + 1
+            u_slope = 1.0
         # neither sigmoid(u) nor 1 - sigmoid(u) cancels
         e = tl.exp(-tl.abs(u))
         large = 1 / (1 + e)

@@ -104,6 +104,19 @@ def test_rows_with_two_strides_are_copied():
     torch.testing.assert_close(dfm_fast.swiglu(expanded), activations.swiglu_ref(expanded))
 
 
+@pytest.mark.skipif(not INTERPRET, reason="a path of the Triton kernels, here without the memory")
+@each_op
+def test_64_bit_offsets(name, monkeypatch):
+    """The kernels for 2^31 elements and more give what the others give."""
+    kernels = pytest.importorskip("dfm_fast.kernels.activations")
+    op, _, kwargs = OPS[name]
+    args = torch.randn(5, 66), *([torch.randn(66)] if name == "gelu_tanh" else [])
+    want = [op(*args, **kwargs), *grads(op, args, kwargs)]
+    monkeypatch.setattr(kernels, "_wide", lambda *_: True)
+    got = [op(*args, **kwargs), *grads(op, args, kwargs)]
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
 @pytest.mark.skipif(INTERPRET, reason="its programs are too slow for so many rows")
 @on_devices
 def test_dbias_of_many_rows_is_rounded_once(device):
@@ -195,7 +208,7 @@ def test_inference_on_a_cpu_equals_the_layers(activation, bias, dtype, monkeypat
     """In blocks of the hidden tensor; against float64, no worse than layer by layer."""
     monkeypatch.setattr(layers, "_LONGEST_SUM", 32)  # 3 blocks
     layer = FeedForward(24, 10, 3, activation_fn=activation, bias=bias).to(dtype).eval()
-    x = torch.randn(2, 80, 24).to(dtype)
+    x = torch.randn(2, 140, 24).to(dtype)
     by_layers = layer(x).detach()  # autograd's path
     calls = _count_calls(monkeypatch)
     with torch.no_grad():
@@ -215,7 +228,7 @@ def _count_calls(monkeypatch):
 def test_inference_goes_layer_by_layer_where_someone_else_looks_on(monkeypatch):
     """Hooks, replaced layers, autograd, autocast, few rows."""
     calls = _count_calls(monkeypatch)
-    layer, x = FeedForward(8).eval(), torch.randn(200, 8)
+    layer, x = FeedForward(8).eval(), torch.randn(300, 8)
     layer(x)
     with torch.no_grad():
         layer(x[:3])
@@ -235,7 +248,7 @@ def test_inference_goes_layer_by_layer_where_someone_else_looks_on(monkeypatch):
 
 
 def test_feed_forward_compiles_whole():
-    layer, x = FeedForward(16).eval(), torch.randn(2, 70, 16)
+    layer, x = FeedForward(16).eval(), torch.randn(2, 140, 16)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
     with torch.no_grad():

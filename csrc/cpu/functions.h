@@ -1,6 +1,6 @@
 // Functions of vectors: what the compiler does not vectorise by itself.
 //
-// Those of float are within 1 ulp; those of double call the C library
+// Those of float are within 1 ulp where nothing else is said; those of double call the C library
 // lane by lane.
 #pragma once
 

@@ -13,7 +13,7 @@ GLU = {
 GELU = {
     "tokens": ((2, 5, 72), True, "inductor"),
     "no-bias": ((2, 5, 72), False, ""),
-    "one-row": ((1, 1152), True, ""),
+    "one-row": ((1, 384), True, ""),
     "odd": ((2, 9, 577), True, ""),
     "maps": ((2, 3, 5, 17), True, ""),
     "many-rows": ((3, 41, 5), True, ""),  # more than a block of the sum
