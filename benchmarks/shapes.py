@@ -26,6 +26,23 @@ CASES = {
 }
 
 
+class FeedForwardCase(NamedTuple):
+    """A feed-forward layer as a model has it."""
+
+    tokens: tuple[int, int]  # [B, T]
+    dim: int
+    inner: int  # of the hidden tensor; a gated projection is twice as wide
+    activation: str
+
+
+FEED_FORWARDS = {
+    "snapgen": FeedForwardCase((2, 1024), 896, 2688, "geglu"),  # its lowest resolution, 1024 px
+    "dit": FeedForwardCase((4, 1024), 1152, 4608, "gelu_tanh"),  # DiT-XL, 512 px, patches of 2
+    "large_snapgen": FeedForwardCase((16, 4096), 896, 2688, "geglu"),  # larger than any cache
+    "large_dit": FeedForwardCase((32, 1024), 1152, 4608, "gelu_tanh"),
+}
+
+
 class Goal(NamedTuple):
     """Shown beside what was measured; a missed one is shown too, and fails nothing."""
 
@@ -49,6 +66,14 @@ GOALS = (
     Goal("cpu", "pyramid_add_noise-bilinear-front_end-float32-contiguous-forward", "eager", 10.0),
     Goal("cpu", "velocity_loss-bilinear-front_end-float32-contiguous-training", "eager", 4.0),
     Goal("cpu", "cfg_euler_step-*-float32-contiguous-forward", "eager", 5.0),
+    Goal("cpu", "geglu-snapgen-float32-contiguous-forward", "eager", 2.0),
+    Goal("cpu", "feed_forward-*-forward", "eager", 1.1),
+    Goal("cpu", "feed_forward-*-forward", "compiled", 1.1),
+    Goal("cuda", "*glu-large_snapgen-*-forward", "copy", 0.85),
+    Goal("cuda", "*glu-large_snapgen-*-forward", "compiled", 1.2),
+    Goal("cuda", "gelu_tanh-bias-large_dit-*-forward", "copy", 0.85),
+    Goal("cuda", "gelu_tanh-bias-large_dit-*-forward", "compiled", 1.2),
+    Goal("cuda", "feed_forward-*-forward", "compiled", 1.1),
     Goal("cuda", "add_noise-*-large_latents-*", "copy", 0.75),
     Goal("cuda", "add_noise-*-large_latents-*", "compiled", 1.5),
     # 700e9 normals a second, 2 bytes each, against 4.3e12 bytes a second of an H200's copy.

@@ -1,6 +1,6 @@
 // Functions of vectors: what the compiler does not vectorise by itself.
 //
-// Those of float are within 1 ulp; those of double call the C library
+// Those of float are within 1 ulp where nothing else is said; those of double call the C library
 // lane by lane.
 #pragma once
 
@@ -56,6 +56,37 @@ inline Vec<double> exp(Vec<double> x) {
 template <class V>
 inline V sigmoid(V x) {
   return 1 / (1 + exp(-x));
+}
+
+// Of the standard normal distribution.
+template <class V>
+struct Normal {
+  V cdf;   // Φ(x)
+  V bell;  // e^(-x²/2), the density times √(2π)
+};
+
+// Φ(-z) = e^(-z²/2) R(z) for z = |x| and 1 - Φ(-z) above 0: no cancellation in the tail. R, half of
+// erfcx(z / √2), is a rational function: a minimax fit of the relative error on [0, 6] by Lawson's
+// iteration, 5e-10 there, 3e-6 at 14, where e^(-z²/2) ends. Its terms are positive: a few
+// roundings. Error of Φ: 1.2e-7.
+inline Normal<Vec<float>> normal(Vec<float> x) {
+  Vec<float> z = x < 0 ? -x : x;
+  z = z > 15 ? Vec<float>{} + 15 : z;
+  Vec<float> p = z * 3.06563848e-3f + 3.32061425e-2f;
+  p = p * z + 1.60538569e-1f;
+  p = p * z + 4.06400055e-1f;
+  p = p * z + 0.5f;
+  Vec<float> q = z * 7.68367015e-3f + 8.32616761e-2f;
+  q = q * z + 4.09668028e-1f;
+  q = q * z + 1.10621703f;
+  q = q * z + 1.61068475f;
+  q = q * z + 1;
+  Vec<float> bell = exp(z * z * -0.5f), tail = bell * p / q;
+  return {x > 0 ? 1 - tail : tail, bell};
+}
+inline Normal<Vec<double>> normal(Vec<double> x) {
+  return {by_lane(x, [](double v) { return 0.5 * std::erfc(v * -0.70710678118654752440); }),
+          exp(x * x * -0.5)};
 }
 
 }  // namespace dfm_fast

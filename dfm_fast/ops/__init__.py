@@ -1,6 +1,7 @@
 """Functional operators; all are re-exported by `dfm_fast`."""
 
 from dfm_fast.ops._velocity import velocity_loss
+from dfm_fast.ops.activations import geglu, gelu_tanh, swiglu
 from dfm_fast.ops.noises import add_noise, philox_normal, pyramid_add_noise
 from dfm_fast.ops.pyramids import (
     haar_build,
@@ -13,6 +14,8 @@ from dfm_fast.ops.steps import cfg_euler_step, heun_step
 __all__ = [
     "add_noise",
     "cfg_euler_step",
+    "geglu",
+    "gelu_tanh",
     "haar_build",
     "haar_collapse",
     "heun_step",
@@ -20,5 +23,6 @@ __all__ = [
     "laplacian_collapse",
     "philox_normal",
     "pyramid_add_noise",
+    "swiglu",
     "velocity_loss",
 ]

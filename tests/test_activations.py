@@ -1,0 +1,262 @@
+"""Activations and feed-forward layers, beyond the shared suite."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DEVICES, assert_within_budget, dtypes, grads
+
+import dfm_fast
+from dfm_fast._library import INTERPRET
+from dfm_fast.nn import GEGLU, FeedForward
+from dfm_fast.nn import activations as layers
+from dfm_fast.ops import activations
+
+OPS = {
+    "geglu": (dfm_fast.geglu, activations.geglu_ref, {}),
+    "geglu-tanh": (dfm_fast.geglu, activations.geglu_ref, {"approximate": "tanh"}),
+    "swiglu": (dfm_fast.swiglu, activations.swiglu_ref, {}),
+    "gelu_tanh": (dfm_fast.gelu_tanh, activations.gelu_tanh_ref, {}),
+}
+each_op = pytest.mark.parametrize("name", OPS)
+on_devices = pytest.mark.parametrize("device", DEVICES)
+
+
+@on_devices
+def test_the_second_half_is_the_gate(device):
+    x = torch.randn(3, 8, device=device)
+    a, b = x.chunk(2, -1)
+    torch.testing.assert_close(dfm_fast.geglu(x), a * F.gelu(b))
+    torch.testing.assert_close(
+        dfm_fast.geglu(x, approximate="tanh"), a * F.gelu(b, approximate="tanh")
+    )
+    torch.testing.assert_close(dfm_fast.swiglu(x), a * F.silu(b))
+
+
+@on_devices
+@each_op
+def test_every_magnitude(name, device):
+    """From denormal to the largest: the tails of the gate, and what becomes 0, b and infinite."""
+    op, reference, kwargs = OPS[name]
+    for dtype in dtypes(device):
+        limit = torch.finfo(dtype).max ** 0.25
+        sizes = torch.logspace(-20, math.log10(limit), 80, dtype=torch.float64)
+        near = torch.linspace(0, 16, 176, dtype=torch.float64)
+        b = torch.cat((sizes, near, -sizes, -near)).to(device, dtype)
+        x = torch.stack((torch.ones_like(b), b), -1) if kwargs or "glu" in name else b[:, None]
+        got, ref, exact = op(x, **kwargs), reference(x, **kwargs), reference(x.double(), **kwargs)
+        for low, high in ((0, 1), (1, 20), (20, math.inf)):  # a budget for each
+            part = (b.abs() >= low) & (b.abs() < high)
+            what = f"{name} {dtype} from {low}"
+            exact_ = exact[part].cpu()
+            assert_within_budget(got[part], ref[part], exact_, cap=4.0, what=what)
+
+
+@each_op
+def test_gradients_where_the_gate_is_saturated(name):
+    """g is 0 or the identity there, its slope 0 or 1, and nothing is NaN."""
+    op, _, kwargs = OPS[name]
+    b = torch.tensor([-1e4, -200.0, 200.0, 1e4])
+    x = torch.stack((torch.full_like(b, 3.0), b), -1) if "glu" in name else b[:, None]
+    (dx,) = grads(op, (x,), kwargs, [torch.ones(4, 1)])
+    a = 3.0 if "glu" in name else 1.0
+    assert dx[:, -1].tolist() == [0, 0, a, a]
+    if "glu" in name:
+        assert dx[:, 0].tolist() == [0, 0, 200, 1e4]
+
+
+@each_op
+def test_not_a_number_stays_one(name):
+    op, _, kwargs = OPS[name]
+    x = torch.zeros(2, 34)
+    x[0, 20] = math.nan
+    out = op(x, **kwargs)
+    assert out.isnan().sum() == 1
+    assert out[0].isnan().any()
+
+
+@on_devices
+@each_op
+def test_a_slice_of_a_wider_projection_is_read_in_place(name, device):
+    """Rows at a stride, x's and dy's, equal their copies; the raw operator gets no copy."""
+    op, _, kwargs = OPS[name]
+    wide = torch.randn(2, 5, 100, device=device)
+    for start, width in ((0, 48), (16, 64), (7, 34)):
+        x = wide[..., start : start + width]
+        assert activations._rows(x) is x
+        assert torch.equal(op(x, **kwargs), op(x.contiguous(), **kwargs))
+        n = op(x, **kwargs).shape[-1]
+        dy = wide[..., 3 : 3 + n]
+        (got,) = grads(op, (x,), kwargs, [dy])
+        leaf = x.contiguous().requires_grad_()
+        (want,) = torch.autograd.grad(op(leaf, **kwargs), leaf, dy.contiguous())
+        assert torch.equal(got, want)
+
+
+def test_rows_with_two_strides_are_copied():
+    x = torch.randn(4, 6, 10)[:, ::2].requires_grad_()  # [4, 3, 10]: even strides
+    y = torch.randn(4, 6, 10)[:, :3]  # batches further apart than rows say
+    assert activations._rows(x) is x
+    assert activations._rows(y).is_contiguous()
+    torch.testing.assert_close(dfm_fast.swiglu(y), activations.swiglu_ref(y))
+    expanded = torch.randn(10).expand(3, 10)
+    torch.testing.assert_close(dfm_fast.swiglu(expanded), activations.swiglu_ref(expanded))
+
+
+@pytest.mark.skipif(not INTERPRET, reason="a path of the Triton kernels, here without the memory")
+@each_op
+def test_64_bit_offsets(name, monkeypatch):
+    """The kernels for 2^31 elements and more give what the others give."""
+    kernels = pytest.importorskip("dfm_fast.kernels.activations")
+    op, _, kwargs = OPS[name]
+    args = torch.randn(5, 66), *([torch.randn(66)] if name == "gelu_tanh" else [])
+    want = [op(*args, **kwargs), *grads(op, args, kwargs)]
+    monkeypatch.setattr(kernels, "_wide", lambda *_: True)
+    got = [op(*args, **kwargs), *grads(op, args, kwargs)]
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(INTERPRET, reason="its programs are too slow for so many rows")
+@on_devices
+def test_dbias_of_many_rows_is_rounded_once(device):
+    """Its error is a rounding of the result, however many rows are added."""
+    x = torch.randn(10_000, 37, device=device) + 1
+    bias, dy = torch.randn(37, device=device), torch.rand(10_000, 37, device=device)
+    _, got = grads(dfm_fast.gelu_tanh, (x, bias), {}, [dy])
+    exact = grads(activations.gelu_tanh_ref, (x.double(), bias.double()), {}, [dy.double()])[1]
+    assert (got - exact).abs().max() <= 4e-7 * exact.abs().max()
+
+
+def test_a_frozen_bias_gets_no_gradient():
+    x, bias = torch.randn(3, 8, requires_grad=True), torch.randn(8)
+    dfm_fast.gelu_tanh(x, bias).sum().backward()
+    frozen, x.grad = x.grad, None
+    bias.requires_grad_()
+    dfm_fast.gelu_tanh(x, bias).sum().backward()
+    assert torch.equal(x.grad, frozen)
+    torch.testing.assert_close(bias.grad, frozen.sum(0))
+
+
+def test_only_inputs_are_saved():
+    x, bias = torch.randn(4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    for out, count in ((dfm_fast.geglu(x), 1), (dfm_fast.gelu_tanh(x, bias), 2)):
+        saved = out.grad_fn.saved_tensors
+        assert [t.data_ptr() for t in saved] == [x.data_ptr(), bias.data_ptr()][:count]
+
+
+# --- Modules --------------------------------------------------------------------------------------
+
+DIFFUSERS = [
+    "geglu",
+    "swiglu",
+    "gelu",
+    "gelu-approximate",
+    "geglu-approximate",
+    "linear-silu",
+]
+
+
+def pair(activation="geglu", **kwargs):
+    """diffusers' layer and ours with its weights."""
+    attention = pytest.importorskip("diffusers.models.attention")
+    theirs = attention.FeedForward(24, mult=3, activation_fn=activation, **kwargs)
+    ours = FeedForward(24, mult=3, activation_fn=activation, **kwargs)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    return theirs, ours
+
+
+@pytest.mark.parametrize("activation", DIFFUSERS)
+@pytest.mark.parametrize("kwargs", [{}, {"dim_out": 10, "bias": False, "final_dropout": True}])
+def test_feed_forward_is_diffusers(activation, kwargs):
+    theirs, ours = pair(activation, **kwargs)
+    x = torch.randn(2, 5, 24)
+    torch.testing.assert_close(ours(x), theirs(x))
+    got, want = (
+        torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (ours, theirs)
+    )
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_geglu_layer_is_diffusers(approximate):
+    theirs = pytest.importorskip("diffusers.models.activations").GEGLU(12, 20)
+    ours = GEGLU(12, 20, approximate=approximate)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 12)
+    a, b = theirs.proj(x).chunk(2, -1)
+    torch.testing.assert_close(ours(x), a * F.gelu(b, approximate=approximate))
+    if approximate == "none":
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_dropout_is_between_the_layers_and_only_in_training():
+    torch.manual_seed(0)
+    layer, x = FeedForward(8, dropout=0.5, final_dropout=True), torch.randn(400, 8)
+    with torch.no_grad():
+        assert (layer(x) == 0).float().mean() > 0.4
+        assert torch.equal(layer.eval()(x), layer.eval()(x))
+        assert not (layer(x) == 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [n for n in DIFFUSERS if n != "geglu-approximate"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_inference_on_a_cpu_equals_the_layers(activation, bias, dtype, monkeypatch):
+    """In blocks of the hidden tensor; against float64, no worse than layer by layer."""
+    monkeypatch.setattr(layers, "_LONGEST_SUM", 32)  # 3 blocks
+    layer = FeedForward(24, 10, 3, activation_fn=activation, bias=bias).to(dtype).eval()
+    x = torch.randn(2, 140, 24).to(dtype)
+    by_layers = layer(x).detach()  # autograd's path
+    calls = _count_calls(monkeypatch)
+    with torch.no_grad():
+        got = layer(x)
+        exact = layer.double()(x.double())
+    if dtype == torch.float32 or layers._bf16_serves():
+        assert len(calls) == 1
+    assert_within_budget(got, by_layers, exact, cap=16.0, what=activation, inputs=dtype)
+
+
+def _count_calls(monkeypatch):
+    calls, run = [], layers._inference
+    monkeypatch.setattr(layers, "_inference", lambda *a: calls.append(0) or run(*a))
+    return calls
+
+
+def test_inference_goes_layer_by_layer_where_someone_else_looks_on(monkeypatch):
+    """Hooks, replaced layers, autograd, autocast, few rows."""
+    calls = _count_calls(monkeypatch)
+    layer, x = FeedForward(8).eval(), torch.randn(300, 8)
+    layer(x)
+    with torch.no_grad():
+        layer(x[:3])
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        seen = []
+        hook = layer.net[0].proj.register_forward_hook(lambda *_: seen.append(0))
+        layer(x)
+        hook.remove()
+        assert seen == [0]
+        replaced = FeedForward(8).eval()
+        replaced.net[2] = torch.nn.Sequential(replaced.net[2])
+        replaced(x)
+        assert calls == []
+        layer(x)
+        assert len(calls) == 1
+
+
+def test_feed_forward_compiles_whole():
+    layer, x = FeedForward(16).eval(), torch.randn(2, 140, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_modules_say_what_is_wrong():
+    with pytest.raises(ValueError, match="FeedForward: activation_fn: expected one of geglu, "):
+        FeedForward(8, activation_fn="relu")
+    with pytest.raises(ValueError, match="GEGLU: approximate: expected one of none, tanh, got "):
+        GEGLU(8, 8, approximate="sigmoid")
