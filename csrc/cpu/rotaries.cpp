@@ -70,85 +70,75 @@ struct Angles {
   }
 };
 
-template <class A>
-A rstd_of(Vec<A> squares, int64_t d, A eps) {
-  return 1 / std::sqrt(sum_lanes<A>(squares) / static_cast<A>(d) + eps);
+// f(i, count, v) for every vector of a row, turned; read(i, count) gives those before.
+template <Turn turn, class A, class Read, class F>
+DFM_INLINE inline void for_turned(int64_t d, const Angles<A>& angles, Read read, F f) {
+  if constexpr (turn == Turn::halves) {
+    int64_t half = d / 2;
+    for_vectors<A>(half, [&](int64_t i, auto count) DFM_INLINE {
+      Vec<A> a = read(i, count), b = read(half + i, count);
+      angles.turn(a, b, i);
+      f(i, count, a);
+      f(half + i, count, b);
+    });
+  } else {
+    for_vectors<A>(d, [&](int64_t i, auto count) DFM_INLINE {
+      Vec<A> v = read(i, count);
+      if constexpr (turn == Turn::pairs) v = angles.turned(v, i);
+      f(i, count, v);
+    });
+  }
+}
+
+template <class T, class A = acc_t<T>>
+DFM_INLINE inline A sum_of_squares(const T* x, int64_t d) {
+  Vec<A> sum{};
+  for_vectors<A>(d, [&](int64_t i, auto count) DFM_INLINE {
+    Vec<A> v = load(x + i, count);
+    sum += v * v;
+  });
+  return sum_lanes<A>(sum);
 }
 
 // y = turned(w x rstd)
 template <Turn turn, bool norm, class T, class A = acc_t<T>>
-DFM_INLINE inline void forward_row(const T* x, T* y, const A* weight, Angles<A> angles, int64_t d,
-                                   A eps) {
-  A rstd = 1;
-  if constexpr (norm) {
-    Vec<A> squares{};
-    for_vectors<A>(d, [&](int64_t i, auto count) DFM_INLINE {
-      Vec<A> v = load(x + i, count);
-      squares += v * v;
-    });
-    rstd = rstd_of<A>(squares, d, eps);
-  }
+DFM_INLINE inline void forward_row(const T* x, T* y, const A* weight, const Angles<A>& angles,
+                                   int64_t d, A rstd) {
   auto normed = [&](int64_t i, auto count) DFM_INLINE {
     Vec<A> v = load(x + i, count);
     return norm ? v * rstd * load(weight + i, count) : v;
   };
-  if constexpr (turn == Turn::halves) {
-    int64_t half = d / 2;
-    for_vectors<A>(half, [&](int64_t i, auto count) DFM_INLINE {
-      Vec<A> a = normed(i, count), b = normed(half + i, count);
-      angles.turn(a, b, i);
-      store(y + i, a, count);
-      store(y + half + i, b, count);
-    });
-  } else {
-    for_vectors<A>(d, [&](int64_t i, auto count) DFM_INLINE {
-      Vec<A> v = normed(i, count);
-      if constexpr (turn == Turn::pairs) v = angles.turned(v, i);
-      store(y + i, v, count);
-    });
-  }
+  for_turned<turn>(d, angles, normed,
+                   [&](int64_t i, auto count, Vec<A> v) DFM_INLINE { store(y + i, v, count); });
 }
 
-// dn = dy turned back, g = w dn;  dx = (g - x mean(g x) rstd^2) rstd,  dw += dn x rstd
+// sum g x, where g = w dn and dn is dy turned back.
+template <Turn turn, class T, class A = acc_t<T>>
+DFM_INLINE inline A sum_of_products(const T* dy, const T* x, const A* weight,
+                                    const Angles<A>& angles, int64_t d) {
+  Vec<A> sum{};
+  auto read = [&](int64_t i, auto count) DFM_INLINE { return load(dy + i, count); };
+  for_turned<turn>(d, angles, read, [&](int64_t i, auto count, Vec<A> dn) DFM_INLINE {
+    sum += dn * load(weight + i, count) * load(x + i, count);
+  });
+  return sum_lanes<A>(sum);
+}
+
+// dx = (g - x slope) rstd,  dw += dn x rstd,  where slope = mean(g x) rstd^2
 template <Turn turn, bool norm, bool weights, class T, class A = acc_t<T>>
 DFM_INLINE inline void backward_row(const T* dy, const T* x, T* dx, const A* weight, A* dw,
-                                    Angles<A> angles, int64_t d, A eps) {
-  // f(i, count, dn) of every vector
-  auto each = [&](auto f) DFM_INLINE {
-    if constexpr (turn == Turn::halves) {
-      int64_t half = d / 2;
-      for_vectors<A>(half, [&](int64_t i, auto count) DFM_INLINE {
-        Vec<A> a = load(dy + i, count), b = load(dy + half + i, count);
-        angles.turn(a, b, i);
-        f(i, count, a);
-        f(half + i, count, b);
-      });
-    } else {
-      for_vectors<A>(d, [&](int64_t i, auto count) DFM_INLINE {
-        Vec<A> v = load(dy + i, count);
-        if constexpr (turn == Turn::pairs) v = angles.turned(v, i);
-        f(i, count, v);
-      });
-    }
-  };
-  if constexpr (!norm) {
-    each([&](int64_t i, auto count, Vec<A> dn) DFM_INLINE { store(dx + i, dn, count); });
-  } else {
-    Vec<A> squares{}, products{};
-    each([&](int64_t i, auto count, Vec<A> dn) DFM_INLINE {
-      Vec<A> v = load(x + i, count);
-      squares += v * v;
-      products += dn * load(weight + i, count) * v;
-    });
-    A rstd = rstd_of<A>(squares, d, eps);
-    A slope = sum_lanes<A>(products) / static_cast<A>(d) * rstd * rstd;
-    each([&](int64_t i, auto count, Vec<A> dn) DFM_INLINE {
+                                    const Angles<A>& angles, int64_t d, A rstd, A slope) {
+  auto read = [&](int64_t i, auto count) DFM_INLINE { return load(dy + i, count); };
+  for_turned<turn>(d, angles, read, [&](int64_t i, auto count, Vec<A> dn) DFM_INLINE {
+    if constexpr (norm) {
       Vec<A> v = load(x + i, count);
       store(dx + i, (dn * load(weight + i, count) - v * slope) * rstd, count);
       // Whole vectors: the lanes past the end are 0, and a masked load would wait for the store.
       if constexpr (weights) store(dw + i, load(dw + i) + dn * (v * rstd));
-    });
-  }
+    } else {
+      store(dx + i, dn, count);
+    }
+  });
 }
 
 // --- Tokens ---
@@ -157,7 +147,8 @@ template <class A>
 struct Token {
   int64_t block, b, t;
   Angles<A> angles;
-  A* scratch;  // a row
+  A* dw;            // scratch: a row
+  A *rstd, *slope;  // scratch: one of each head
 };
 
 // Rows of a tensor [B, T, heads, d] with any strides but the last, which is 1.
@@ -192,7 +183,7 @@ struct Values {
 // What forward and backward have in common: the tokens in blocks, each with its angles.
 template <class A>
 struct Work {
-  int64_t batch, tokens, d, elements;  // the longer of q and k; elements of a token
+  int64_t batch, tokens, heads, d;  // the longer of q and k; heads of both
   A eps, sign;
   Values<A> q_weight, k_weight, cos, sin;
   int64_t table_stride;  // from sample to sample: 0 where all share the table
@@ -202,18 +193,18 @@ struct Work {
   // f(token) for all tokens
   template <Turn turn, class F>
   void each_token(const F& f) const {
-    int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, kTokens * elements));
+    int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, kTokens * heads * d));
     at::parallel_for(0, blocks(), grain, [&](int64_t begin, int64_t end) {
       int64_t row = padded<A>(d), last = std::min(end * kTokens, batch * tokens);
-      std::vector<A> rows(3 * row);
-      A *cos_row = rows.data(), *sin_row = cos_row + row, *scratch = sin_row + row;
+      std::vector<A> rows(3 * row + 2 * heads);
+      A *cos_row = rows.data(), *sin_row = cos_row + row, *dw = sin_row + row, *rstd = dw + row;
       for (int64_t n = begin * kTokens; n < last; ++n) {
         int64_t b = n / tokens, t = n % tokens;
         if constexpr (turn != Turn::none) {
           int64_t at = b * table_stride + t * (d / 2);
           spread_angles<turn>(cos.data + at, sin.data + at, d, sign, cos_row, sin_row);
         }
-        f(Token<A>{n / kTokens, b, t, {cos_row, sin_row}, scratch});
+        f(Token<A>{n / kTokens, b, t, {cos_row, sin_row}, dw, rstd, rstd + heads});
       }
     });
   }
@@ -229,11 +220,6 @@ void with_turn(bool rotated, bool interleaved, F f) {
     f(std::integral_constant<Turn, Turn::halves>{});
 }
 
-template <class F>
-void with_bool(bool value, F f) {
-  value ? f(std::true_type{}) : f(std::false_type{});
-}
-
 template <class A>
 Work<A> make_work(const Tensor& q, const Tensor& k, const Optional& q_weight,
                   const Optional& k_weight, const Optional& cos, const Optional& sin, double eps,
@@ -241,8 +227,8 @@ Work<A> make_work(const Tensor& q, const Tensor& k, const Optional& q_weight,
   int64_t d = q.size(3);
   return {q.size(0),
           std::max(q.size(1), k.size(1)),
+          q.size(2) + k.size(2),
           d,
-          (q.size(2) + k.size(2)) * d,
           static_cast<A>(eps),
           static_cast<A>(sign),
           q_weight,
@@ -263,7 +249,39 @@ Tensor empty_like(const Tensor& x) {
   return at::empty(x.sizes(), x.options(), at::MemoryFormat::Contiguous);
 }
 
+// 1 / sqrt(mean square + eps) of all heads, from their sums of squares: the square roots of several
+// at once, and none is waited for.
+template <class A>
+void finish_rstd(A* rstd, int64_t heads, int64_t d, A eps) {
+  A scale = A(1) / static_cast<A>(d);
+  for (int64_t h = 0; h < heads; ++h) rstd[h] = 1 / std::sqrt(rstd[h] * scale + eps);
+}
+
 // --- Forward ---
+
+// q or k: its rows, and where they go.
+template <class T>
+struct Forward {
+  using A = acc_t<T>;
+  Rows<T> x;
+  T* y;
+  const A* weight;  // null: no norm
+
+  template <Turn turn>
+  void token(const Token<A>& token, int64_t d, A eps) const {
+    if (token.t >= x.tokens) return;
+    T* to = y + (token.b * x.tokens + token.t) * x.heads * d;
+    auto rows = [&](auto norm) DFM_INLINE {
+      for (int64_t h = 0; h < x.heads; ++h)
+        forward_row<turn, norm()>(x.at(token, h), to + h * d, weight, token.angles, d,
+                                  token.rstd[h]);
+    };
+    if (!weight) return rows(std::false_type{});
+    for (int64_t h = 0; h < x.heads; ++h) token.rstd[h] = sum_of_squares(x.at(token, h), d);
+    finish_rstd(token.rstd, x.heads, d, eps);
+    rows(std::true_type{});
+  }
+};
 
 std::tuple<Tensor, Tensor> qk_norm_rope_cpu(const Tensor& q, const Tensor& k,
                                             const Optional& q_weight, const Optional& k_weight,
@@ -276,22 +294,12 @@ std::tuple<Tensor, Tensor> qk_norm_rope_cpu(const Tensor& q, const Tensor& k,
     using T = decltype(type);
     using A = acc_t<T>;
     auto work = make_work<A>(q, k, q_weight, k_weight, cos, sin, eps, 1);
-    auto part = [&](const Tensor& x, Tensor& y, const A* weight) {
-      return [rows = Rows<T>(x), out = static_cast<T*>(y.mutable_data_ptr()), weight, d = work.d,
-              eps = work.eps](auto turn, const Token<A>& token) {
-        if (token.t >= rows.tokens) return;
-        T* y = out + (token.b * rows.tokens + token.t) * rows.heads * d;
-        with_bool(weight, [&](auto norm) {
-          for (int64_t h = 0; h < rows.heads; ++h)
-            forward_row<turn(), norm()>(rows.at(token, h), y + h * d, weight, token.angles, d, eps);
-        });
-      };
-    };
-    auto of_q = part(q, q_out, work.q_weight.data), of_k = part(k, k_out, work.k_weight.data);
+    Forward<T> of_q{q, static_cast<T*>(q_out.mutable_data_ptr()), work.q_weight.data};
+    Forward<T> of_k{k, static_cast<T*>(k_out.mutable_data_ptr()), work.k_weight.data};
     with_turn(cos.has_value(), interleaved, [&](auto turn) {
       work.template each_token<turn()>([&](const Token<A>& token) {
-        of_q(turn, token);
-        of_k(turn, token);
+        of_q.template token<turn()>(token, work.d, work.eps);
+        of_k.template token<turn()>(token, work.d, work.eps);
       });
     });
   });
@@ -313,17 +321,17 @@ Tensor sum_of_blocks(const Tensor& partial, const Optional& weight, const Tensor
   return out.to(weight->scalar_type());
 }
 
-// q or k in backward: its tensors, and the sums of its dw by block.
+// q or k: its rows and their gradients, and the sums of its dw by block.
 template <class T>
-struct Part {
+struct Backward {
   using A = acc_t<T>;
   Rows<T> dy, x;
   T* dx;
   const A* weight;
   Tensor partial;  // [blocks, d] or undefined
 
-  Part(const Tensor& dy, const Tensor& x, Tensor& out, const A* weight, bool weights,
-       int64_t blocks)
+  Backward(const Tensor& dy, const Tensor& x, Tensor& out, const A* weight, bool weights,
+           int64_t blocks)
       : dy(dy), x(x), dx(static_cast<T*>(out.mutable_data_ptr())), weight(weight) {
     auto dtype = c10::CppTypeToScalarType<A>::value;
     if (weight && weights)
@@ -332,27 +340,37 @@ struct Part {
 
   // dw of a token is summed by itself first: errors grow less.
   template <Turn turn, bool norm, bool weights>
-  void one(const Token<A>& token, int64_t d, A eps) const {
+  void rows(const Token<A>& token, int64_t d, A eps) const {
     T* to = dx + (token.b * x.tokens + token.t) * x.heads * d;
-    if constexpr (weights) std::fill_n(token.scratch, padded<A>(d), A(0));
+    if constexpr (norm) {
+      for (int64_t h = 0; h < x.heads; ++h) {
+        token.rstd[h] = sum_of_squares(x.at(token, h), d);
+        token.slope[h] =
+            sum_of_products<turn>(dy.at(token, h), x.at(token, h), weight, token.angles, d);
+      }
+      finish_rstd(token.rstd, x.heads, d, eps);
+      for (int64_t h = 0; h < x.heads; ++h)
+        token.slope[h] *= token.rstd[h] * token.rstd[h] / static_cast<A>(d);
+    }
+    if constexpr (weights) std::fill_n(token.dw, padded<A>(d), A(0));
     for (int64_t h = 0; h < x.heads; ++h)
       backward_row<turn, norm, weights>(dy.at(token, h), x.at(token, h), to + h * d, weight,
-                                        token.scratch, token.angles, d, eps);
+                                        token.dw, token.angles, d, token.rstd[h], token.slope[h]);
     if constexpr (weights) {
       A* sums = static_cast<A*>(partial.data_ptr()) + token.block * d;
-      for (int64_t i = 0; i < d; ++i) sums[i] += token.scratch[i];
+      for (int64_t i = 0; i < d; ++i) sums[i] += token.dw[i];
     }
   }
 
   template <Turn turn>
-  void run(const Token<A>& token, int64_t d, A eps) const {
+  void token(const Token<A>& token, int64_t d, A eps) const {
     if (token.t >= x.tokens) return;
     if (!weight)
-      one<turn, false, false>(token, d, eps);
+      rows<turn, false, false>(token, d, eps);
     else if (!partial.defined())
-      one<turn, true, false>(token, d, eps);
+      rows<turn, true, false>(token, d, eps);
     else
-      one<turn, true, true>(token, d, eps);
+      rows<turn, true, true>(token, d, eps);
   }
 
   Tensor weight_gradient(const Optional& given, const Tensor& like) const {
@@ -376,12 +394,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_backward_cpu(
     using A = acc_t<T>;
     auto work = make_work<A>(q, k, q_weight, k_weight, cos, sin, eps, -1);
     int64_t d = work.d;
-    Part<T> of_q(dq, q, q_out, work.q_weight.data, weights, work.blocks());
-    Part<T> of_k(dk, k, k_out, work.k_weight.data, weights, work.blocks());
+    Backward<T> of_q(dq, q, q_out, work.q_weight.data, weights, work.blocks());
+    Backward<T> of_k(dk, k, k_out, work.k_weight.data, weights, work.blocks());
     with_turn(cos.has_value(), interleaved, [&](auto turn) {
       work.template each_token<turn()>([&](const Token<A>& token) {
-        of_q.template run<turn()>(token, d, work.eps);
-        of_k.template run<turn()>(token, d, work.eps);
+        of_q.template token<turn()>(token, d, work.eps);
+        of_k.template token<turn()>(token, d, work.eps);
       });
     });
     q_weight_out = of_q.weight_gradient(q_weight, q);
