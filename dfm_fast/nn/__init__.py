@@ -2,5 +2,7 @@
 
 from dfm_fast.nn.noises import PerScaleNoise
 from dfm_fast.nn.pyramids import LaplacianPyramid
+from dfm_fast.nn.rotaries import QKNormRotary
+from dfm_fast.ops.rotaries import rope_2d, rope_3d
 
-__all__ = ["LaplacianPyramid", "PerScaleNoise"]
+__all__ = ["LaplacianPyramid", "PerScaleNoise", "QKNormRotary", "rope_2d", "rope_3d"]
