@@ -77,8 +77,9 @@ def _load_weight(
 
 
 @triton.jit
-def _rstd(a, b, D: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr):
-    square = tl.sum(a * a + b * b, axis=2) / D + EPS
+def _rstd(a, b, mask, D: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr):
+    # Rows that are not there must not become infinite where eps is 0: dw is summed over all.
+    square = tl.where(mask, tl.sum(a * a + b * b, axis=2) / D + EPS, 1.0)
     if square.dtype == tl.float64:
         rstd = 1.0 / tl.sqrt(square)
     else:
@@ -130,7 +131,7 @@ def _forward_part(
         offs = ((sample * stride_b + t * stride_t)[:, None] + (h * stride_h)[None, :]) * VEC
         a, b = _load_pairs(x_ptr, offs, rows, D, HALF, INTERLEAVED, ACC)
         if weight_ptr is not None:
-            rstd = _rstd(a, b, D, EPS, ACC)
+            rstd = _rstd(a, b, rows, D, EPS, ACC)
             w_a, w_b = _load_weight(weight_ptr, D, HALF, INTERLEAVED, ACC)
             a = a * rstd * w_a
             b = b * rstd * w_b
@@ -184,7 +185,7 @@ def _backward_part(
         if weight_ptr is not None:
             offs = ((sample * x_b + t * x_t)[:, None] + (h * x_h)[None, :]) * VEC
             n_a, n_b = _load_pairs(x_ptr, offs, rows, D, HALF, INTERLEAVED, ACC)
-            rstd = _rstd(n_a, n_b, D, EPS, ACC)
+            rstd = _rstd(n_a, n_b, rows, D, EPS, ACC)
             n_a = n_a * rstd
             n_b = n_b * rstd
             dw_a += tl.sum(tl.sum(a * n_a, axis=1), axis=0)

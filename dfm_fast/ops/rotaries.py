@@ -266,25 +266,21 @@ def _check_weight(op: str, name: str, weight: Any, q: Tensor) -> None:
         _checks.fail(op, name, f"device {q.device} like q", weight.device)
 
 
-def _check_table(op: str, name: str, table: Any, q: Tensor) -> Tensor:
-    _checks.tensor(op, name, table, (2, 3))
-    B, T, _, d = q.shape
-    if table.shape != (T, d // 2) and table.shape != (B, T, d // 2):
-        expected = f"[{T}, {d // 2}] or [{B}, {T}, {d // 2}]"
-        _checks.fail(op, name, expected, list(table.shape))
-    if table.device != q.device:
-        _checks.fail(op, name, f"device {q.device} like q", table.device)
-    return table.contiguous()
-
-
 def _check_tables(op: str, q: Tensor, k: Tensor, cos: Any, sin: Any) -> tuple[Tensor, Tensor]:
-    cos, sin = _check_table(op, "cos", cos, q), _check_table(op, "sin", sin, q)
-    if sin.shape != cos.shape or sin.dtype != cos.dtype:
-        expected, got = (f"{v.dtype} {list(v.shape)}" for v in (cos, sin))
+    _checks.tensor(op, "cos", cos, (2, 3))
+    _checks.tensor(op, "sin", sin, (2, 3))
+    B, T, _, d = q.shape
+    if cos.shape != (T, d // 2) and cos.shape != (B, T, d // 2):
+        expected = f"[{T}, {d // 2}] or [{B}, {T}, {d // 2}]"
+        _checks.fail(op, "cos", expected, list(cos.shape))
+    if cos.device != q.device:
+        _checks.fail(op, "cos", f"device {q.device} like q", cos.device)
+    if sin.shape != cos.shape or sin.dtype != cos.dtype or sin.device != cos.device:
+        expected, got = (f"{v.dtype} {list(v.shape)} on {v.device}" for v in (cos, sin))
         _checks.fail(op, "sin", f"{expected} like cos", got)
-    if k.shape[1] != q.shape[1]:
-        _checks.fail(op, "k", f"{q.shape[1]} tokens like q, for its angles", k.shape[1])
-    return cos, sin
+    if k.shape[1] != T:
+        _checks.fail(op, "k", f"{T} tokens like q, for its angles", k.shape[1])
+    return cos.contiguous(), sin.contiguous()
 
 
 def _check_heads(op: str, q: Any, k: Any) -> None:

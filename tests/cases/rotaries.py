@@ -9,7 +9,7 @@ ROTARIES = {
     "halves-72": (2, 2, 2, 2, 2, 72, True, True, "batched", {"interleaved": False}),
     "batched-tables": (2, 3, 3, 5, 3, 20, True, True, "batched", {"eps": 1e-2}),
     "one-token": (2, 1, 1, 2, 1, 64, True, True, "shared", {}),
-    "only-norm": (2, 5, 3, 3, 2, 20, True, True, None, {}),
+    "only-norm": (2, 5, 3, 3, 2, 20, True, True, None, {"eps": 0.0}),
     "only-rope": (2, 5, 5, 3, 2, 6, False, False, "shared", {}),
     "only-rope-halves": (2, 3, 3, 2, 2, 34, False, False, "batched", {"interleaved": False}),
     "norm-of-q": (2, 3, 3, 2, 2, 34, True, False, "shared", {}),
