@@ -388,11 +388,11 @@ _OTHERS = tuple(target for target in TARGETS if target not in _NVIDIA)
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """Head dimensions of SnapGen, DiT-XL and FLUX; H = Hkv = 16 or 14 to 1."""
-    cases = [(64, 14, 1), (72, 16, 16), (128, 24, 24)]
+    """SnapGen, DiT-XL and FLUX: (d, H, Hkv), interleaved."""
+    cases = ((64, 14, 1), True), ((72, 16, 16), True), ((72, 16, 16), False), ((128, 24, 24), True)
     dtypes = ("bf16", "fp16", "fp32", "fp64")
     real = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    for (d, *heads), interleaved, dtype in itertools.product(cases, (True, False), dtypes):
+    for ((d, *heads), interleaved), dtype in itertools.product(cases, dtypes):
         table = "*fp64" if dtype == "fp64" else "*fp32"
         size = {"fp32": 4, "fp64": 8}.get(dtype, 2)
         names = ("q", "k", "q_out", "k_out", "q_weight", "k_weight")
