@@ -79,6 +79,23 @@ def test_keys_shared_by_all_samples(device):
     assert torch.equal(got, want.expand(3, -1, -1, -1))
 
 
+def test_what_is_only_rotated_is_not_kept_for_backward():
+    q, k = randn(1, 2, 3, 8).requires_grad_(), randn(1, 2, 1, 8, seed=1).requires_grad_()
+    weight, tables = torch.ones(8), dfm_fast.rope_2d(1, 2, 8)
+    for weights, kept in (((None, None), []), ((None, weight), [k, weight])):
+        saved = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        )
+        with hooks:
+            out = dfm_fast.qk_norm_rope(q, k, *weights, *tables)
+        want = [*kept, *tables]
+        assert [v.data_ptr() for v in saved] == [v.data_ptr() for v in want]
+        got = torch.autograd.grad(out, (q, k), out)
+        want = qk_norm_rope_ref(q, k, *weights, *tables)
+        torch.testing.assert_close(got, torch.autograd.grad(want, (q, k), want))
+
+
 @pytest.mark.skipif(INTERPRET, reason="there torch.empty is filled, which takes minutes")
 @pytest.mark.parametrize("device", DEVICES)
 def test_offsets_past_2_31(device):

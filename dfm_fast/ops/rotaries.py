@@ -13,9 +13,10 @@ contiguous. In float32 (float64 for float64), rounded once. Backward, from the g
     dn_a = cos dy_a + sin dy_b,  dn_b = cos dy_b - sin dy_a        the rotation back
     dx = (w dn - x mean_j(w_j dn_j x_j) rstd^2) rstd,  dw = sum over rows of dn x rstd
 
-Saved are the inputs alone: a row's rstd = 1 / sqrt(mean x^2 + eps) is cheaper to compute again than
-to read. Bytes moved at least, b bytes an element of q and k: forward 2 b, backward 3 b, and the
-tables. Gradients of the tables (learned frequencies) are plain torch, in several passes.
+Saved are the inputs alone, not even q or k where they are only rotated: a row's
+rstd = 1 / sqrt(mean x^2 + eps) is cheaper to compute again than to read. Bytes moved at least, b
+bytes an element of q and k: forward 2 b, backward 3 b (only rotated: 2 b), and the tables.
+Gradients of the tables (learned frequencies) are plain torch, in several passes.
 """
 
 from __future__ import annotations
@@ -206,16 +207,20 @@ define(
 
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps, interleaved):
-        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+    def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps, interleaved, learned):
+        # What is only turned is not needed to turn back, unless for the angles' gradients.
+        kept_q = q if learned or q_weight is not None else None
+        kept_k = k if learned or k_weight is not None else None
+        ctx.save_for_backward(kept_q, kept_k, q_weight, k_weight, cos, sin)
         ctx.rest = eps, interleaved
         return _ops.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, interleaved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk):
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        (q, k, *saved), needs = ctx.saved_tensors, ctx.needs_input_grad
         dq, dk = _rows(dq), _rows(dk)
+        saved = dq if q is None else q, dk if k is None else k, *saved
         grads = [None] * 4
         if any(needs[:4]):
             weights = needs[2] or needs[3]
@@ -224,7 +229,12 @@ class _QKNormRope(torch.autograd.Function):
             _table_gradients(dq, dk, *saved, *ctx.rest) if needs[4] or needs[5] else (None,) * 2
         )
         given = (*grads, *tables)
-        return *(g if need else None for g, need in zip(given, needs, strict=False)), None, None
+        return (
+            *(g if need else None for g, need in zip(given, needs, strict=False)),
+            None,
+            None,
+            None,
+        )
 
 
 def _table_gradients(
@@ -354,7 +364,8 @@ def qk_norm_rope(
         _checks.fail(op, "q_weight", "a weight or rotary tables: something to compute", None)
     args = _rows(q), _rows(k), q_weight, k_weight, cos, sin
     if differentiable(*(v for v in args if v is not None)):
-        return _QKNormRope.apply(*args, eps, interleaved)
+        learned = cos is not None and (cos.requires_grad or sin.requires_grad)
+        return _QKNormRope.apply(*args, eps, interleaved, learned)
     return _ops.qk_norm_rope(*args, eps, interleaved)
 
 
