@@ -42,6 +42,14 @@ FEED_FORWARDS = {
     "large_dit": FeedForwardCase((32, 1024), 1152, 4608, "gelu_tanh"),
 }
 
+# Attention's heads: (B, T, H, Hkv, d).
+HEADS = {
+    "heads_16x64": (2, 256, 16, 16, 64),
+    "snapgen_32": (2, 1024, 14, 1, 64),  # SnapGen's multi-query attention at 32x32
+    "dit_xl_512": (4, 1024, 16, 16, 72),  # DiT-XL/2 at 512 px
+    "large_heads": (16, 4096, 24, 24, 128),  # larger than any cache; GPU only
+}
+
 
 class Goal(NamedTuple):
     """Shown beside what was measured; a missed one is shown too, and fails nothing."""
@@ -74,6 +82,7 @@ GOALS = (
     Goal("cuda", "gelu_tanh-bias-large_dit-*-forward", "copy", 0.85),
     Goal("cuda", "gelu_tanh-bias-large_dit-*-forward", "compiled", 1.2),
     Goal("cuda", "feed_forward-*-forward", "compiled", 1.1),
+    Goal("cpu", "qk_norm_rope-*-heads_16x64-float32-contiguous-forward", "eager", 5.0),
     Goal("cuda", "add_noise-*-large_latents-*", "copy", 0.75),
     Goal("cuda", "add_noise-*-large_latents-*", "compiled", 1.5),
     # 700e9 normals a second, 2 bytes each, against 4.3e12 bytes a second of an H200's copy.
@@ -83,4 +92,7 @@ GOALS = (
     Goal("cuda", "laplacian_*-binomial-photos_512-float32-contiguous-forward", "copy", 0.85),
     Goal("cuda", "laplacian_*-binomial-photos_512-float32-contiguous-forward", "compiled", 1.7),
     Goal("cuda", "laplacian_build-binomial-photos_512-float32-contiguous-forward", "kornia", 10.0),
+    Goal("cuda", "qk_norm_rope-*", "eager", 3.0),
+    Goal("cuda", "qk_norm_rope-*", "compiled", 1.2),
+    Goal("cuda", "qk_norm_rope-*-large_heads-*", "copy", 0.85),
 )

@@ -42,6 +42,7 @@ class Case:
     # Absolute cap on the error, in units of eps times the largest magnitude involved.
     cap: float = 4.0
     compiled: str = ""  # also through torch.compile with this backend, which takes seconds
+    keeps_layout: bool = True  # False: what comes out is contiguous (tokens, which have no image)
 
     def args(
         self, dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", batch=None

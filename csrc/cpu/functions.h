@@ -10,14 +10,23 @@
 
 namespace dfm_fast {
 
+namespace detail {
+
+template <int half, class A, size_t... I>
+inline A sum_of_halves(Vec<A> v, std::index_sequence<I...> lanes) {
+  v += __builtin_shufflevector(v, v, (I ^ half)...);
+  if constexpr (half > 1)
+    return sum_of_halves<half / 2, A>(v, lanes);
+  else
+    return v[0];
+}
+
+}  // namespace detail
+
 // The lanes, added pairwise: the same order on every ISA of one width.
 template <class A>
 inline A sum_lanes(Vec<A> v) {
-  A lanes[kLanes<A>];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int half = kLanes<A> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return detail::sum_of_halves<kLanes<A> / 2, A>(v, std::make_index_sequence<kLanes<A>>{});
 }
 
 // f of every lane.

@@ -3,5 +3,15 @@
 from dfm_fast.nn.activations import GEGLU, FeedForward
 from dfm_fast.nn.noises import PerScaleNoise
 from dfm_fast.nn.pyramids import LaplacianPyramid
+from dfm_fast.nn.rotaries import QKNormRotary
+from dfm_fast.ops.rotaries import rope_2d, rope_3d
 
-__all__ = ["GEGLU", "FeedForward", "LaplacianPyramid", "PerScaleNoise"]
+__all__ = [
+    "GEGLU",
+    "FeedForward",
+    "LaplacianPyramid",
+    "PerScaleNoise",
+    "QKNormRotary",
+    "rope_2d",
+    "rope_3d",
+]

@@ -9,6 +9,7 @@ from dfm_fast.ops.pyramids import (
     laplacian_build,
     laplacian_collapse,
 )
+from dfm_fast.ops.rotaries import qk_norm_rope, rope_2d, rope_3d
 from dfm_fast.ops.steps import cfg_euler_step, heun_step
 
 __all__ = [
@@ -23,6 +24,9 @@ __all__ = [
     "laplacian_collapse",
     "philox_normal",
     "pyramid_add_noise",
+    "qk_norm_rope",
+    "rope_2d",
+    "rope_3d",
     "swiglu",
     "velocity_loss",
 ]
