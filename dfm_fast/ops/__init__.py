@@ -2,6 +2,12 @@
 
 from dfm_fast.ops._velocity import velocity_loss
 from dfm_fast.ops.noises import add_noise, philox_normal, pyramid_add_noise
+from dfm_fast.ops.norms import (
+    ada_layer_norm,
+    gated_residual,
+    gated_residual_ada_layer_norm,
+    rms_norm,
+)
 from dfm_fast.ops.pyramids import (
     haar_build,
     haar_collapse,
@@ -11,8 +17,11 @@ from dfm_fast.ops.pyramids import (
 from dfm_fast.ops.steps import cfg_euler_step, heun_step
 
 __all__ = [
+    "ada_layer_norm",
     "add_noise",
     "cfg_euler_step",
+    "gated_residual",
+    "gated_residual_ada_layer_norm",
     "haar_build",
     "haar_collapse",
     "heun_step",
@@ -20,5 +29,6 @@ __all__ = [
     "laplacian_collapse",
     "philox_normal",
     "pyramid_add_noise",
+    "rms_norm",
     "velocity_loss",
 ]
