@@ -280,7 +280,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dx, dweight = _ops.rms_norm_backward(_rows(dy), *ctx.saved_tensors)
+        dx, dweight = _ops.rms_norm_backward(dy.contiguous(), *ctx.saved_tensors)
         return _wanted(ctx, dx, dweight, None)
 
 
@@ -431,7 +431,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
         if weight.shape[0] != x.shape[-1]:
             _checks.fail("rms_norm", "weight", f"[{x.shape[-1]}]", list(weight.shape))
         weight = weight.contiguous()
-    x = _rows(x)
+    x = x.contiguous()
     if differentiable(x, *(() if weight is None else (weight,))):
         return _RMSNorm.apply(x, weight, float(eps))
     return _ops.rms_norm(x, weight, float(eps))[0]
