@@ -10,7 +10,7 @@ SHAPES = {
     "wide": ((2, 3, 1408), False),
     "odd": ((1, 2, 2305), False),
     "one-row": ((2, 1, 16), False),
-    "narrow": ((2, 70, 3), False),
+    "narrow": ((2, 70, 5), False),
     "tokens": ((2, 4, 75), True),
 }
 
