@@ -174,12 +174,12 @@ def _backward_blocks(rows: _Rows, each: bool, sums: int) -> tuple[int, int]:
     """(rows of a tile, tiles of a block); `sums` is bytes of x times sums, per element. A
     block has at least four rows, for its sums to be few beside them; not so where sums fill the
     registers."""
-    block = triton.next_power_of_2(rows.D)
-    tile = min(max(1024 // block, 1), triton.next_power_of_2(max(rows.T, 1)), 32)
+    block, T = triton.next_power_of_2(rows.D), max(rows.T, 1)
+    tile = min(max(1024 // block, 1), triton.next_power_of_2(T), 32)
     if each or block * sums > 40960:
         return tile, 1
     length = max(triton.cdiv(rows.B * rows.T, PROGRAMS), 4, tile)
-    return tile, triton.next_power_of_2(triton.cdiv(min(length, rows.T), tile))
+    return tile, triton.next_power_of_2(triton.cdiv(min(length, T), tile))
 
 
 def _backward(
