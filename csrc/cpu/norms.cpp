@@ -158,11 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_ada_layer_norm_cpu(
 
 // --- Backward ---
 
-// Rows of a block. Both sums, within blocks and over them, are then about as long: their rounding
-// errors grow with the root of the number of rows only.
-int64_t block_rows(int64_t T) {
-  return std::max<int64_t>(16, static_cast<int64_t>(std::ceil(std::sqrt(double(T)))));
-}
+constexpr int64_t kBlockRows = 32;  // that a modulation's gradient is first summed over
 
 // Tensors that a kind of norm has no use for are undefined.
 struct Given {
@@ -171,6 +167,18 @@ struct Given {
 struct Gradients {
   Tensor dx, dy, dgate, dshift, dscale;
 };
+
+// v[0] + ... + v[n - 1] in groups of 32 and of 1024, so that no long chain gathers rounding errors.
+template <class A, class F>
+DFM_INLINE inline Vec<A> cascade(int64_t n, F v) {
+  Vec<A> sum{}, thousand{}, group{};
+  for (int64_t k = 0; k < n; ++k) {
+    group += v(k);
+    if (k % 32 == 31) thousand += group, group = Vec<A>{};
+    if (k % 1024 == 1023) sum += thousand, thousand = Vec<A>{};
+  }
+  return sum + (thousand + group);
+}
 
 // to[b] = sum of the blocks of sample b, in order.
 template <class M, class A>
@@ -183,9 +191,9 @@ void add_blocks(M* to, const A* partial, const Sizes& size, int64_t blocks, int6
       const A* from = partial + b * blocks * stride + first;
       M* row = to + b * size.D + first;
       for_vectors<A>(std::min(kColumns, size.D - first), [=](int64_t i, auto count) DFM_INLINE {
-        Vec<A> sum{};
-        for (int64_t k = 0; k < blocks; ++k) sum += load(from + k * stride + i, count);
-        store(row + i, sum, count);
+        auto block = [=](int64_t k)
+                         DFM_INLINE { return Vec<A>(load(from + k * stride + i, count)); };
+        store(row + i, cascade<A>(blocks, block), count);
       });
     }
   });
@@ -235,7 +243,7 @@ class Backward {
     Tensor sums[] = {out.dgate, out.dshift, out.dscale};
     int64_t slots[3], count = 0;
     for (int k = 0; k < 3; ++k) slots[k] = sums[k].defined() ? size.D * count++ : -1;
-    int64_t rows = block_rows(size.T), blocks = (size.T + rows - 1) / rows, stride = count * size.D;
+    int64_t rows = kBlockRows, blocks = (size.T + rows - 1) / rows, stride = count * size.D;
     Tensor partial = at::empty({size.B * blocks, stride}, rstd_options());
     A* partials = data_of<A>(partial);
     auto slot = [&](A* block, int k) { return slots[k] < 0 ? nullptr : block + slots[k]; };
