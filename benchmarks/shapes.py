@@ -25,6 +25,13 @@ CASES = {
     "large_latents": Case((8, 16, 1024, 1024), 3),  # larger than any cache; GPU only
 }
 
+# Tokens [B, T, D] of transformers.
+TOKENS = {
+    "dit_xl": (4, 1024, 1152),  # DiT-XL: 1024 tokens are 512 px at patch 2
+    "dit_xl_training": (32, 1024, 1152),
+    "one_sample": (1, 256, 1152),  # sampling one picture at 256 px
+}
+
 
 class FeedForwardCase(NamedTuple):
     """A feed-forward layer as a model has it."""
@@ -83,6 +90,11 @@ GOALS = (
     Goal("cuda", "gelu_tanh-bias-large_dit-*-forward", "compiled", 1.2),
     Goal("cuda", "feed_forward-*-forward", "compiled", 1.1),
     Goal("cpu", "qk_norm_rope-*-heads_16x64-float32-contiguous-forward", "eager", 5.0),
+    Goal("cpu", "*ada_layer_norm-dit_xl-float32-contiguous-forward", "eager", 3.0),
+    Goal("cpu", "*ada_layer_norm-dit_xl-float32-contiguous-forward", "compiled", 1.5),
+    Goal("cuda", "*ada_layer_norm-dit_xl_training-*-forward", "copy", 0.85),
+    Goal("cuda", "*ada_layer_norm-dit_xl_training-*-forward", "compiled", 1.2),
+    Goal("cuda", "*ada_layer_norm-dit_xl_training-*-training", "compiled", 1.3),
     Goal("cuda", "add_noise-*-large_latents-*", "copy", 0.75),
     Goal("cuda", "add_noise-*-large_latents-*", "compiled", 1.5),
     # 700e9 normals a second, 2 bytes each, against 4.3e12 bytes a second of an H200's copy.

@@ -2,16 +2,19 @@
 
 from dfm_fast.nn.activations import GEGLU, FeedForward
 from dfm_fast.nn.noises import PerScaleNoise
+from dfm_fast.nn.norms import AdaLayerNorm, RMSNorm
 from dfm_fast.nn.pyramids import LaplacianPyramid
 from dfm_fast.nn.rotaries import QKNormRotary
 from dfm_fast.ops.rotaries import rope_2d, rope_3d
 
 __all__ = [
     "GEGLU",
+    "AdaLayerNorm",
     "FeedForward",
     "LaplacianPyramid",
     "PerScaleNoise",
     "QKNormRotary",
+    "RMSNorm",
     "rope_2d",
     "rope_3d",
 ]

@@ -3,6 +3,12 @@
 from dfm_fast.ops._velocity import velocity_loss
 from dfm_fast.ops.activations import geglu, gelu_tanh, swiglu
 from dfm_fast.ops.noises import add_noise, philox_normal, pyramid_add_noise
+from dfm_fast.ops.norms import (
+    ada_layer_norm,
+    gated_residual,
+    gated_residual_ada_layer_norm,
+    rms_norm,
+)
 from dfm_fast.ops.pyramids import (
     haar_build,
     haar_collapse,
@@ -13,8 +19,11 @@ from dfm_fast.ops.rotaries import qk_norm_rope, rope_2d, rope_3d
 from dfm_fast.ops.steps import cfg_euler_step, heun_step
 
 __all__ = [
+    "ada_layer_norm",
     "add_noise",
     "cfg_euler_step",
+    "gated_residual",
+    "gated_residual_ada_layer_norm",
     "geglu",
     "gelu_tanh",
     "haar_build",
@@ -25,6 +34,7 @@ __all__ = [
     "philox_normal",
     "pyramid_add_noise",
     "qk_norm_rope",
+    "rms_norm",
     "rope_2d",
     "rope_3d",
     "swiglu",
