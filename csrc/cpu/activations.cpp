@@ -21,6 +21,10 @@ using at::Tensor;
 constexpr int64_t kGrain = 1 << 14;  // elements of a task, about
 constexpr int64_t kBlock = 32;       // rows of a partial sum: fixed, whatever the threads
 
+// Bytes: a row of x is two streams, each too short for the hardware to run ahead of (measured: 1.1
+// to 1.7 times slower without).
+constexpr int64_t kAhead = 2048;
+
 // --- Functions of one vector: value, and derivative ---
 
 template <class V>
@@ -90,6 +94,8 @@ struct Silu {
 template <class F, class T>
 void glu_row(T* y, const T* a, const T* b, int64_t D) {
   for_vectors<acc_t<T>>(D, [=](int64_t i, auto count) DFM_INLINE {
+    __builtin_prefetch(reinterpret_cast<const char*>(a + i) + kAhead);
+    __builtin_prefetch(reinterpret_cast<const char*>(b + i) + kAhead);
     store(y + i, load(a + i, count) * F::value(load(b + i, count)), count);
   });
 }
