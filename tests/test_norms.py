@@ -182,6 +182,16 @@ def test_no_tokens_give_zero_gradients(device):
         assert torch.equal(gradient, torch.zeros_like(like))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_rms_norm_keeps_the_dtype_of_x(device):
+    """As torch.nn.functional.rms_norm does, whatever the weight's."""
+    (x,), (weight,) = tensors((3, 24), device=device, dtype=low(device)), tensors((24,), seed=1)
+    got = dfm_fast.rms_norm(x, weight.to(device))
+    want = F.rms_norm(x.float(), (24,), weight.to(device), 1e-6)
+    assert got.dtype == x.dtype
+    torch.testing.assert_close(got, want.to(x.dtype))
+
+
 # --- Modules --------------------------------------------------------------------------------------
 
 
@@ -241,12 +251,3 @@ def test_ada_layer_norm_module_arguments():
     with pytest.raises(ValueError, match="AdaLayerNorm: embedding_dim: expected at least 1, got 0"):
         nn.AdaLayerNorm(0)
     assert "8, chunks=6, eps=1e-06" in repr(nn.AdaLayerNorm(8, chunks=6))
-
-
-def test_float32_norm_within_a_low_precision_model():
-    """As torch.nn.functional.rms_norm: x's dtype comes out, whatever the weight's."""
-    x, weight = torch.randn(3, 24).bfloat16(), torch.randn(24)
-    got = dfm_fast.rms_norm(x, weight) if not INTERPRET else norms.rms_norm_ref(x, weight)
-    want = F.rms_norm(x.float(), (24,), weight, 1e-6)
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), want, atol=1e-2, rtol=1e-2)

@@ -244,7 +244,7 @@ class Backward {
     int64_t slots[3], count = 0;
     for (int k = 0; k < 3; ++k) slots[k] = sums[k].defined() ? size.D * count++ : -1;
     int64_t rows = kBlockRows, blocks = (size.T + rows - 1) / rows, stride = count * size.D;
-    Tensor partial = at::empty({size.B * blocks, stride}, rstd_options());
+    Tensor partial = at::empty({size.B * blocks, stride}, sums_options());
     A* partials = data_of<A>(partial);
     auto slot = [&](A* block, int k) { return slots[k] < 0 ? nullptr : block + slots[k]; };
     int64_t grain = std::max<int64_t>(1, size.grain() / rows);
@@ -276,7 +276,7 @@ class Backward {
   D* at(const Tensor& rows, int64_t row) const {
     return rows.defined() ? data_of<D>(rows) + row * size.D : nullptr;
   }
-  static at::TensorOptions rstd_options() {
+  static at::TensorOptions sums_options() {
     return at::device(at::kCPU).dtype(sizeof(A) == 8 ? at::kDouble : at::kFloat);
   }
 

@@ -36,6 +36,13 @@ from torch.autograd.function import once_differentiable
 from dfm_fast import _checks
 from dfm_fast._library import define, differentiable, operator
 from dfm_fast.ops._layouts import lay_out
+from dfm_fast.ops._modulation import (
+    check_beside,
+    check_branch,
+    check_modulation,
+    check_x,
+    walkable,
+)
 from dfm_fast.ops.pyramids import nbytes
 
 _ops = torch.ops.dfm_fast
@@ -294,7 +301,7 @@ class _AdaLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return _wanted(ctx, *_ops.ada_layer_norm_backward(_rows(dy), *ctx.saved_tensors), None)
+        return _wanted(ctx, *_ops.ada_layer_norm_backward(walkable(dy), *ctx.saved_tensors), None)
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -314,7 +321,7 @@ def _branch_gradients(ctx: Any, dresidual: Tensor) -> tuple[Tensor | None, Tenso
     if not any(ctx.needs_input_grad[1:3]):
         return None, None
     y, gate = ctx.saved_tensors[:2]
-    return _ops.gated_residual_backward(_rows(dresidual), y, gate)
+    return _ops.gated_residual_backward(walkable(dresidual), y, gate)
 
 
 class _GatedResidualAdaLayerNorm(torch.autograd.Function):
@@ -337,66 +344,11 @@ class _GatedResidualAdaLayerNorm(torch.autograd.Function):
             return _wanted(ctx, dresidual, *branch, None, None, None)
         y, gate, residual, scale, mean, rstd = ctx.saved_tensors
         gradients = _ops.gated_residual_ada_layer_norm_backward(
-            None if dresidual is None else _rows(dresidual),
-            _rows(dnormed),
+            None if dresidual is None else walkable(dresidual),
+            walkable(dnormed),
             *(residual, y, gate, scale, mean, rstd),
         )
         return _wanted(ctx, *gradients, None)
-
-
-# --- Arguments ------------------------------------------------------------------------------------
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x itself where a kernel can walk it: rows dense, and one stride between the rows of a sample
-    ([B, D] and [B, T, D] always have one)."""
-    walks = x.is_contiguous() or (x.ndim <= 3 and x.stride(-1) == 1)
-    return x if walks else x.contiguous()
-
-
-def _check_x(op: str, x: Any, at_least: int, eps: Any) -> None:
-    _checks.tensor(op, "x", x, range(at_least, 65))
-    if x.shape[-1] == 0:
-        _checks.fail(op, "x", "a last dimension of at least 1", list(x.shape))
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
-        _checks.fail(op, "eps", "a number", repr(eps), TypeError)
-    if not eps >= 0:
-        _checks.fail(op, "eps", "at least 0", eps)
-
-
-def _check_beside(op: str, name: str, value: Any, x: Tensor) -> None:
-    """On x's device, and not float64 where the arithmetic is in float32."""
-    if value.device != x.device:
-        _checks.fail(op, name, f"device {x.device} like x", value.device)
-    if value.dtype == torch.float64 != x.dtype:
-        _checks.fail(
-            op, name, f"float64 only where x is, which is {x.dtype}", value.dtype, TypeError
-        )
-
-
-def _check_modulation(op: str, x: Tensor, **modulation: Any) -> None:
-    """Each [B, D] or like x, all alike."""
-    first = next(iter(modulation))
-    for name, m in modulation.items():
-        _checks.tensor(op, name, m, range(2, 65))
-        _check_beside(op, name, m, x)
-        like = modulation[first]
-        if m.shape != x.shape and m.shape != (x.shape[0], x.shape[-1]):
-            expected = f"[{x.shape[0]}, {x.shape[-1]}] or {list(x.shape)} like x"
-            _checks.fail(op, name, expected, list(m.shape))
-        if m.shape != like.shape:
-            _checks.fail(op, name, f"{list(like.shape)} like {first}", list(m.shape))
-        _checks.like(op, name, m, first, like)
-
-
-def _check_branch(op: str, x: Tensor, y: Any) -> None:
-    _checks.tensor(op, "y", y, range(2, 65))
-    if y.shape != x.shape:
-        _checks.fail(op, "y", f"{list(x.shape)} like x", list(y.shape))
-    if y.device != x.device:
-        _checks.fail(op, "y", f"device {x.device} like x", y.device)
-    if torch.promote_types(x.dtype, y.dtype) != x.dtype:
-        _checks.fail(op, "y", f"{x.dtype} like x, or narrower", y.dtype, TypeError)
 
 
 def _cost(*tensors: Tensor | None, outputs: int = 1, **_: Any) -> int:
@@ -424,10 +376,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
 
     As torch.nn.functional.rms_norm over one dimension.
     """
-    _check_x("rms_norm", x, 1, eps)
+    check_x("rms_norm", x, 1, eps)
     if weight is not None:
         _checks.tensor("rms_norm", "weight", weight, (1,))
-        _check_beside("rms_norm", "weight", weight, x)
+        check_beside("rms_norm", "weight", weight, x)
         if weight.shape[0] != x.shape[-1]:
             _checks.fail("rms_norm", "weight", f"[{x.shape[-1]}]", list(weight.shape))
         weight = weight.contiguous()
@@ -457,9 +409,9 @@ def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
 
     Source: DiT's modulate(norm(x), shift, scale), arXiv 2212.09748.
     """
-    _check_x("ada_layer_norm", x, 2, eps)
-    _check_modulation("ada_layer_norm", x, shift=shift, scale=scale)
-    x, shift, scale = _rows(x), _rows(shift), _rows(scale)
+    check_x("ada_layer_norm", x, 2, eps)
+    check_modulation("ada_layer_norm", x, shift=shift, scale=scale)
+    x, shift, scale = walkable(x), walkable(shift), walkable(scale)
     if differentiable(x, shift, scale):
         return _AdaLayerNorm.apply(x, shift, scale, float(eps))
     return _ops.ada_layer_norm(x, shift, scale, float(eps))[0]
@@ -482,10 +434,10 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     Raises:
         TypeError: dtypes. ValueError: shapes, devices.
     """
-    _check_x("gated_residual", x, 2, 0)
-    _check_branch("gated_residual", x, y)
-    _check_modulation("gated_residual", x, gate=gate)
-    x, y, gate = _rows(x), _rows(y), _rows(gate)
+    check_x("gated_residual", x, 2, 0)
+    check_branch("gated_residual", x, y)
+    check_modulation("gated_residual", x, gate=gate)
+    x, y, gate = walkable(x), walkable(y), walkable(gate)
     if differentiable(x, y, gate):
         return _GatedResidual.apply(x, y, gate)
     return _ops.gated_residual(x, y, gate)
@@ -513,10 +465,10 @@ def gated_residual_ada_layer_norm(
         TypeError: dtypes. ValueError: shapes, devices, eps.
     """
     op = "gated_residual_ada_layer_norm"
-    _check_x(op, x, 2, eps)
-    _check_branch(op, x, y)
-    _check_modulation(op, x, gate=gate, shift=shift, scale=scale)
-    x, y, gate, shift, scale = (_rows(v) for v in (x, y, gate, shift, scale))
+    check_x(op, x, 2, eps)
+    check_branch(op, x, y)
+    check_modulation(op, x, gate=gate, shift=shift, scale=scale)
+    x, y, gate, shift, scale = (walkable(v) for v in (x, y, gate, shift, scale))
     if differentiable(x, y, gate, shift, scale):
         return _GatedResidualAdaLayerNorm.apply(x, y, gate, shift, scale, float(eps))
     return _ops.gated_residual_ada_layer_norm(x, y, gate, shift, scale, float(eps))[:2]
