@@ -1,6 +1,7 @@
 """Functional operators; all are re-exported by `dfm_fast`."""
 
 from dfm_fast.ops._velocity import velocity_loss
+from dfm_fast.ops.group_norms import ChannelStatistics, channel_statistics, group_norm_silu
 from dfm_fast.ops.noises import add_noise, philox_normal, pyramid_add_noise
 from dfm_fast.ops.pyramids import (
     haar_build,
@@ -11,8 +12,11 @@ from dfm_fast.ops.pyramids import (
 from dfm_fast.ops.steps import cfg_euler_step, heun_step
 
 __all__ = [
+    "ChannelStatistics",
     "add_noise",
     "cfg_euler_step",
+    "channel_statistics",
+    "group_norm_silu",
     "haar_build",
     "haar_collapse",
     "heun_step",
