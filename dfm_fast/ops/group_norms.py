@@ -12,7 +12,7 @@ statistics on (`channel_statistics`), and what is left is one pass, a_c x + b_c.
 With z = a x + b, dz = dy silu'(z), h = (u - m) / sqrt(var + eps), and the sums of a channel
 s = sum dz, q = sum dz h:
 
-    dx = weight_c rstd dz - rstd (A + h B)        A, B = means of weight dz, weight dz h over a group
+    dx = rstd (weight dz - A - h B)       A, B = means of weight dz, weight dz h over a group
     dweight = sum_n q       dbias = sum_n s
     dshift = sum over pixels of dx = rstd (weight s - P A - P B mean of h)
 

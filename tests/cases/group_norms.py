@@ -43,8 +43,9 @@ def _norm(**changes):
     return lambda f: f(**values)
 
 
-def _given(count=9, mean=_x(2, 6), m2=_x(2, 6)):
-    return _norm(statistics=ChannelStatistics(count, mean, m2))
+def _given(**changes):
+    values = {"count": 9, "mean": _x(2, 6), "m2": _x(2, 6), **changes}
+    return _norm(statistics=ChannelStatistics(**values))
 
 
 def _bad(argument, error, *calls, op="group_norm_silu"):

@@ -1,0 +1,133 @@
+// Statistics of channels, and what the norm of their groups makes of them: shared by the operators
+// that normalise a map. Everything is centred; E[x²] - m² is nowhere.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "functions.h"
+
+namespace dfm_fast {
+
+// Mean and M2 of `count` values; V is a number or a vector of channels. The mean is pivot + offset,
+// the offset what a number has no digits for, so that many merges do not wear it.
+template <class V, class A>
+struct Moments {
+  V pivot{}, offset{}, m2{};
+  A count = 0;
+
+  // n values more (Chan, Golub and LeVeque 1979).
+  DFM_INLINE void merge(A n, V other_pivot, V other_offset, V other_m2) {
+    if (count == 0) {
+      *this = {other_pivot, other_offset, other_m2, n};
+      return;
+    }
+    V delta = (other_pivot - pivot) + (other_offset - offset);
+    A share = n / (count + n);
+    V change = offset + delta * share, moved = pivot + change;
+    offset = (pivot - moved) + change;
+    pivot = moved;
+    m2 += other_m2 + delta * delta * (count * share);
+    count += n;
+  }
+  // The same from sums of d and d², d = value - centre. The centre is their mean but for rounding,
+  // so the difference below cancels nothing. Where it is small beside the values, the d are rounded
+  // all alike: then their sum says less than the centre does.
+  DFM_INLINE void add(A n, V centre, V d, V squares) {
+    V rest = centre * centre * n > squares ? d * (1 / n) : V{};
+    V found = squares - d * rest;
+    merge(n, centre, rest, found < 0 ? V{} : found);
+  }
+  V mean() const { return pivot + offset; }
+};
+
+// Whole vectors as they are, other lanes of the last one 0.
+template <class A>
+inline Vec<A> keep(Vec<A> v, Whole<A>) {
+  return v;
+}
+template <class A>
+inline Vec<A> keep(Vec<A> v, int count) {
+  using I = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  Vec<I> lane;
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane < count ? v : Vec<A>{};
+}
+
+// Sums of K functions of a row: f(i, count, sum) adds to Vec<A> sum[K] what lies at i. Several
+// accumulators, added in a fixed order.
+template <int K, class A>
+struct Sums {
+  A of[K];
+};
+template <int K, class A, class F>
+DFM_INLINE inline Sums<K, A> sum_row(int64_t n, F f) {
+  constexpr int lanes = kLanes<A>, unrolled = 4;
+  Vec<A> sum[unrolled][K] = {};
+  int64_t i = 0;
+  for (; i + unrolled * lanes <= n; i += unrolled * lanes)
+    for (int u = 0; u < unrolled; ++u) f(i + u * lanes, Whole<A>{}, sum[u]);
+  for (; i + lanes <= n; i += lanes) f(i, Whole<A>{}, sum[0]);
+  if (i < n) f(i, static_cast<int>(n - i), sum[1]);
+  Sums<K, A> total;
+  for (int k = 0; k < K; ++k)
+    total.of[k] = sum_lanes<A>((sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]));
+  return total;
+}
+
+// Of a contiguous row, in blocks that are read twice from the first-level cache.
+template <class T>
+inline Moments<acc_t<T>, acc_t<T>> row_moments(const T* x, int64_t n) {
+  using A = acc_t<T>;
+  constexpr int64_t block = 1024;
+  Moments<A, A> moments;
+  for (int64_t begin = 0; begin < n; begin += block) {
+    int64_t size = std::min(block, n - begin);
+    const T* p = x + begin;
+    auto sum = sum_row<1, A>(
+        size, [=](int64_t i, auto count, Vec<A>(&s)[1]) DFM_INLINE { s[0] += load(p + i, count); });
+    A centre = sum.of[0] / size;
+    auto rest = sum_row<2, A>(size, [=](int64_t i, auto count, Vec<A>(&s)[2]) DFM_INLINE {
+      Vec<A> d = keep<A>(load(p + i, count) - centre, count);
+      s[0] += d;
+      s[1] += d * d;
+    });
+    moments.add(size, centre, rest.of[0], rest.of[1]);
+  }
+  return moments;
+}
+
+// What of a norm belongs to one sample's channels, or to those of a group: null where not given.
+template <class A>
+struct NormParameters {
+  const A *weight, *bias, *shift;  // [C], [C], [C] of the sample
+
+  NormParameters from(int64_t c) const {
+    return {weight ? weight + c : weight, bias ? bias + c : bias, shift ? shift + c : shift};
+  }
+};
+
+// Per channel of a group: z = scale x + offset, h = (x - centre) rstd. Returns rstd. In double, as
+// the offset is a difference of large numbers where the mean is large.
+template <class A>
+inline A group_affine(int64_t count, int64_t channels, const A* mean, const A* m2,
+                      const NormParameters<A>& given, double eps, A* scale, A* offset, A* centre) {
+  auto moved = [&](int64_t c) { return double(mean[c]) + (given.shift ? given.shift[c] : 0); };
+  double m = 0, squares = 0;
+  for (int64_t c = 0; c < channels; ++c) m += moved(c);
+  m /= channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    double d = moved(c) - m;
+    squares += m2[c] + count * (d * d);
+  }
+  double rstd = 1 / std::sqrt(squares / (double(count) * channels) + eps);
+  for (int64_t c = 0; c < channels; ++c) {
+    double middle = m - (given.shift ? given.shift[c] : 0);
+    scale[c] = rstd * (given.weight ? given.weight[c] : 1);
+    offset[c] = (given.bias ? given.bias[c] : 0) - scale[c] * middle;
+    centre[c] = middle;
+  }
+  return rstd;
+}
+
+}  // namespace dfm_fast
