@@ -85,52 +85,41 @@ DFM_INLINE inline void for_channels(int64_t channels, F f) {
 
 constexpr int kSideBySide = 4;  // vectors, so that sums do not wait for one another
 
-// Scratch [pivot, offset, m2] of `padded` channels.
-template <class A>
-Moments<Vec<A>, A> load_moments(const A* scratch, int64_t stride, A count) {
-  return {load(scratch), load(scratch + stride), load(scratch + 2 * stride), count};
-}
-template <class A>
-void store_moments(A* scratch, int64_t stride, const Moments<Vec<A>, A>& moments) {
-  store(scratch, moments.pivot);
-  store(scratch + stride, moments.offset);
-  store(scratch + 2 * stride, moments.m2);
-}
-
-// Pixels [first, end) of a channels_last sample.
+// Pixels [first, end) of a channels_last sample, into [mean, m2] of `padded` channels.
 template <class T>
-void pixel_moments(const Map& map, const T* sample, int64_t first, int64_t end, acc_t<T>* scratch) {
+void pixel_moments(const Map& map, const T* sample, int64_t first, int64_t end, double* means) {
   using A = acc_t<T>;
-  const int64_t C = map.channels, stride = map.padded();
+  const int64_t C = map.channels;
   for (int64_t begin = first; begin < end; begin += kBlock) {
     const int64_t size = std::min(kBlock, end - begin);
     const T* x = sample + begin * C;
     for_channels<A, kSideBySide>(C, [&](int64_t c, auto count, auto vectors) DFM_INLINE {
       constexpr int K = vectors, lanes = kLanes<A>;
-      Vec<A> centre[K] = {}, d[K] = {}, squares[K] = {};
+      Vec<A> sum[K] = {}, centre[K], d[K] = {}, squares[K] = {};
       for (int64_t q = 0; q < size; q += kChain) {
-        Vec<A> sum[K] = {};
+        Vec<A> some[K] = {};
         for (int64_t p = q; p < std::min(q + kChain, size); ++p)
-          for (int k = 0; k < K; ++k) sum[k] += load(x + p * C + c + k * lanes, count);
-        for (int k = 0; k < K; ++k) centre[k] += sum[k];
+          for (int k = 0; k < K; ++k) some[k] += load(x + p * C + c + k * lanes, count);
+        for (int k = 0; k < K; ++k) sum[k] += some[k];
       }
-      for (int k = 0; k < K; ++k) centre[k] *= A(1) / size;
+      for (int k = 0; k < K; ++k) centre[k] = sum[k] * (A(1) / size);
       for (int64_t q = 0; q < size; q += kChain) {
-        Vec<A> sum[K] = {}, sum_squares[K] = {};
+        Vec<A> some[K] = {}, some_squares[K] = {};
         for (int64_t p = q; p < std::min(q + kChain, size); ++p)
           for (int k = 0; k < K; ++k) {
             Vec<A> v = load(x + p * C + c + k * lanes, count) - centre[k];
-            sum[k] += v;
-            sum_squares[k] += v * v;
+            some[k] += v;
+            some_squares[k] += v * v;
           }
-        for (int k = 0; k < K; ++k) d[k] += sum[k], squares[k] += sum_squares[k];
+        for (int k = 0; k < K; ++k) d[k] += some[k], squares[k] += some_squares[k];
       }
       for (int k = 0; k < K; ++k) {
-        A* at = scratch + c + k * lanes;
-        Moments<Vec<A>, A> moments = {};
-        if (begin > first) moments = load_moments<A>(at, stride, begin - first);
-        moments.add(size, centre[k], d[k], squares[k]);
-        store_moments<A>(at, stride, moments);
+        double *mean = means + c + k * lanes, *m2 = mean + map.padded();
+        for (int i = 0; i < lanes; ++i) {
+          Moments moments{mean[i], m2[i], double(begin - first)};
+          moments.add(size, sum[k][i], centre[k][i], d[k][i], squares[k][i]);
+          mean[i] = moments.mean, m2[i] = moments.m2;
+        }
       }
     });
   }
@@ -138,33 +127,30 @@ void pixel_moments(const Map& map, const T* sample, int64_t first, int64_t end, 
 
 template <class T>
 void statistics_last(const Map& map, const T* x, acc_t<T>* mean, acc_t<T>* m2) {
-  using A = acc_t<T>;
-  const int64_t row = 3 * map.padded(), stride = map.padded(), tasks = map.tasks();
-  std::vector<A> scratch(map.samples * tasks * row);
+  const int64_t row = 2 * map.padded(), tasks = map.tasks(), C = map.channels;
+  std::vector<double> means(map.samples * tasks * row);
   parallel_pixels(map, [&](int64_t n, int64_t task, int64_t first, int64_t end) {
-    pixel_moments(map, x + n * map.pixels * map.channels, first, end,
-                  scratch.data() + (n * tasks + task) * row);
+    double* to = means.data() + (n * tasks + task) * row;
+    pixel_moments(map, x + n * map.pixels * C, first, end, to);
   });
-  parallel(map.samples, tasks * map.channels, [&](int64_t n) {
-    const A* partial = scratch.data() + n * tasks * row;
-    for_vectors<A>(map.channels, [&](int64_t c, auto count) DFM_INLINE {
-      Moments<Vec<A>, A> all = {};
+  parallel(map.samples, tasks * C, [&](int64_t n) {
+    for (int64_t c = 0; c < C; ++c) {
+      Moments all;
       for (int64_t task = 0; task < tasks; ++task) {
-        int64_t first = task * map.task_pixels();
-        A size = std::min(map.task_pixels(), map.pixels - first);
-        auto part = load_moments<A>(partial + task * row + c, stride, size);
-        all.merge(size, part.pivot, part.offset, part.m2);
+        const double* from = means.data() + (n * tasks + task) * row + c;
+        int64_t pixels = std::min(map.task_pixels(), map.pixels - task * map.task_pixels());
+        all.merge(pixels, from[0], from[map.padded()]);
       }
-      store(mean + n * map.channels + c, all.mean(), count);
-      store(m2 + n * map.channels + c, all.m2, count);
-    });
+      mean[n * C + c] = all.mean;
+      m2[n * C + c] = all.m2;
+    }
   });
 }
 
 template <class T>
 void statistics_plane(const Map& map, const T* x, int64_t plane, acc_t<T>* mean, acc_t<T>* m2) {
   auto moments = row_moments(x + plane * map.pixels, map.pixels);
-  mean[plane] = moments.mean();
+  mean[plane] = moments.mean;
   m2[plane] = moments.m2;
 }
 
@@ -206,7 +192,7 @@ struct Norms {
 
 template <bool silu, class V>
 inline V activate(V z) {
-  if constexpr (silu) return z * sigmoid(z);
+  if constexpr (silu) return silu_of(z);
   return z;
 }
 
@@ -294,13 +280,12 @@ struct Backward {
 template <bool silu, class T>
 Sums<2, double> backward_plane_sums(const Backward<T>& b, int64_t begin, int64_t n, int64_t c) {
   using A = acc_t<T>;
-  constexpr int64_t block = 1 << 13;
   const Vec<A> scale = Vec<A>{} + b.scale[c], offset = Vec<A>{} + b.offset[c];
   const A centre = b.centre[c];
   Sums<2, double> total = {};
-  for (int64_t first = 0; first < n; first += block) {
+  for (int64_t first = 0; first < n; first += kRowBlock) {
     const int64_t at = begin + first;
-    auto sums = sum_row<2, A>(std::min(block, n - first),
+    auto sums = sum_row<2, A>(std::min(kRowBlock, n - first),
                               [=](int64_t i, auto count, Vec<A>(&sum)[2]) DFM_INLINE {
                                 Vec<A> x = load(b.x + at + i, count);
                                 Vec<A> dz = b.template dz<silu>(at + i, x, scale, offset, count);
@@ -334,11 +319,11 @@ void backward_plane(const Backward<T>& b, int64_t begin, int64_t n, int64_t c, a
 // The same of pixels: adds to sums [2, padded]; constant and linear are of the sample's channels.
 template <bool silu, class T>
 void backward_pixel_sums(const Map& map, const Backward<T>& b, int64_t begin, int64_t pixels,
-                         acc_t<T>* sums) {
+                         double* sums) {
   using A = acc_t<T>;
   const int64_t C = map.channels;
-  for (int64_t block = 0; block < pixels; block += kBlock) {
-    const int64_t size = std::min(kBlock, pixels - block), at = (begin + block) * C;
+  for (int64_t block = 0; block < pixels; block += kChain) {
+    const int64_t size = std::min(kChain, pixels - block), at = (begin + block) * C;
     for_channels<A, 2>(C, [&](int64_t c, auto count, auto vectors) DFM_INLINE {
       constexpr int K = vectors, lanes = kLanes<A>;
       Vec<A> s[K] = {}, q[K] = {}, scale[K], offset[K], centre[K];
@@ -357,9 +342,8 @@ void backward_pixel_sums(const Map& map, const Backward<T>& b, int64_t begin, in
           q[k] += dz * (x - centre[k]);
         }
       for (int k = 0; k < K; ++k) {
-        A *to = sums + c + k * lanes, *squares = to + map.padded();
-        store(to, load(to) + s[k]);
-        store(squares, load(squares) + q[k]);
+        double *to = sums + c + k * lanes, *squares = to + map.padded();
+        for (int i = 0; i < lanes; ++i) to[i] += s[k][i], squares[i] += q[k][i];
       }
     });
   }
@@ -433,21 +417,20 @@ struct Gradients {
 template <bool silu, class T>
 void backward_last(const Map& map, const T* dy, const T* x, T* dx, const Norms<acc_t<T>>& norms,
                    Gradients<acc_t<T>>& grads) {
-  using A = acc_t<T>;
   const int64_t stride = map.padded(), tasks = map.tasks(), C = map.channels;
-  std::vector<A> sums(map.samples * tasks * 2 * stride);
+  std::vector<double> sums(map.samples * tasks * 2 * stride);
   auto of = [&](int64_t n) {
     int64_t at = n * map.pixels * C, c = n * C;
     return Backward<T>{dy + at,         x + at,           dx ? dx + at : dx,
                        &norms.scale[c], &norms.offset[c], &norms.centre[c]};
   };
   parallel_pixels(map, [&](int64_t n, int64_t task, int64_t first, int64_t end) {
-    A* to = sums.data() + (n * tasks + task) * 2 * stride;
+    double* to = sums.data() + (n * tasks + task) * 2 * stride;
     backward_pixel_sums<silu>(map, of(n), first, end - first, to);
   });
   parallel(map.samples, tasks * C, [&](int64_t n) {
     for (int64_t task = 0; task < tasks; ++task) {
-      const A* from = sums.data() + (n * tasks + task) * 2 * stride;
+      const double* from = sums.data() + (n * tasks + task) * 2 * stride;
       for (int64_t c = 0; c < C; ++c) {
         grads.s[n * C + c] += from[c];
         grads.q[n * C + c] += from[stride + c];
