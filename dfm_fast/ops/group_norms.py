@@ -37,7 +37,7 @@ from dfm_fast.ops._layouts import dense, empty_in, lay_out, memory_format
 from dfm_fast.ops.pyramids import nbytes
 
 _ops = torch.ops.dfm_fast
-_ACTIVATIONS = ("silu", "none")
+ACTIVATIONS = ("silu", "none")
 
 
 class ChannelStatistics(NamedTuple):
@@ -426,7 +426,7 @@ def group_norm_silu(
             shape = (x.shape[0], channels) if name == "shift" else (channels,)
             _check_vector(op, name, v, x, shape)
             small[name] = v.contiguous()
-    silu = _checks.choice(op, "activation", activation, _ACTIVATIONS) == "silu"
+    silu = _checks.choice(op, "activation", activation, ACTIVATIONS) == "silu"
     mean, m2 = (None, None) if statistics is None else _check_statistics(op, statistics, x)
     given = (dense(x), *small.values())
     rest = mean, m2, num_groups, float(eps), silu
