@@ -4,7 +4,7 @@ Memory is N matrices: [C, P] (contiguous) or [P, C] (channels_last). A program h
 them, ROWS x VECS vectors of VEC elements, whatever the batch, so that one sample fills a chip too.
 Three launches: moments of every tile's channels; one small kernel that merges them in order and
 turns the statistics of a group into scale and offset of its channels; the pass that applies them.
-Backward likewise. Merging is in float64: the offset is a difference where the mean is large.
+Backward likewise. Merging is in float64, so that a large mean costs no digits.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dfm_fast.ops._layouts import empty_in, memory_format
 
 TILE = 16384 if INTERPRET else 4096  # elements; the interpreter's time is per operation
 LINE = 128  # bytes of channels side by side, in channels_last
+MOST_ROWS = 16 if INTERPRET else TILE  # numpy adds rows one after the other, and loses digits
 CHANNELS = 64  # merged by a program where there are no groups
 PARTIALS = 1024  # channels x blocks that are merged at once
 
@@ -71,8 +72,8 @@ def _over_pixels(x, LAST: tl.constexpr):
 
 
 @triton.jit
-def _group_affine(mean, m2, weight, bias, shift, valid, count, size, EPS: tl.constexpr):
-    """One group's channels, all float64 -> (scale, offset, centre, rstd) in its dtype of mean."""
+def _group_affine(mean, m2, weight, shift, valid, count, size, EPS: tl.constexpr):
+    """One group's channels, all float64 -> (scale, centre, rstd): h = (x - centre) rstd."""
     moved = tl.where(valid, mean + shift, 0.0)
     m = tl.sum(moved, 0) / size
     d = tl.where(valid, moved - m, 0.0)
@@ -164,27 +165,29 @@ def _merge_kernel(
         shift = _optional(shift_ptr, at, valid, 0.0)
         weight, bias = _optional(weight_ptr, c, valid, 1.0), _optional(bias_ptr, c, valid, 0.0)
         scale, centre, rstd = _group_affine(
-            mean.to(tl.float64), m2.to(tl.float64), weight, bias, shift, valid, count, size, EPS
+            mean.to(tl.float64), m2.to(tl.float64), weight, shift, valid, count, size, EPS
         )
         kind = scale_ptr.dtype.element_ty
-        rounded = scale.to(kind)
-        tl.store(scale_ptr + at, rounded, valid)
-        tl.store(offset_ptr + at, (bias - rounded.to(tl.float64) * centre).to(kind), valid)
-        tl.store(centre_ptr + at, centre.to(kind), valid)
+        rounded = centre.to(kind)
+        lost = centre - rounded.to(tl.float64)
+        tl.store(scale_ptr + at, scale.to(kind), valid)
+        tl.store(offset_ptr + at, (bias - scale * lost).to(kind), valid)
+        tl.store(centre_ptr + at, rounded, valid)
         tl.store(rstd_ptr + at, tl.zeros_like(rounded) + rstd.to(kind), valid)
 
 
 @triton.jit
 def _apply_kernel(
     x_ptr, y_ptr,  # N matrices
-    scale_ptr, offset_ptr,  # [N, C]
+    scale_ptr, offset_ptr, centre_ptr,  # [N, C]
     C, RT, CV, SILU: tl.constexpr, ACC: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, VECS: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     offs, mask, c, kept, _, _ = _tile(C, RT, CV, LAST, ROWS, VECS, VEC, WIDE)
     scale, offset = tl.load(scale_ptr + c, kept, 0), tl.load(offset_ptr + c, kept, 0)
-    y = tl.load(x_ptr + offs, mask, 0).to(ACC) * scale + offset
+    d = tl.load(x_ptr + offs, mask, 0).to(ACC) - tl.load(centre_ptr + c, kept, 0)
+    y = d * scale + offset
     if SILU:
         y = y * _sigmoid(y)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask)
@@ -214,10 +217,10 @@ def _sums_kernel(
     offs, mask, c, kept, partial, _ = _tile(C, RT, CV, LAST, ROWS, VECS, VEC, WIDE)
     scale, offset = tl.load(scale_ptr + c, kept, 0), tl.load(offset_ptr + c, kept, 0)
     centre = tl.load(centre_ptr + c, kept, 0)
-    x = tl.load(x_ptr + offs, mask, 0).to(ACC)
-    dz = _dz(tl.load(dy_ptr + offs, mask, 0).to(ACC), x * scale + offset, SILU)
+    d = tl.load(x_ptr + offs, mask, 0).to(ACC) - centre
+    dz = _dz(tl.load(dy_ptr + offs, mask, 0).to(ACC), d * scale + offset, SILU)
     tl.store(s_ptr + partial, _over_pixels(dz, LAST), kept)
-    tl.store(q_ptr + partial, _over_pixels(dz * (x - centre), LAST), kept)
+    tl.store(q_ptr + partial, _over_pixels(dz * d, LAST), kept)
 
 
 @triton.jit
@@ -287,10 +290,10 @@ def _dx_kernel(
 ):  # fmt: skip
     offs, mask, c, kept, _, _ = _tile(C, RT, CV, LAST, ROWS, VECS, VEC, WIDE)
     scale = tl.load(scale_ptr + c, kept, 0)
-    x = tl.load(x_ptr + offs, mask, 0).to(ACC)
+    d = tl.load(x_ptr + offs, mask, 0).to(ACC) - tl.load(centre_ptr + c, kept, 0)
     dy = tl.load(dy_ptr + offs, mask, 0).to(ACC)
-    dz = _dz(dy, x * scale + tl.load(offset_ptr + c, kept, 0), SILU)
-    linear = tl.load(linear_ptr + c, kept, 0) * (x - tl.load(centre_ptr + c, kept, 0))
+    dz = _dz(dy, d * scale + tl.load(offset_ptr + c, kept, 0), SILU)
+    linear = tl.load(linear_ptr + c, kept, 0) * d
     dx = scale * dz + (tl.load(constant_ptr + c, kept, 0) + linear)
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask)
 
@@ -332,6 +335,7 @@ def plan(shape: tuple[int, ...], last: bool, itemsize: int) -> Plan:
     row = LINE // itemsize if last else tile
     vecs = min(triton.next_power_of_2(max(cols // vec, 1)), row // vec)
     height = min(triton.next_power_of_2(max(rows, 1)), tile // (vecs * vec))
+    height = min(height, MOST_ROWS) if last else height
     row_blocks, col_blocks = triton.cdiv(rows, height), triton.cdiv(cols // vec, vecs)
     blocks, block_pixels = (row_blocks, height) if last else (col_blocks, vecs * vec)
     wide = math.prod(shape) >= 2**31 - TILE
@@ -428,7 +432,7 @@ def group_norm_silu(
             partials = _partials(x, tiles) if mean is found[0] else (None, None)
             _merge(x, tiles, partials, (mean, m2), size, (weight, bias, shift), affine, eps)
             _apply_kernel[(tiles.programs,)](
-                x, y, *affine[:2], *tiles.sizes, SILU=silu, ACC=_acc(x)[1], **tiles.constants
+                x, y, *affine[:3], *tiles.sizes, SILU=silu, ACC=_acc(x)[1], **tiles.constants
             )
     return y, *found
 

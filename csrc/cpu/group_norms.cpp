@@ -197,18 +197,19 @@ inline V activate(V z) {
 }
 
 template <bool silu, class T>
-void forward_plane(const T* x, T* y, int64_t n, acc_t<T> scale, acc_t<T> offset) {
+void forward_plane(const T* x, T* y, int64_t n, acc_t<T> centre, acc_t<T> scale, acc_t<T> offset) {
   for_vectors<acc_t<T>>(n, [=](int64_t i, auto count) DFM_INLINE {
-    store(y + i, activate<silu>(load(x + i, count) * scale + offset), count);
+    store(y + i, activate<silu>((load(x + i, count) - centre) * scale + offset), count);
   });
 }
 
 template <bool silu, class T>
-void forward_pixels(const T* x, T* y, int64_t n, int64_t channels, const acc_t<T>* scale,
-                    const acc_t<T>* offset) {
+void forward_pixels(const T* x, T* y, int64_t n, int64_t channels, const acc_t<T>* centre,
+                    const acc_t<T>* scale, const acc_t<T>* offset) {
   for (int64_t p = 0; p < n; ++p, x += channels, y += channels)
     for_vectors<acc_t<T>>(channels, [=](int64_t c, auto count) DFM_INLINE {
-      auto z = load(x + c, count) * load(scale + c, count) + load(offset + c, count);
+      auto d = load(x + c, count) - load(centre + c, count);
+      auto z = d * load(scale + c, count) + load(offset + c, count);
       store(y + c, activate<silu>(z), count);
     });
 }
@@ -226,7 +227,8 @@ void forward(const Map& map, const T* x, T* y, Norms<acc_t<T>>& norms, acc_t<T>*
   const int64_t groups = map.samples * map.groups, group = map.size() * map.pixels;
   auto apply = [&](int64_t plane) {
     int64_t at = plane * map.pixels;
-    forward_plane<silu>(x + at, y + at, map.pixels, norms.scale[plane], norms.offset[plane]);
+    forward_plane<silu>(x + at, y + at, map.pixels, norms.centre[plane], norms.scale[plane],
+                        norms.offset[plane]);
   };
   if (!map.last && together(map, 2 * sizeof(T))) {
     parallel(groups, group, [&](int64_t i) {
@@ -242,8 +244,8 @@ void forward(const Map& map, const T* x, T* y, Norms<acc_t<T>>& norms, acc_t<T>*
   if (!map.last) return parallel(map.planes(), map.pixels, apply);
   parallel_pixels(map, [&](int64_t n, int64_t, int64_t first, int64_t end) {
     int64_t at = (n * map.pixels + first) * map.channels, c = n * map.channels;
-    forward_pixels<silu>(x + at, y + at, end - first, map.channels, &norms.scale[c],
-                         &norms.offset[c]);
+    forward_pixels<silu>(x + at, y + at, end - first, map.channels, &norms.centre[c],
+                         &norms.scale[c], &norms.offset[c]);
   });
 }
 
@@ -271,8 +273,8 @@ struct Backward {
   const A *scale, *offset, *centre;
 
   template <bool silu, class V, class Count>
-  DFM_INLINE V dz(int64_t i, V x, V scale, V offset, Count count) const {
-    return slope<silu>(load(dy + i, count), V(x * scale + offset));
+  DFM_INLINE V dz(int64_t i, V d, V scale, V offset, Count count) const {
+    return slope<silu>(load(dy + i, count), V(d * scale + offset));
   }
 };
 
@@ -287,12 +289,12 @@ Sums<2, double> backward_plane_sums(const Backward<T>& b, int64_t begin, int64_t
     const int64_t at = begin + first;
     auto sums = sum_row<2, A>(std::min(kRowBlock, n - first),
                               [=](int64_t i, auto count, Vec<A>(&sum)[2]) DFM_INLINE {
-                                Vec<A> x = load(b.x + at + i, count);
-                                Vec<A> dz = b.template dz<silu>(at + i, x, scale, offset, count);
+                                Vec<A> d = load(b.x + at + i, count) - centre;
+                                Vec<A> dz = b.template dz<silu>(at + i, d, scale, offset, count);
                                 if constexpr (kStash<T>)
                                   if (b.dx) store(b.dx + at + i, dz, count);
                                 sum[0] += dz;  // dy is 0 in the lanes over the end
-                                sum[1] += dz * (x - centre);
+                                sum[1] += dz * d;
                               });
     for (int k = 0; k < 2; ++k) total.of[k] += sums.of[k];
   }
@@ -307,12 +309,12 @@ void backward_plane(const Backward<T>& b, int64_t begin, int64_t n, int64_t c, a
   const Vec<A> scale = Vec<A>{} + b.scale[c], offset = Vec<A>{} + b.offset[c];
   const A centre = b.centre[c];
   for_vectors<A>(n, [=](int64_t i, auto count) DFM_INLINE {
-    Vec<A> x = load(b.x + begin + i, count), dz;
+    Vec<A> d = load(b.x + begin + i, count) - centre, dz;
     if constexpr (kStash<T>)
       dz = load(b.dx + begin + i, count);
     else
-      dz = b.template dz<silu>(begin + i, x, scale, offset, count);
-    store(b.dx + begin + i, scale * dz + constant + linear * (x - centre), count);
+      dz = b.template dz<silu>(begin + i, d, scale, offset, count);
+    store(b.dx + begin + i, scale * dz + constant + linear * d, count);
   });
 }
 
@@ -334,12 +336,12 @@ void backward_pixel_sums(const Map& map, const Backward<T>& b, int64_t begin, in
       }
       for (int64_t i = at + c; i < at + c + size * C; i += C)
         for (int k = 0; k < K; ++k) {
-          Vec<A> x = load(b.x + i + k * lanes, count);
-          Vec<A> dz = b.template dz<silu>(i + k * lanes, x, scale[k], offset[k], count);
+          Vec<A> d = load(b.x + i + k * lanes, count) - centre[k];
+          Vec<A> dz = b.template dz<silu>(i + k * lanes, d, scale[k], offset[k], count);
           if constexpr (kStash<T>)
             if (b.dx) store(b.dx + i + k * lanes, dz, count);
           s[k] += dz;
-          q[k] += dz * (x - centre[k]);
+          q[k] += dz * d;
         }
       for (int k = 0; k < K; ++k) {
         double *to = sums + c + k * lanes, *squares = to + map.padded();
@@ -356,12 +358,13 @@ void backward_pixels(const Map& map, const Backward<T>& b, int64_t begin, int64_
   const int64_t C = map.channels;
   for (int64_t at = begin * C; at < (begin + pixels) * C; at += C)
     for_vectors<A>(C, [=](int64_t c, auto count) DFM_INLINE {
-      Vec<A> x = load(b.x + at + c, count), scale = load(b.scale + c, count), dz;
+      Vec<A> d = load(b.x + at + c, count) - load(b.centre + c, count);
+      Vec<A> scale = load(b.scale + c, count), dz;
       if constexpr (kStash<T>)
         dz = load(b.dx + at + c, count);
       else
-        dz = b.template dz<silu>(at + c, x, scale, load(b.offset + c, count), count);
-      Vec<A> straight = load(linear + c, count) * (x - load(b.centre + c, count));
+        dz = b.template dz<silu>(at + c, d, scale, load(b.offset + c, count), count);
+      Vec<A> straight = load(linear + c, count) * d;
       store(b.dx + at + c, scale * dz + load(constant + c, count) + straight, count);
     });
 }

@@ -117,8 +117,8 @@ struct NormParameters {
   }
 };
 
-// Per channel of a group: z = scale x + offset, h = (x - centre) rstd. Returns rstd. In double, as
-// the offset is a difference of large numbers where the mean is large.
+// Per channel of a group: z = scale (x - centre) + offset, h = (x - centre) rstd. Returns rstd. The
+// offset has what the centre lost when it was rounded, so that a large mean costs no digits.
 template <class A>
 inline A group_affine(int64_t count, int64_t channels, const A* mean, const A* m2,
                       const NormParameters<A>& given, double eps, A* scale, A* offset, A* centre) {
@@ -134,8 +134,8 @@ inline A group_affine(int64_t count, int64_t channels, const A* mean, const A* m
   for (int64_t c = 0; c < channels; ++c) {
     double middle = m - (given.shift ? given.shift[c] : 0);
     scale[c] = rstd * (given.weight ? given.weight[c] : 1);
-    offset[c] = (given.bias ? given.bias[c] : 0) - scale[c] * middle;
     centre[c] = middle;
+    offset[c] = (given.bias ? given.bias[c] : 0) - scale[c] * (middle - centre[c]);
   }
   return rstd;
 }

@@ -1,15 +1,15 @@
 r"""Group normalisation with SiLU and the shift of a time embedding, over channels of maps.
 
     u = x + shift_c                                       never written
-    y = silu(weight_c (u - m_g) / sqrt(var_g + eps) + bias_c) = silu(a_c x + b_c)
+    y = silu(weight_c (u - m_g) / sqrt(var_g + eps) + bias_c) = silu(a_c (x - k_c) + b_c)
 
 (Wu & He 2018, arXiv 1803.08494.) x [N, C, *] has P pixels, group g has C / G channels. Statistics
 are taken per channel, centred: mean_c and M2_c = sum (x - mean_c)². A shift moves a channel's mean
 and leaves its M2; then m_g = mean of (mean_c + shift_c) over the group and
 var_g P C / G = sum M2_c + P sum (mean_c + shift_c - m_g)². So a producer of x can hand its
-statistics on (`channel_statistics`), and what is left is one pass, a_c x + b_c.
+statistics on (`channel_statistics`), and what is left is one pass: a_c (x - k_c) + b_c.
 
-With z = a x + b, dz = dy silu'(z), h = (u - m) / sqrt(var + eps), and the sums of a channel
+With z = a (x - k) + b, dz = dy silu'(z), h = (u - m) / sqrt(var + eps), and the sums of a channel
 s = sum dz, q = sum dz h:
 
     dx = rstd (weight dz - A - h B)       A, B = means of weight dz, weight dz h over a group
@@ -100,7 +100,7 @@ def _of_channels(v: Tensor, x: Tensor) -> Tensor:
 
 
 class GroupAffine(NamedTuple):
-    """All [N, C]: z = scale x + offset, and h = (x - centre) rstd."""
+    """All [N, C]: z = scale (x - centre) + offset, and h = (x - centre) rstd."""
 
     scale: Tensor
     offset: Tensor
@@ -118,8 +118,8 @@ def group_affine(
     shift: Tensor | None,  # [N, C]
     eps: float,
 ) -> GroupAffine:
-    """Statistics of channels -> what the norm of their groups does to each. In float64, as the
-    offset is a difference of large numbers where the mean is large."""
+    """Statistics of channels -> what the norm of their groups does to each. The offset has what the
+    centre lost when it was rounded, so that a large mean costs no digits."""
     n, c = mean.shape
     size = (n, num_groups, c // num_groups)
     given, wide = mean.dtype, torch.float64
@@ -130,10 +130,11 @@ def group_affine(
     rstd = torch.rsqrt(squares / (count * size[2]) + eps).expand(size).reshape(n, c)
     centre = m.expand(size).reshape(n, c)
     centre = centre if shift is None else centre - shift.to(wide)
-    scale = (rstd if weight is None else rstd * weight.to(wide)).to(given)
-    offset = -scale.to(wide) * centre
+    scale = rstd if weight is None else rstd * weight.to(wide)
+    rounded = centre.to(given)
+    offset = -scale * (centre - rounded.to(wide))
     offset = offset if bias is None else offset + bias.to(wide)
-    return GroupAffine(scale, offset.to(given), centre.to(given), rstd.to(given))
+    return GroupAffine(scale.to(given), offset.to(given), rounded, rstd.to(given))
 
 
 # --- Raw operators, in torch ----------------------------------------------------------------------
@@ -165,7 +166,7 @@ def _group_norm_silu(
         mean, m2 = found = _channel_statistics(x)
     affine = group_affine(_pixels(x), mean, m2, num_groups, weight, bias, shift, eps)
     z = (x.to(mean.dtype) - _of_channels(affine.centre, x)) * _of_channels(affine.scale, x)
-    z = z if bias is None else z + _of_channels(bias, x)
+    z = z + _of_channels(affine.offset, x)
     return y.copy_(F.silu(z) if silu else z), *found
 
 
@@ -188,7 +189,7 @@ def _group_norm_silu_backward(
     dz = dy.to(wide)
     if silu:
         z = h if weight is None else h * _of_channels(weight, x)
-        z = z if bias is None else z + _of_channels(bias, x)
+        z = z + _of_channels(affine.offset, x)
         sigmoid = z.sigmoid()
         dz = dz * sigmoid * (1 + z * (1 - sigmoid))
     s, q = (v.sum(axes) if axes else v.clone() for v in (dz, dz * h))  # [N, C]
