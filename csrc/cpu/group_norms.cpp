@@ -192,7 +192,7 @@ struct Norms {
 
 template <bool silu, class V>
 inline V activate(V z) {
-  if constexpr (silu) return silu_of(z);
+  if constexpr (silu) return z / one_and_exp(z);
   return z;
 }
 
@@ -255,7 +255,7 @@ void forward(const Map& map, const T* x, T* y, Norms<acc_t<T>>& norms, acc_t<T>*
 template <bool silu, class V>
 inline V slope(V dy, V z) {
   if constexpr (!silu) return dy;
-  V s = sigmoid(z);
+  V s = 1 / one_and_exp(z);
   return dy * s * (1 + z * (1 - s));
 }
 
