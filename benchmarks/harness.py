@@ -122,7 +122,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
     """The same values, contiguous or channels_last (2-D and 3-D)."""
-    if layout == "contiguous":
+    if layout == "contiguous" or x.ndim not in (4, 5):
         return x.contiguous()
     last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
     return x.contiguous(memory_format=last)

@@ -57,6 +57,16 @@ HEADS = {
     "large_heads": (16, 4096, 24, 24, 128),  # larger than any cache; GPU only
 }
 
+# Maps that a norm of SnapGen's UNet sees, a conditional and an unconditional sample at 1024 px.
+MAPS = {
+    "unet_256_64": (2, 256, 64, 64),
+    "unet_256_128": (2, 256, 128, 128),
+    "unet_512_64": (2, 512, 64, 64),
+    "unet_896_32": (2, 896, 32, 32),
+    "unet_1792_32": (2, 1792, 32, 32),
+    "maps_past_l2": (16, 512, 128, 128),  # larger than any cache; GPU only
+}
+
 
 class Goal(NamedTuple):
     """Shown beside what was measured; a missed one is shown too, and fails nothing."""
@@ -95,6 +105,11 @@ GOALS = (
     Goal("cuda", "*ada_layer_norm-dit_xl_training-*-forward", "copy", 0.85),
     Goal("cuda", "*ada_layer_norm-dit_xl_training-*-forward", "compiled", 1.2),
     Goal("cuda", "*ada_layer_norm-dit_xl_training-*-training", "compiled", 1.3),
+    Goal("cpu", "group_norm_silu-*-unet_256_64-float32-*-forward", "eager", 3.0),
+    Goal("cpu", "group_norm_silu-*-unet_256_64-float32-*-forward", "compiled", 3.0),
+    Goal("cuda", "group_norm_silu-*-maps_past_l2-*-forward", "copy", 0.85),
+    Goal("cuda", "group_norm_silu-*-unet_*-forward", "compiled", 1.2),
+    Goal("cuda", "group_norm_silu-*-unet_*-training", "compiled", 1.3),
     Goal("cuda", "add_noise-*-large_latents-*", "copy", 0.75),
     Goal("cuda", "add_noise-*-large_latents-*", "compiled", 1.5),
     # 700e9 normals a second, 2 bytes each, against 4.3e12 bytes a second of an H200's copy.

@@ -1,6 +1,7 @@
 """Drop-in modules."""
 
 from dfm_fast.nn.activations import GEGLU, FeedForward
+from dfm_fast.nn.group_norms import GroupNormSiLU
 from dfm_fast.nn.noises import PerScaleNoise
 from dfm_fast.nn.norms import AdaLayerNorm, RMSNorm
 from dfm_fast.nn.pyramids import LaplacianPyramid
@@ -11,6 +12,7 @@ __all__ = [
     "GEGLU",
     "AdaLayerNorm",
     "FeedForward",
+    "GroupNormSiLU",
     "LaplacianPyramid",
     "PerScaleNoise",
     "QKNormRotary",

@@ -2,6 +2,7 @@
 
 from dfm_fast.ops._velocity import velocity_loss
 from dfm_fast.ops.activations import geglu, gelu_tanh, swiglu
+from dfm_fast.ops.group_norms import ChannelStatistics, channel_statistics, group_norm_silu
 from dfm_fast.ops.noises import add_noise, philox_normal, pyramid_add_noise
 from dfm_fast.ops.norms import (
     ada_layer_norm,
@@ -19,13 +20,16 @@ from dfm_fast.ops.rotaries import qk_norm_rope, rope_2d, rope_3d
 from dfm_fast.ops.steps import cfg_euler_step, heun_step
 
 __all__ = [
+    "ChannelStatistics",
     "ada_layer_norm",
     "add_noise",
     "cfg_euler_step",
+    "channel_statistics",
     "gated_residual",
     "gated_residual_ada_layer_norm",
     "geglu",
     "gelu_tanh",
+    "group_norm_silu",
     "haar_build",
     "haar_collapse",
     "heun_step",

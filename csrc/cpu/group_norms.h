@@ -1,0 +1,152 @@
+// Statistics of channels, and what the norm of their groups makes of them: shared by the operators
+// that normalise a map. Everything is centred; E[x²] - m² is nowhere.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "functions.h"
+
+namespace dfm_fast {
+
+// Mean and M2 of `count` values, in double: merging is rare and must not wear the mean.
+struct Moments {
+  double mean = 0, m2 = 0, count = 0;
+
+  // n values more (Chan, Golub and LeVeque 1979).
+  DFM_INLINE void merge(double n, double other, double other_m2) {
+    double delta = other - mean, share = n / (count + n);
+    mean += delta * share;
+    m2 += other_m2 + delta * delta * (count * share);
+    count += n;
+  }
+  // The same from sums of values, and of d and d², d = value - centre. The centre is their mean but
+  // for rounding, so the difference below cancels nothing. Where it is small beside the values, the
+  // d are rounded all alike: then their sum says less than the first one.
+  DFM_INLINE void add(double n, double sum, double centre, double d, double squares) {
+    double rest = d / n, found = squares - d * rest;
+    merge(n, centre * centre * n > squares ? centre + rest : sum / n, found < 0 ? 0 : found);
+  }
+};
+
+// 2^x for finite x, up to 3e-7 of it: 2^n 2^f, n = round(x), and a minimax polynomial.
+inline Vec<float> exp2_of(Vec<float> x) {
+  using V = Vec<float>;
+#if defined(__AVX512F__)
+  V n = detail::bits_as<V>(_mm512_maskz_roundscale_ps(0xffff, detail::bits_as<__m512>(x), 8)),
+    f = x - n;
+#else
+  x = x < 126 ? x : V{} + 126;
+  x = x > -126 ? x : V{} - 126;
+  V n = x + 0x1.8p23f, f = x - (n - 0x1.8p23f);  // adding it rounds to a whole number
+#endif
+  V p = f * 1.5353362e-4f + 1.3398874e-3f;
+  p = p * f + 9.6184373e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1;
+#if defined(__AVX512F__)
+  return detail::bits_as<V>(
+      _mm512_maskz_scalef_ps(0xffff, detail::bits_as<__m512>(p), detail::bits_as<__m512>(n)));
+#else
+  using I = Vec<int32_t>;
+  return detail::bits_as<V>(detail::bits_as<I>(p) + (detail::bits_as<I>(n) << 23));
+#endif
+}
+
+// 1 + e^-z: its error, |z| e^-z 6e-8, is below one rounding of z / (1 + e^-z), and this is what the
+// passes wait for: half the time of `exp`, which is exact to the last place far from 0 as well.
+inline Vec<float> one_and_exp(Vec<float> z) { return 1 + exp2_of(z * -1.44269504f); }
+inline Vec<double> one_and_exp(Vec<double> z) { return 1 + exp(-z); }
+
+// Whole vectors as they are, other lanes of the last one 0.
+template <class A>
+inline Vec<A> keep(Vec<A> v, Whole<A>) {
+  return v;
+}
+template <class A>
+inline Vec<A> keep(Vec<A> v, int count) {
+  using I = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  Vec<I> lane;
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane < count ? v : Vec<A>{};
+}
+
+// Sums of K functions of a row: f(i, count, sum) adds to Vec<A> sum[K] what lies at i. Several
+// accumulators, added in a fixed order.
+template <int K, class A>
+struct Sums {
+  A of[K];
+};
+template <int K, class A, class F>
+DFM_INLINE inline Sums<K, A> sum_row(int64_t n, F f) {
+  constexpr int lanes = kLanes<A>, unrolled = 4;
+  Vec<A> sum[unrolled][K] = {};
+  int64_t i = 0;
+  for (; i + unrolled * lanes <= n; i += unrolled * lanes)
+    for (int u = 0; u < unrolled; ++u) f(i + u * lanes, Whole<A>{}, sum[u]);
+  for (; i + lanes <= n; i += lanes) f(i, Whole<A>{}, sum[0]);
+  if (i < n) f(i, static_cast<int>(n - i), sum[1]);
+  Sums<K, A> total;
+  for (int k = 0; k < K; ++k)
+    total.of[k] = sum_lanes<A>((sum[0][k] + sum[1][k]) + (sum[2][k] + sum[3][k]));
+  return total;
+}
+
+// Of a contiguous row, in blocks that are read twice from the first-level cache.
+constexpr int64_t kRowBlock = 1024;
+template <class T>
+inline Moments row_moments(const T* x, int64_t n) {
+  using A = acc_t<T>;
+  Moments moments;
+  for (int64_t begin = 0; begin < n; begin += kRowBlock) {
+    int64_t size = std::min(kRowBlock, n - begin);
+    const T* p = x + begin;
+    auto sum = sum_row<1, A>(
+        size, [=](int64_t i, auto count, Vec<A>(&s)[1]) DFM_INLINE { s[0] += load(p + i, count); });
+    A centre = sum.of[0] / size;
+    auto rest = sum_row<2, A>(size, [=](int64_t i, auto count, Vec<A>(&s)[2]) DFM_INLINE {
+      Vec<A> d = keep<A>(load(p + i, count) - centre, count);
+      s[0] += d;
+      s[1] += d * d;
+    });
+    moments.add(size, sum.of[0], centre, rest.of[0], rest.of[1]);
+  }
+  return moments;
+}
+
+// What of a norm belongs to one sample's channels, or to those of a group: null where not given.
+template <class A>
+struct NormParameters {
+  const A *weight, *bias, *shift;  // [C], [C], [C] of the sample
+
+  NormParameters from(int64_t c) const {
+    return {weight ? weight + c : weight, bias ? bias + c : bias, shift ? shift + c : shift};
+  }
+};
+
+// Per channel of a group: z = scale (x - centre) + offset, h = (x - centre) rstd. Returns rstd. The
+// offset has what the centre lost when it was rounded, so that a large mean costs no digits.
+template <class A>
+inline A group_affine(int64_t count, int64_t channels, const A* mean, const A* m2,
+                      const NormParameters<A>& given, double eps, A* scale, A* offset, A* centre) {
+  auto moved = [&](int64_t c) { return double(mean[c]) + (given.shift ? given.shift[c] : 0); };
+  double m = 0, squares = 0;
+  for (int64_t c = 0; c < channels; ++c) m += moved(c);
+  m /= channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    double d = moved(c) - m;
+    squares += m2[c] + count * (d * d);
+  }
+  double rstd = 1 / std::sqrt(squares / (double(count) * channels) + eps);
+  for (int64_t c = 0; c < channels; ++c) {
+    double middle = m - (given.shift ? given.shift[c] : 0);
+    scale[c] = rstd * (given.weight ? given.weight[c] : 1);
+    centre[c] = middle;
+    offset[c] = (given.bias ? given.bias[c] : 0) - scale[c] * (middle - centre[c]);
+  }
+  return rstd;
+}
+
+}  // namespace dfm_fast
