@@ -27,6 +27,7 @@ CASES = {
 
 # Tokens [B, T, D] of transformers.
 TOKENS = {
+    "dit_s": (16, 256, 384),  # DiT-S at 256 px
     "dit_xl": (4, 1024, 1152),  # DiT-XL: 1024 tokens are 512 px at patch 2
     "dit_xl_training": (32, 1024, 1152),
     "one_sample": (1, 256, 1152),  # sampling one picture at 256 px
@@ -100,6 +101,7 @@ GOALS = (
     Goal("cuda", "gelu_tanh-bias-large_dit-*-forward", "compiled", 1.2),
     Goal("cuda", "feed_forward-*-forward", "compiled", 1.1),
     Goal("cpu", "qk_norm_rope-*-heads_16x64-float32-contiguous-forward", "eager", 5.0),
+    Goal("*", "dit_block-*-training", "memory", 0.25),
     Goal("cpu", "*ada_layer_norm-dit_xl-float32-contiguous-forward", "eager", 3.0),
     Goal("cpu", "*ada_layer_norm-dit_xl-float32-contiguous-forward", "compiled", 1.5),
     Goal("cuda", "*ada_layer_norm-dit_xl_training-*-forward", "copy", 0.85),

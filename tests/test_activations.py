@@ -247,6 +247,57 @@ def test_inference_goes_layer_by_layer_where_someone_else_looks_on(monkeypatch):
         assert len(calls) == 1
 
 
+def test_training_keeps_the_hidden_once():
+    """What backward holds on to: x, the projection's result, the weights; with dropout more."""
+    rows, dim, inner = 64, 16, 48
+
+    def saved(layer, x):
+        kept = {}
+
+        def pack(t):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // 4
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(x)
+        return sum(kept.values())
+
+    x = torch.randn(rows, dim, requires_grad=True)
+    layer, weights = FeedForward(dim, mult=3, bias=False), 3 * dim * inner
+    assert saved(layer, x) == rows * dim + rows * 2 * inner + weights
+    layer.net[1].p = 0.5
+    assert saved(layer, x) > rows * dim + rows * 3 * inner + weights
+
+
+@pytest.mark.parametrize("activation", [n for n in DIFFUSERS if n != "geglu-approximate"])
+def test_gradients_of_the_recomputed_activation(activation, monkeypatch):
+    """As those of the layers one by one, frozen ones and autocast's too; in blocks of rows."""
+    monkeypatch.setattr(layers, "_BLOCK", 1)  # 64 rows
+    layer, x = FeedForward(16, 12, 3, activation_fn=activation), torch.randn(2, 75, 16)
+    x.requires_grad_()
+
+    def gradients(recompute, frozen=None):
+        layer.net[1].p = 0.0 if recompute else 1e-12  # dropout: layer by layer
+        layer.requires_grad_(True)
+        if frozen is not None:
+            frozen.requires_grad_(False)
+        leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        return torch.autograd.grad(layer(x).float().square().sum(), leaves)
+
+    for frozen in (None, layer.net[2].weight, layer.net[2].bias, layer.net[0].proj.weight):
+        for got, want in zip(gradients(True, frozen), gradients(False, frozen), strict=True):
+            torch.testing.assert_close(got, want)
+    with torch.autocast("cpu", torch.bfloat16):
+        for got, want in zip(gradients(True), gradients(False), strict=True):
+            torch.testing.assert_close(got, want, atol=0.02 * want.abs().max().item(), rtol=0)
+
+
+def test_activated_linear_says_what_is_wrong():
+    for activation in ("relu", "geglu-approximate"):
+        with pytest.raises(ValueError, match="activated_linear: activation: expected one "):
+            layers.activated_linear(torch.zeros(2, 4), torch.zeros(3, 4), activation=activation)
+
+
 def test_feed_forward_compiles_whole():
     layer, x = FeedForward(16).eval(), torch.randn(2, 140, 16)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

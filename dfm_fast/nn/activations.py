@@ -9,30 +9,116 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dfm_fast import _checks
 from dfm_fast._library import differentiable
 from dfm_fast.ops import geglu, gelu_tanh, swiglu
+
+_ops, _aten = torch.ops.dfm_fast, torch.ops.aten
 
 
 class _Activation(NamedTuple):
     halves: int  # that the projection has: 2 where one is the gate
     function: Callable[[Tensor], Tensor]
     onednn: tuple[str, str] | None  # the gate's name and form as an epilogue, where there is one
+    gradient: Callable[[Tensor, Tensor], Tensor] | None  # of dy and x, where it is one operator
+
+
+def _geglu(approximate: str) -> _Activation:
+    name = "gelu" if approximate == "none" else "gelu_tanh"
+    function = partial(geglu, approximate=approximate)
+    return _Activation(
+        2, function, ("gelu", approximate), lambda dy, x: _ops.glu_backward(dy, x, name)
+    )
 
 
 def _sigmoid_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def _gelu_tanh_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    return _ops.gelu_tanh_backward(dy, x, None, False)[0]
+
+
 _ACTIVATIONS = {
-    "geglu": _Activation(2, geglu, ("gelu", "none")),
-    "swiglu": _Activation(2, swiglu, ("swish", "")),
-    "gelu": _Activation(1, F.gelu, ("gelu", "none")),
-    "gelu-approximate": _Activation(1, gelu_tanh, ("gelu", "tanh")),
-    "geglu-approximate": _Activation(1, _sigmoid_gelu, None),
-    "linear-silu": _Activation(1, F.silu, ("swish", "")),
+    "geglu": _geglu("none"),
+    "swiglu": _Activation(2, swiglu, ("swish", ""), lambda dy, x: _ops.glu_backward(dy, x, "silu")),
+    "gelu": _Activation(1, F.gelu, ("gelu", "none"), _aten.gelu_backward),
+    "gelu-approximate": _Activation(1, gelu_tanh, ("gelu", "tanh"), _gelu_tanh_gradient),
+    "geglu-approximate": _Activation(1, _sigmoid_gelu, None, None),
+    "linear-silu": _Activation(1, F.silu, ("swish", ""), _aten.silu_backward),
 }
+
+
+class _LinearOfActivation(torch.autograd.Function):
+    """linear(f(h)): keeps h, where f's own backward and the linear layer's would keep f(h) too."""
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, activation):
+        ctx.save_for_backward(h, weight)
+        ctx.activation, ctx.bias = activation, None if bias is None else bias.dtype
+        return F.linear(activation.function(h), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        h, weight = ctx.saved_tensors
+        rows, dh, dweight, dbias = dy.flatten(0, -2), None, None, None
+        if ctx.needs_input_grad[1]:
+            y = ctx.activation.function(h).to(dy.dtype).flatten(0, -2)
+            dweight = (rows.t() @ y).to(weight.dtype)
+            del y
+        if ctx.needs_input_grad[2]:
+            dbias = rows.sum(0).to(ctx.bias)
+        if ctx.needs_input_grad[0]:
+            dh = _hidden_gradient(rows, weight, h.flatten(0, -2), ctx.activation).view(h.shape)
+        return dh, dweight, dbias, None
+
+
+# Elements of a block on a CPU, which its second-level cache holds; a GPU takes all at once.
+_BLOCK = 1 << 18
+
+
+def _hidden_gradient(dy: Tensor, weight: Tensor, h: Tensor, activation: _Activation) -> Tensor:
+    """That of h, for dy of the linear layer, all [rows, ...]. That of f(h) is as large, and in
+    blocks never there whole."""
+    step = max(64, _BLOCK // h.shape[1]) if h.device.type == "cpu" else max(1, len(h))
+    weight, dh = weight.to(dy.dtype), torch.empty_like(h)
+    for start in range(0, len(h), step):
+        part = slice(start, start + step)
+        part_dh = activation.gradient((dy[part] @ weight).to(h.dtype), h[part])
+        if len(part_dh) == len(h):
+            return part_dh
+        dh[part] = part_dh
+    return dh
+
+
+def activated_linear(
+    h: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str
+) -> Tensor:
+    """F.linear(f(h), weight, bias), whose backward computes f(h) again instead of keeping it.
+
+    Under torch.compile it is those two alone: there the compiler decides what is kept.
+
+    Args:
+        h: [..., D], or [..., 2D] for a gated f.
+        weight, bias: [E, D]; [E] or None.
+        activation: f, as `FeedForward` names it ("gelu-approximate" is the tanh form).
+
+    Returns:
+        [..., E].
+
+    Raises:
+        ValueError: an activation that is not one of them, or has no gradient of its own.
+    """
+    op = "activated_linear"
+    f = _ACTIVATIONS[_checks.choice(op, "activation", activation, tuple(_ACTIVATIONS))]
+    if f.gradient is None:
+        _checks.fail(op, "activation", "one with a gradient of its own", repr(activation))
+    if torch.compiler.is_compiling():
+        return F.linear(f.function(h), weight, bias)
+    return _LinearOfActivation.apply(h, weight, bias, f)
 
 
 class _ActivatedLinear(nn.Module):
@@ -57,8 +143,7 @@ class GEGLU(_ActivatedLinear):
         self, dim_in: int, dim_out: int, bias: bool = True, *, approximate: str = "none"
     ) -> None:
         _checks.choice("GEGLU", "approximate", approximate, ("none", "tanh"))
-        function = partial(geglu, approximate=approximate)
-        super().__init__(dim_in, dim_out, bias, _Activation(2, function, ("gelu", approximate)))
+        super().__init__(dim_in, dim_out, bias, _geglu(approximate))
         self.approximate = approximate
 
     def extra_repr(self) -> str:
@@ -76,9 +161,10 @@ class FeedForward(nn.Module):
             "gelu-approximate" (tanh form), "geglu-approximate" (x sigmoid(1.702 x), with no gate in
             spite of its name), "linear-silu".
 
-    In training backward keeps what the first layer gave, not the activation's parts. On a CPU in
-    inference oneDNN computes activation and gate as epilogues of its products, so that the wide
-    hidden tensor is never written: see `_inference`.
+    In training backward keeps what the first layer gave and computes the activation again for the
+    second one's gradient (not with dropout between them). On a CPU in inference oneDNN computes
+    activation and gate as epilogues of its products, so that the wide hidden tensor is never
+    written: see `_inference`.
     """
 
     def __init__(
@@ -110,9 +196,29 @@ class FeedForward(nn.Module):
         first, dropout, last = self.net[0], self.net[1], self.net[2]
         if not (self.training and dropout.p) and _epilogues_serve(x, first, last):
             return _inference(x.flatten(0, -2), first, last).unflatten(0, x.shape[:-1])
+        if not (self.training and dropout.p) and _recomputes(x, first, dropout, last):
+            x = _LinearOfActivation.apply(first.proj(x), last.weight, last.bias, first.activation)
+            return x if len(self.net) == 3 else self.net[3](x)
         for module in self.net:
             x = module(x)
         return x
+
+
+def _plain(first: nn.Module, *layers: nn.Module) -> bool:
+    """Whether nobody replaced the layers, or looks on."""
+    return type(first) in (GEGLU, _ActivatedLinear) and not any(map(_hooked, (first, *layers)))
+
+
+def _recomputes(x: Tensor, first: nn.Module, dropout: nn.Module, last: nn.Module) -> bool:
+    """Whether backward will need the activation, and it can be computed again there."""
+    return (
+        not torch.compiler.is_compiling()
+        and _plain(first, dropout, last)
+        and type(last) is nn.Linear
+        and first.activation.gradient is not None
+        and type(x) is Tensor
+        and differentiable(x, *first.parameters(), *last.parameters())
+    )
 
 
 # --- Inference on a CPU ---------------------------------------------------------------------------
@@ -130,9 +236,9 @@ def _epilogues_serve(x: Tensor, first: nn.Module, last: nn.Module) -> bool:
     """Whether x and the layers are plain enough, and oneDNN there."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    if type(first) not in (GEGLU, _ActivatedLinear) or first.activation.onednn is None:
+    if not _plain(first) or first.activation.onednn is None:
         return False
-    if any(type(m) is not nn.Linear or _hooked(m) for m in (first.proj, last)) or _hooked(first):
+    if any(type(m) is not nn.Linear or _hooked(m) for m in (first.proj, last)):
         return False
     parameters = [*first.parameters(), *last.parameters()]
     return (
