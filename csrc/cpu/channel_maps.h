@@ -16,8 +16,7 @@ constexpr int64_t kTask = 1 << 15;  // elements, at least, that a thread takes a
 constexpr int64_t kBlock = 64;      // pixels whose sums are centred together
 constexpr int64_t kChain = 16;      // pixels that are added one after the other
 
-// --- Maps
-// -----------------------------------------------------------------------------------------
+// --- Maps ---
 
 // [N, C, P] in memory, or [N, P, C] in channels_last.
 struct Map {
@@ -74,8 +73,7 @@ DFM_INLINE inline void for_channels(int64_t channels, F f) {
   if (c < channels) f(c, static_cast<int>(channels - c), std::integral_constant<int, 1>{});
 }
 
-// --- Statistics of channels
-// -----------------------------------------------------------------------
+// --- Statistics of channels ---
 
 constexpr int kSideBySide = 4;  // vectors, so that sums do not wait for one another
 

@@ -16,8 +16,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kTogether = 1 << 19;  // bytes of a group that stay in the second-level cache
 
-// --- The norm of a group, forward
-// -----------------------------------------------------------------
+// --- The norm of a group, forward ---
 
 // Everything [N, C] but rstd [N, G].
 template <class A>
@@ -105,8 +104,7 @@ void forward(const Map& map, const T* x, T* y, Norms<acc_t<T>>& norms, acc_t<T>*
   });
 }
 
-// --- Backward
-// -------------------------------------------------------------------------------------
+// --- Backward ---
 
 template <bool silu, class V>
 inline V slope(V dy, V z) {
@@ -335,8 +333,7 @@ void backward(const Map& map, const T* dy, const T* x, T* dx, Norms<acc_t<T>>& n
   if (dx) parallel(map.planes(), pixels, apply);
 }
 
-// --- Operators
-// ------------------------------------------------------------------------------------
+// --- Operators ---
 
 at::ScalarType wide(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
