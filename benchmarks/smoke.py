@@ -16,8 +16,8 @@ from dfm_fast._library import OPERATORS
 from dfm_fast.ops._filters import FILTERS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from cases import CASES  # noqa: E402
-from helpers import grads  # noqa: E402
+from cases import CASES
+from helpers import grads
 
 
 def first_cases(device: str, dtype: torch.dtype) -> None:
