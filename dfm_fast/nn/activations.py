@@ -223,9 +223,9 @@ def _recomputes(x: Tensor, first: nn.Module, dropout: nn.Module, last: nn.Module
 
 # --- Inference on a CPU ---------------------------------------------------------------------------
 
-# torch's fp32 products on a CPU are MKL's, which are half as fast as oneDNN's on AMD's processors
-# (measured, Zen 5: 896 -> 5376 of 2048 rows 116 ms, 60 ms). oneDNN orders the weights anew in every
-# call, which few rows do not repay.
+# torch's fp32 products on a CPU are MKL's, which take about twice oneDNN's time on an AMD processor
+# (896 -> 5376, 2048 rows). oneDNN orders the weights anew in every call, which few rows do not
+# repay.
 _FEWEST_ROWS = 256
 # A sum of so many products in fp32 at most: longer ones, which oneDNN adds up one by one, have more
 # than twice the rounding error of MKL's.
