@@ -3,8 +3,8 @@
 Forward, a program has a tile of rows of one sample, each whole: statistics and output come from one
 read. Backward, a program walks over a block of rows of one sample and keeps the sums that its
 modulation gets in registers; a second kernel adds those of all blocks, in order. All sizes of
-blocks follow from shapes, not from the device. Rows of more than 16384 elements, 8192
-backward, are left to the reference (in float64 half of that): a program's registers do not hold
+blocks follow from shapes, not from the device. Rows of more than 16384 elements, 8192 backward, are
+left to the reference (in float64 half of that), with a warning: a program's registers do not hold
 them.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -99,8 +100,15 @@ def _up_to(most: int, fallback: Callable[..., Any]) -> Callable[..., Any]:
     def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             x = args[1] if args[0] is None else args[0]
-            width = 8 if x.dtype == torch.float64 else 4
-            return (fallback if x.shape[-1] * width > most else launch)(*args)
+            limit = most // (8 if x.dtype == torch.float64 else 4)
+            if x.shape[-1] <= limit:
+                return launch(*args)
+            warnings.warn(
+                f"{launch.__name__}: rows of {x.shape[-1]} elements run in plain torch; the kernel "
+                f"takes up to {limit}",
+                stacklevel=2,
+            )
+            return fallback(*args)
 
         return call
 
