@@ -385,8 +385,16 @@ def on_gpu(
             entry["note"] = "timed as a plain call: it cannot be captured as a CUDA graph"
 
 
+def keep_freed_memory() -> None:
+    """glibc gives blocks back to the system, to be zeroed page by page when they are wanted again,
+    above a limit that it raises to the largest one freed so far, 32 MiB at most: else the rows of
+    one run differ by what ran before them."""
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
 def measure(row: Row, device: str, seconds: float, say: Say) -> tuple[dict, Callable[[], Any]]:
     """(record, our call): everything for one row. Raises GateError."""
+    keep_freed_memory()
     with clock_of(device) as clock:
         inputs = make_inputs(row, device)
         providers, missing = assemble(row, inputs, say)
