@@ -1,6 +1,7 @@
 """Activations and feed-forward layers, beyond the shared suite."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -304,6 +305,14 @@ def test_feed_forward_compiles_whole():
     torch.testing.assert_close(compiled(x), layer(x))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("activation", DIFFUSERS)
+def test_layers_are_pickled(activation):
+    """As torch.save of a whole model, or a process pool, does."""
+    layer, x = FeedForward(8, activation_fn=activation), torch.randn(3, 8)
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(again(x), layer(x))
 
 
 def test_modules_say_what_is_wrong():

@@ -25,29 +25,42 @@ class _Activation(NamedTuple):
     gradient: Callable[[Tensor, Tensor], Tensor] | None  # of dy and x, where it is one operator
 
 
-def _geglu(approximate: str) -> _Activation:
-    name = "gelu" if approximate == "none" else "gelu_tanh"
-    function = partial(geglu, approximate=approximate)
-    return _Activation(
-        2, function, ("gelu", approximate), lambda dy, x: _ops.glu_backward(dy, x, name)
-    )
+# Modules hold their activation: all of it has a name, so that they can be pickled.
 
 
-def _sigmoid_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
+def _glu_gradient(activation: str, dy: Tensor, x: Tensor) -> Tensor:
+    return _ops.glu_backward(dy, x, activation)
+
+
+def _gelu_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    return _aten.gelu_backward(dy, x)
 
 
 def _gelu_tanh_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return _ops.gelu_tanh_backward(dy, x, None, False)[0]
 
 
+def _silu_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    return _aten.silu_backward(dy, x)
+
+
+def _sigmoid_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _geglu(approximate: str) -> _Activation:
+    function = partial(geglu, approximate=approximate)
+    gradient = partial(_glu_gradient, "gelu" if approximate == "none" else "gelu_tanh")
+    return _Activation(2, function, ("gelu", approximate), gradient)
+
+
 _ACTIVATIONS = {
     "geglu": _geglu("none"),
-    "swiglu": _Activation(2, swiglu, ("swish", ""), lambda dy, x: _ops.glu_backward(dy, x, "silu")),
-    "gelu": _Activation(1, F.gelu, ("gelu", "none"), _aten.gelu_backward),
+    "swiglu": _Activation(2, swiglu, ("swish", ""), partial(_glu_gradient, "silu")),
+    "gelu": _Activation(1, F.gelu, ("gelu", "none"), _gelu_gradient),
     "gelu-approximate": _Activation(1, gelu_tanh, ("gelu", "tanh"), _gelu_tanh_gradient),
     "geglu-approximate": _Activation(1, _sigmoid_gelu, None, None),
-    "linear-silu": _Activation(1, F.silu, ("swish", ""), _aten.silu_backward),
+    "linear-silu": _Activation(1, F.silu, ("swish", ""), _silu_gradient),
 }
 
 
