@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     for name, value in versions.items():
         print(f"{name:<9} {value}")
     print()
+    width = max(len(row.operator) for row in rows)
     for row in rows:
-        line = f"{row.operator:<20} {row.device:<5} {row.implementation:<16} {row.reason}"
-        print(textwrap.fill(line, 110, subsequent_indent=" " * 44))
+        line = f"{row.operator:<{width}} {row.device:<5} {row.implementation:<16} {row.reason}"
+        print(textwrap.fill(line, width + 90, subsequent_indent=" " * (width + 24)))
     return 0
