@@ -162,16 +162,6 @@ Rows rows_of(const char* op, const char* argument, const Tensor& x) {
   return {count, size, x.stride(-2)};
 }
 
-template <class T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
-
 // Rows of a task.
 int64_t grain(int64_t size) { return kGrain / (size + 1) + 1; }
 

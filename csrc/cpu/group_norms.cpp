@@ -335,13 +335,9 @@ void backward(const Map& map, const T* dy, const T* x, T* dx, Norms<acc_t<T>>& n
 
 // --- Operators ---
 
-at::ScalarType wide(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // In the arithmetic type, kept alive by whoever holds it.
 Tensor widened(const MaybeTensor& v, const Tensor& x) {
-  return v ? v->to(wide(x)).contiguous() : Tensor();
+  return v ? v->to(accumulation(x)).contiguous() : Tensor();
 }
 template <class A>
 A* data(const Tensor& v) {
@@ -360,7 +356,7 @@ void check_vector(const char* op, const char* name, const MaybeTensor& v, at::In
 
 Tensor empty_like(const Tensor& x) { return at::empty(x.sizes(), x.options(), layout_of(x)); }
 Tensor small(const Tensor& x, at::IntArrayRef sizes) {
-  return at::empty(sizes, x.options().dtype(wide(x)));
+  return at::empty(sizes, x.options().dtype(accumulation(x)));
 }
 
 std::tuple<Tensor, Tensor> channel_statistics_cpu(const Tensor& x) {

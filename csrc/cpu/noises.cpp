@@ -33,10 +33,6 @@ void check_dense(const char* op, const char* argument, const Tensor& x, at::Memo
               ", got sizes ", x.sizes(), " and strides ", x.strides());
 }
 
-at::ScalarType accumulation(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // One number per sample (and level): t, mask, grad.
 void check_table(const char* op, const char* argument, const Tensor& table, at::ScalarType dtype,
                  IntArrayRef sizes) {
@@ -83,15 +79,6 @@ void dispatch_beside(const Tensor& x, at::ScalarType dtype, const char* op, F f)
       return f(zero, fp16{});
     }
   });
-}
-
-template <class T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
 }
 
 // --- philox_normal, add_noise ---

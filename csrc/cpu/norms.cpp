@@ -54,13 +54,9 @@ T* data_of(const Tensor& x) {
   return x.defined() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
 }
 
-at::ScalarType wide(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 // Modulation as the kernels load it: in x's dtype or its arithmetic type.
 Tensor beside(const Tensor& modulation, const Tensor& x) {
-  return modulation.scalar_type() == x.scalar_type() ? modulation : modulation.to(wide(x));
+  return modulation.scalar_type() == x.scalar_type() ? modulation : modulation.to(accumulation(x));
 }
 
 // f(zero of x's type, zero of the modulation's type).
@@ -72,7 +68,7 @@ void dispatch_pair(const char* op, const Tensor& x, at::ScalarType modulation, F
 
 Tensor empty_like(const Tensor& x) { return at::empty(x.sizes(), x.options()); }
 Tensor statistic(const Tensor& x) {
-  return at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(wide(x)));
+  return at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(accumulation(x)));
 }
 
 // --- Forward ---
@@ -90,7 +86,7 @@ std::tuple<Tensor, Tensor> rms_norm_cpu(const Tensor& x, const Optional& weight,
   Tensor y = empty_like(x), rstd = statistic(x);
   Tensor w = weight ? beside(*weight, x) : Tensor();
   Sizes size = sizes_of(x, true);
-  dispatch_pair(op, x, w.defined() ? w.scalar_type() : wide(x), [&](auto t, auto m) {
+  dispatch_pair(op, x, w.defined() ? w.scalar_type() : accumulation(x), [&](auto t, auto m) {
     using T = decltype(t);
     using M = decltype(m);
     auto from = rows_of<T>(op, x, size);

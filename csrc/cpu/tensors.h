@@ -14,6 +14,20 @@ inline at::MemoryFormat layout_of(const at::Tensor& x) {
   return x.is_contiguous(last) ? last : at::MemoryFormat::Contiguous;
 }
 
+template <class T>
+inline const T* data(const at::Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+template <class T>
+inline T* mutable_data(const at::Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// The dtype in which x is computed with: acc_t of its storage type.
+inline at::ScalarType accumulation(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 // f(zero of the storage type).
 template <class F>
 void dispatch(at::ScalarType dtype, const char* op, F f) {
