@@ -51,9 +51,12 @@ inline V activate(V z) {
   return z;
 }
 
+// Asks for what lies `ahead` of x: the memory has little to do while this computes.
 template <bool silu, class T>
-void forward_plane(const T* x, T* y, int64_t n, acc_t<T> centre, acc_t<T> scale, acc_t<T> offset) {
+void forward_plane(const T* x, T* y, int64_t n, acc_t<T> centre, acc_t<T> scale, acc_t<T> offset,
+                   int64_t ahead = 0) {
   for_vectors<acc_t<T>>(n, [=](int64_t i, auto count) DFM_INLINE {
+    if (ahead) __builtin_prefetch(x + i + ahead, 0, 2);
     store(y + i, activate<silu>((load(x + i, count) - centre) * scale + offset), count);
   });
 }
@@ -80,23 +83,24 @@ template <bool silu, class T>
 void forward(const Map& map, const T* x, T* y, Norms<acc_t<T>>& norms, acc_t<T>* mean,
              acc_t<T>* m2) {
   const int64_t groups = map.samples * map.groups, group = map.size() * map.pixels;
-  auto apply = [&](int64_t plane) {
+  auto apply = [&](int64_t plane, int64_t ahead = 0) {
     int64_t at = plane * map.pixels;
     forward_plane<silu>(x + at, y + at, map.pixels, norms.centre[plane], norms.scale[plane],
-                        norms.offset[plane]);
+                        norms.offset[plane], ahead);
   };
   if (!map.last && together(map, 2 * sizeof(T))) {
     parallel(groups, group, [&](int64_t i) {
       for (int64_t c = i * map.size(); mean && c < (i + 1) * map.size(); ++c)
         statistics_plane(map, x, c, mean, m2);
       norms.group(map, i);
-      for (int64_t c = i * map.size(); c < (i + 1) * map.size(); ++c) apply(c);
+      int64_t ahead = i + 1 < groups ? group : 0;  // the next one's first pass
+      for (int64_t c = i * map.size(); c < (i + 1) * map.size(); ++c) apply(c, ahead);
     });
     return;
   }
   if (mean) statistics(map, x, mean, m2);
   parallel(groups, map.size() * 16, [&](int64_t i) { norms.group(map, i); });
-  if (!map.last) return parallel(map.planes(), map.pixels, apply);
+  if (!map.last) return parallel(map.planes(), map.pixels, [&](int64_t plane) { apply(plane); });
   parallel_pixels(map, [&](int64_t n, int64_t, int64_t first, int64_t end) {
     int64_t at = (n * map.pixels + first) * map.channels, c = n * map.channels;
     forward_pixels<silu>(x + at, y + at, end - first, map.channels, &norms.centre[c],
