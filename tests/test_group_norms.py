@@ -87,6 +87,17 @@ def test_statistics_of_a_jump(layout):
     assert constant.m2.max() < 1e-10
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_pre_activations_without_bounds(device, layout):
+    """Of infinite ones silu is what torch's is: infinite, and not a number."""
+    x, weight, bias, _ = inputs(device)
+    bias[:6] = torch.tensor([torch.inf, -torch.inf, 1e30, -1e30, 100.0, -100.0])
+    got = dfm_fast.group_norm_silu(relayout(x, layout), GROUPS, weight, bias)
+    want = F.silu(F.group_norm(x, GROUPS, weight, bias))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
 def test_more_blocks_than_one():
     """Large enough for several tasks of pixels, with an end that fills none."""
     x, *small = inputs(shape=(2, 40, 67, 83))

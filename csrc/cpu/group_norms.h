@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "functions.h"
 
@@ -58,12 +59,11 @@ inline Vec<float> exp_of_minus(Vec<float> z) {
 
 #else
 
-// e^-z up to 3e-7 of it, z from -87 to 87: 2^n 2^f, n = round(x), and a minimax polynomial.
+// e^-z up to 3e-7 of it: 2^n 2^f, n = round(x), and a minimax polynomial.
 inline Vec<float> exp_of_minus(Vec<float> z) {
   using V = Vec<float>;
   using I = Vec<int32_t>;
   V x = z * -1.44269504f;
-  x = x < 126 ? x : V{} + 126;
   x = x > -126 ? x : V{} - 126;
   V n = x + 0x1.8p23f, f = x - (n - 0x1.8p23f);  // adding it rounds to a whole number
   V p = f * 1.5353362e-4f + 1.3398874e-3f;
@@ -72,7 +72,8 @@ inline Vec<float> exp_of_minus(Vec<float> z) {
   p = p * f + 2.4022648e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1;
-  return detail::bits_as<V>(detail::bits_as<I>(p) + (detail::bits_as<I>(n) << 23));
+  V power = detail::bits_as<V>(detail::bits_as<I>(p) + (detail::bits_as<I>(n) << 23));
+  return x > 127 ? V{} + std::numeric_limits<float>::infinity() : power;
 }
 
 #endif
@@ -116,17 +117,18 @@ DFM_INLINE inline Sums<K, A> sum_row(int64_t n, F f) {
   return total;
 }
 
-// Sums of d and d² of a row, d = x - centre.
+// Sums of x, and of d and d², d = x - centre.
 template <class T, class A = acc_t<T>>
-DFM_INLINE inline Sums<2, A> centred_sums(const T* x, int64_t n, A centre) {
-  return sum_row<2, A>(n, [=](int64_t i, auto count, Vec<A>(&s)[2]) DFM_INLINE {
-    Vec<A> d = keep<A>(load(x + i, count) - centre, count);
-    s[0] += d;
-    s[1] += d * d;
+DFM_INLINE inline Sums<3, A> centred_sums(const T* x, int64_t n, A centre) {
+  return sum_row<3, A>(n, [=](int64_t i, auto count, Vec<A>(&s)[3]) DFM_INLINE {
+    Vec<A> v = load(x + i, count), d = keep<A>(v - centre, count);
+    s[0] += v;  // 0 in the lanes over the end
+    s[1] += d;
+    s[2] += d * d;
   });
 }
 
-// Of a contiguous row, in blocks: the first is read twice, from the first-level cache the second
+// Of a contiguous row, in blocks. The first is read twice, from the first-level cache the second
 // time, and so is every block that the mean so far centres badly: where more than three quarters of
 // its squares would cancel. The others are read once.
 constexpr int64_t kRowBlock = 1024;
@@ -137,20 +139,14 @@ inline Moments row_moments(const T* x, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kRowBlock) {
     int64_t size = std::min(kRowBlock, n - begin);
     const T* p = x + begin;
-    if (begin > 0) {
-      A centre = moments.mean;
-      auto [d, squares] = centred_sums(p, size, centre).of;
-      double rest = double(d) / size, found = squares - d * rest;
-      if (!(squares > 4 * found)) {
-        moments.merge(size, centre + rest, found);
-        continue;
-      }
+    A centre = moments.mean;
+    auto sums = centred_sums(p, size, centre);
+    auto [sum, d, squares] = sums.of;
+    if (begin == 0 || !(squares < 4 * (squares - d * (d / size)))) {
+      centre = sum / size;
+      sums = centred_sums(p, size, centre);
     }
-    auto sum = sum_row<1, A>(
-        size, [=](int64_t i, auto count, Vec<A>(&s)[1]) DFM_INLINE { s[0] += load(p + i, count); });
-    A centre = sum.of[0] / size;
-    auto [d, squares] = centred_sums(p, size, centre).of;
-    moments.add(size, sum.of[0], centre, d, squares);
+    moments.add(size, sum, centre, sums.of[1], sums.of[2]);
   }
   return moments;
 }
