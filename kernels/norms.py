@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from dfm_fast.kernels._aot import Specialisation
-from dfm_fast.kernels.resample import on_device
-from dfm_fast.kernels.row_norms import _add_blocks_kernel, _backward_kernel, _forward_kernel
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
+from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.resample import on_device
+from dfm_fast.kernels.row_norms import _add_blocks_kernel, _backward_kernel, _forward_kernel
 from dfm_fast.ops import norms as reference
 
 FORWARD, BACKWARD = 65536, 32768  # bytes of the longest row, in the arithmetic type

@@ -1,0 +1,436 @@
+"""The DFM transformer: against itself written out, against SiT, and what it promises."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dfm_fast.flow import DecomposableFlow, Laplacian
+from dfm_fast.models import (
+    DFM_B,
+    DFM_L,
+    DFM_XL,
+    DFMTransformer,
+    dit_state_dict,
+    expand_to_dfm,
+    sit_state_dict,
+)
+from dfm_fast.models.dfm import precondition, sincos_2d
+from dfm_fast.models.dfm_plain import plain_forward
+
+SMALL = {"hidden_size": 64, "depth": 2, "num_heads": 2, "num_classes": 10, "input_size": (8, 8)}
+
+
+def small(seed=0, **options):
+    """Random where a new model is zero."""
+    torch.manual_seed(seed)
+    model = DFMTransformer(**{**SMALL, **options}).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    return model
+
+
+def inputs(model, batch=3, base=8, frames=0, dtype=torch.float32):
+    """levels, t, active, y"""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [
+        (batch, c, *([frames] if frames else []), base * p, base * p)
+        for c, p in zip(model.channels, model.patch_sizes, strict=True)
+    ]
+    levels = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    t = torch.rand(batch, model.num_levels, generator=generator)
+    return levels, t, torch.ones(t.shape, dtype=torch.bool), torch.arange(batch) % 10
+
+
+def assert_close(got, want, rtol=2e-5):
+    """Relative to the largest value."""
+    for g, w in zip(got, want, strict=True):
+        assert (g is None) == (w is None)
+        if g is not None:
+            assert (g - w).abs().max() <= rtol * w.abs().max()
+
+
+# --- Sizes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "parameters"),
+    [
+        (DFM_XL, {}, 679_107_476),
+        (DFM_B, {}, 132_279_572),
+        (DFM_L, {}, 461_245_460),
+        (DFM_XL, {"in_channels": 16}, 679_245_776),
+        (DFM_XL, {"in_channels": 16, "patch_sizes": (1, 2, 4)}, 684_117_840),
+        (DFM_XL, {"patch_sizes": (2,)}, 674_816_272),  # SiT-XL/2
+    ],
+)
+def test_parameter_counts(make, options, parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in make(**options).parameters()) == parameters
+
+
+# --- Values ---------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "default": {},
+    "one-level": {"patch_sizes": (2,)},
+    "three-levels": {"patch_sizes": (1, 2, 4)},
+    "rope": {"positions": "rope"},
+    "qk-norm": {"positions": "rope", "qk_norm": True},
+    "stages": {"stage_embedding": True},
+    "edm": {"data_std": (0.7, 0.2)},
+    "haar": {"in_channels": (4, 12), "patch_sizes": (1, 1)},
+    "unconditional": {"num_classes": 0},
+    "flipped": {"flip_time": True},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_itself_written_out(name):
+    """Velocities and gradients of all parameters."""
+    model = small(**VARIANTS[name]).double()
+    levels, t, active, y = inputs(model, dtype=torch.float64)
+    y = y if model.num_classes else None
+    results = []
+    for forward in (model, lambda *a, **k: plain_forward(model, *a, **k)):
+        out = forward(levels, t, active, y=y)
+        loss = sum(v.square().mean() for v in out)
+        results.append((out, torch.autograd.grad(loss, list(model.parameters()))))
+    # The sin-cos table and the sinusoid of t are in float32.
+    assert_close(results[0][0], results[1][0], 1e-6)
+    assert_close(results[0][1], results[1][1], 1e-6)
+    single = small(**VARIANTS[name])
+    got = single([v.float() for v in levels], t, active, y=y)
+    assert_close(got, [v.float() for v in results[1][0]])
+
+
+def test_other_sizes_than_the_kept_positions():
+    model = small()
+    levels, t, active, y = inputs(model, base=6)
+    want = plain_forward(model, levels, t, active, y=y)
+    assert_close(model(levels, t, active, y=y), want)
+    narrow = [v[..., : v.shape[-1] // 2].contiguous() for v in levels]
+    want = plain_forward(model, narrow, t, active, y=y)
+    assert_close(model(narrow, t, active, y=y), want)
+
+
+def test_sincos_turns_columns_then_rows():
+    table = sincos_2d(3, 5, 16).view(3, 5, 2, 2, 4)  # [h, w, axis, sin or cos, frequency]
+    frequencies = 10000.0 ** (-torch.arange(4) / 4)
+    for i in range(3):
+        for j in range(5):
+            for axis, position in enumerate((j, i)):
+                angles = position * frequencies
+                torch.testing.assert_close(table[i, j, axis, 0], angles.sin())
+                torch.testing.assert_close(table[i, j, axis, 1], angles.cos())
+
+
+@pytest.mark.parametrize("name", ["default", "three-levels", "edm", "rope"])
+def test_none_equals_zeros(name):
+    """A level that nobody has active: its bias and its noise level of 1 are still there."""
+    model = small(**VARIANTS[name])
+    levels, t, active, y = inputs(model)
+    t[:, -1], active[:, -1] = 1, False
+    zeros = [*levels[:-1], torch.zeros_like(levels[-1])]
+    got = model([*levels[:-1], None], t, active, y=y)
+    assert got[-1] is None
+    assert_close(got[:-1], model(zeros, t, active, y=y)[:-1])
+    moved = model([*levels[:-1], None], t - 0.5 * ~active, active, y=y)
+    assert not torch.allclose(moved[0], got[0])
+    with torch.no_grad():
+        model.patch_bias[-1] += 1
+    assert not torch.allclose(model([*levels[:-1], None], t, active, y=y)[0], got[0])
+
+
+def test_videos_by_rope_3d():
+    model = small(positions="rope", hidden_size=96, num_heads=2)
+    levels, t, active, y = inputs(model, batch=2, base=4, frames=3)
+    out = model(levels, t, active, y=y)
+    assert [v.shape for v in out] == [v.shape for v in levels]
+    assert_close(out, plain_forward(model, levels, t, active, y=y))
+    # Frames see one another.
+    levels[0][:, :, 2] += 1
+    assert not torch.allclose(model(levels, t, active, y=y)[1][:, :, 0], out[1][:, :, 0])
+
+
+def test_a_new_model_gives_zeros():
+    torch.manual_seed(0)
+    model = DFMTransformer(**SMALL)
+    assert all(not v.any() for v in model(*inputs(model)[:3]))
+
+
+def test_preconditioning_gives_unit_variances():
+    """Of what the network sees and of its target, uncorrelated: 2^20 values of each."""
+    generator = torch.Generator().manual_seed(0)
+    sigma, t = 0.35, torch.tensor(0.3, dtype=torch.float64)
+    x, eps = (torch.randn(1 << 20, generator=generator, dtype=torch.float64) for _ in range(2))
+    c_in, c_skip, c_out = precondition(sigma, t)
+    x_t = (1 - t) * sigma * x + t * eps
+    seen, target = c_in * x_t, (eps - sigma * x - c_skip * x_t) / c_out
+    for value in (seen.std() - 1, target.std() - 1, (seen * target).mean()):
+        assert value.abs() < 0.005
+
+
+# --- Labels, training -----------------------------------------------------------------------------
+
+
+def test_labels_are_dropped_in_training_only():
+    model = small(class_dropout=1.0)
+    levels, t, active, y = inputs(model)
+    null = model(levels, t, active, y=torch.full_like(y, model.null_class))
+    assert_close(model(levels, t, active), null)
+    with_labels = model(levels, t, active, y=y)
+    assert not torch.allclose(with_labels[0], null[0])
+    assert_close(model.train()(levels, t, active, y=y), null)
+
+
+def test_checkpointing_changes_no_bit():
+    grads = []
+    for checkpointing in (False, True):
+        model = small(checkpointing=checkpointing, class_dropout=0.0).train()
+        levels, t, active, y = inputs(model)
+        loss = sum(v.square().mean() for v in model(levels, t, active, y=y))
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_one_graph_under_the_compiler():
+    model = small()
+    levels, t, active, y = inputs(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for given in (levels, [levels[0], None]):
+        assert_close(compiled(given, t, active, y=y), model(given, t, active, y=y))
+        loss = compiled(given, t, active, y=y)[0].square().mean()
+        want = model(given, t, active, y=y)[0].square().mean()
+        parameters = [model.heads.weight, model.patch_bias, model.blocks[0].attn.qkv.weight]
+        assert_close(
+            torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), 1e-4
+        )
+
+
+def test_under_autocast_the_sum_of_blocks_stays_wide():
+    model = small()
+    levels, t, active, y = inputs(model)
+    want = model(levels, t, active, y=y)
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(levels, t, active, y=y)
+    assert seen == [torch.float32]
+    assert all(v.dtype == torch.float32 for v in got)
+    assert_close(got, want, 0.05)
+
+
+def test_trains_and_samples():
+    """Twenty steps on one picture: the loss falls well under that of a model of zeros, 1 + E x²."""
+    torch.manual_seed(0)
+    flow = DecomposableFlow(Laplacian(2))
+    model = DFMTransformer(**{**SMALL, "in_channels": 1, "input_size": (4, 4)})
+    x = torch.linspace(-1, 1, 8).expand(64, 1, 8, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = flow.loss(model, x, y=torch.zeros(64, dtype=torch.int64)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:3]) * 10 / 3
+    y = torch.zeros(2, dtype=torch.int64)
+    options = {"cfg_scale": 1.5, "uncond": {"y": torch.full_like(y, model.null_class)}}
+    out = flow.sample(model.eval(), (2, 1, 8, 8), steps=(3, 2), seed=0, y=y, **options)
+    assert out.shape == (2, 1, 8, 8)
+    assert out.isfinite().all()
+
+
+# --- SiT and DiT ----------------------------------------------------------------------------------
+
+
+class SiT(nn.Module):
+    """Plain SiT: one level, time from noise 0 to data 1, velocity x - eps; published key names."""
+
+    def __init__(self, dim=64, depth=2, heads=2, patch=2, channels=4, classes=10, outputs=8):
+        super().__init__()
+        self.heads, self.patch, self.channels, self.outputs = heads, patch, channels, outputs
+        self.x_embedder = nn.Module()
+        self.x_embedder.proj = nn.Conv2d(channels, dim, patch, patch)
+        self.t_embedder, self.y_embedder = nn.Module(), nn.Module()
+        self.t_embedder.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.y_embedder.embedding_table = nn.Embedding(classes + 1, dim)
+        self.pos_embed = nn.Parameter(sincos_2d(8, 8, dim).unsqueeze(0), requires_grad=False)
+        self.blocks = nn.ModuleList(self.block(dim) for _ in range(depth))
+        self.final_layer = nn.Module()
+        self.final_layer.linear = nn.Linear(dim, patch * patch * outputs)
+        self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    @staticmethod
+    def block(dim):
+        block = nn.Module()
+        block.attn, block.mlp = nn.Module(), nn.Module()
+        block.attn.qkv, block.attn.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        block.mlp.fc1, block.mlp.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        block.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        return block
+
+    def forward(self, x, t, y):
+        def norm(x, shift, scale):
+            x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            return x * (1 + scale[:, None]) + shift[:, None]
+
+        n, _, height, width = x.shape
+        tokens = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
+        steps = torch.exp(-torch.log(torch.tensor(1e4)) * torch.arange(128) / 128)
+        angles = t[:, None] * steps
+        c = self.t_embedder.mlp(torch.cat((angles.cos(), angles.sin()), 1))
+        c = c + self.y_embedder.embedding_table(y)
+        for b in self.blocks:
+            m = b.adaLN_modulation(c).chunk(6, 1)
+            qkv = b.attn.qkv(norm(tokens, m[0], m[1])).view(n, -1, 3, self.heads, 32)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            tokens = tokens + m[2][:, None] * b.attn.proj(a)
+            h = F.gelu(b.mlp.fc1(norm(tokens, m[3], m[4])), approximate="tanh")
+            tokens = tokens + m[5][:, None] * b.mlp.fc2(h)
+        m = self.final_layer.adaLN_modulation(c).chunk(2, 1)
+        out = self.final_layer.linear(norm(tokens, *m))
+        p = self.patch
+        out = out.view(n, height // p, width // p, p, p, self.outputs)
+        out = out.permute(0, 5, 1, 3, 2, 4).reshape(n, self.outputs, height, width)
+        return out[:, : self.channels]
+
+
+@pytest.mark.parametrize("outputs", [4, 8], ids=["velocity", "learn-sigma"])
+def test_equals_sit_with_its_weights(outputs):
+    torch.manual_seed(0)
+    theirs = SiT(outputs=outputs)
+    for p in theirs.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.1)
+    ours = DFMTransformer(**SMALL, patch_sizes=(2,), flip_time=True).eval()
+    ours.load_state_dict(sit_state_dict(theirs.state_dict()))
+    (x,), t, _, y = inputs(ours)
+    (got,) = ours([x], t, y=y)
+    want = -theirs(x, 1 - t[:, 0], y)  # eps - x at noise level t
+    assert_close([got], [want])
+
+
+def test_dit_is_the_same_layout_unturned():
+    torch.manual_seed(0)
+    theirs = SiT()
+    ours = DFMTransformer(**SMALL, patch_sizes=(2,)).eval()
+    ours.load_state_dict(dit_state_dict(theirs.state_dict()))
+    (x,), t, _, y = inputs(ours)
+    assert_close(ours([x], t, y=y), [theirs(x, t[:, 0], y)])
+
+
+def test_wrong_checkpoints_are_named():
+    state = SiT().state_dict()
+    with pytest.raises(ValueError, match=r"expected the key 'y_embedder\.embedding_table"):
+        sit_state_dict({k: v for k, v in state.items() if "y_embedder" not in k})
+    with pytest.raises(ValueError, match="expected SiT's keys, got extra more"):
+        sit_state_dict({**state, "extra": torch.zeros(1)})
+
+
+# --- Expansion ------------------------------------------------------------------------------------
+
+
+def test_expanded_model_is_unchanged_and_learns():
+    model = small(patch_sizes=(1,))
+    wide = expand_to_dfm(model, (2,))
+    assert wide.patch_sizes == (1, 2)
+    levels, t, active, y = inputs(wide)
+    (want,) = model(levels[:1], t[:, :1], y=y)
+    coarse, fine = wide(levels, t, active, y=y)
+    assert_close([coarse], [want])
+    assert not fine.any()
+    wide.train()(levels, t, active, y=y)[1].sum().backward()
+    assert wide.heads.bias.grad[-1] != 0
+
+
+# --- Saving ---------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded(tmp_path):
+    model = small(positions="rope", qk_norm=True, data_std=(0.7, 0.2))
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["_class_name"] == "DFMTransformer"
+    assert config["patch_sizes"] == [1, 2]
+    again = DFMTransformer.from_pretrained(tmp_path / "model")
+    levels, t, active, y = inputs(model)
+    for got, want in zip(again(levels, t, active, y=y), model(levels, t, active, y=y), strict=True):
+        assert torch.equal(got, want)
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    kept = small()
+    kept.save_pretrained(tmp_path / "kept")
+    assert torch.equal(
+        DFMTransformer.from_pretrained(tmp_path / "kept").position_table, kept.position_table
+    )
+    half = DFMTransformer.from_pretrained(tmp_path / "kept", dtype=torch.bfloat16)
+    assert half.heads.weight.dtype == torch.bfloat16
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    small().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"heads.bias: expected shape \[9\], got \[20\]"):
+        DFMTransformer.from_pretrained(tmp_path, in_channels=1, patch_sizes=[1, 2, 2])
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
+    model = small()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        small(seed=1).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("patch_sizes", {"patch_sizes": ()}),
+        ("patch_sizes", {"patch_sizes": (1, 0)}),
+        ("hidden_size", {"hidden_size": 66}),
+        ("positions", {"positions": "learned"}),
+        ("class_dropout", {"class_dropout": 1.5}),
+        ("in_channels", {"in_channels": (4,)}),
+        ("data_std", {"data_std": (1.0,)}),
+        ("data_std", {"data_std": (1.0, 0.0)}),
+    ],
+)
+def test_wrong_arguments_are_named(argument, options):
+    with pytest.raises((ValueError, TypeError), match=f"DFMTransformer: {argument}: expected"):
+        DFMTransformer(**{**SMALL, **options})
+
+
+def test_wrong_inputs_are_named():
+    model = small(stage_embedding=True)
+    levels, t, active, y = inputs(model)
+
+    def fails(match, *args, **kwargs):
+        with pytest.raises((ValueError, TypeError), match=match):
+            model(*args, **kwargs)
+
+    fails("levels: expected 2 levels, got 1", levels[:1], t, active)
+    fails("levels: expected at least one level", [None, None], t, active)
+    fails(r"levels\[1\]: expected tokens", [levels[0], levels[1][..., :8]], t, active)
+    fails(r"levels\[0\]: expected \[N, 4,", [levels[0][:, :3], levels[1]], t, active)
+    fails("active: expected", levels, t)
+    fails("y: expected int64", levels, t, active, y=y.float())
+    fails("y: expected int64", levels, t, active, y=y[:2])
+    video = [v.unsqueeze(2).expand(-1, -1, 2, -1, -1) for v in levels]
+    fails("levels: expected images, as positions are 'sincos', got 2 frames", video, t, active)
