@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import dfm_fast.kernels
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+import dfm_fast.kernels
 
 # Target -> (Triton's target, shared memory per block in KiB).
 TARGETS = {
