@@ -43,18 +43,17 @@ def _long_forward_kernel(
     origin = tl.zeros([ROWS, 1], ACC)
     mean, m2 = origin, origin
     squares = tl.zeros([ROWS, CHUNK], ACC)
-    for start in range(0, D, CHUNK):
-        offs_d = start + tl.arange(0, CHUNK)[None, :]
-        mask_d = offs_d < D
-        mask = mask_d & mask_t
-        m_mask = mask if EACH else mask_d
-        to = row * DV * VEC + offs_d
-        x = _residual(
-            _tile(x_ptr, b, t, x_b, x_t, offs_d, mask, VEC, ACC),
-            y_ptr, gate_ptr, residual_ptr, b, t, m_t, offs_d, to, mask, m_mask,
-            y_b, y_t, gate_b, gate_t, VEC, ACC,
-        )  # fmt: skip
-        if out_ptr is not None:
+    if out_ptr is not None:
+        for start in range(0, D, CHUNK):
+            offs_d = start + tl.arange(0, CHUNK)[None, :]
+            mask_d = offs_d < D
+            mask = mask_d & mask_t
+            x = _tile(x_ptr, b, t, x_b, x_t, offs_d, mask, VEC, ACC)
+            if y_ptr is not None:
+                x = _residual(
+                    x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, mask if EACH else mask_d,
+                    y_b, y_t, gate_b, gate_t, residual_ptr.dtype.element_ty, VEC, ACC,
+                )  # fmt: skip
             if RMS:
                 squares += x * x
             else:
@@ -68,27 +67,30 @@ def _long_forward_kernel(
                 step = centre - mean
                 mean += step * share
                 m2 += tl.sum(x * x, 1, keep_dims=True) + step * step * (start * share)
-    if out_ptr is not None:
-        rounded = origin + mean
-        lost = (origin - rounded) + mean
         if RMS:
             m2 = tl.sum(squares, 1, keep_dims=True)
-        else:
-            tl.store(mean_ptr + row, rounded, mask_t)
         rstd = _rsqrt(m2 / D + EPS)
+        rounded = origin + mean
+        lost = (origin - rounded) + mean
         tl.store(rstd_ptr + row, rstd, mask_t)
+        if not RMS:
+            tl.store(mean_ptr + row, rounded, mask_t)
+    for start in range(0, D, CHUNK):
+        offs_d = start + tl.arange(0, CHUNK)[None, :]
+        mask_d = offs_d < D
+        mask = mask_d & mask_t
+        m_mask = mask if EACH else mask_d
+        to = row * DV * VEC + offs_d
+        x = _tile(x_ptr, b, t, x_b, x_t, offs_d, mask, VEC, ACC)
+        # Once more: what other threads have stored needs more than a barrier on some GPUs.
         if y_ptr is not None:
-            tl.debug_barrier()  # other threads may have stored what a thread reads
-        for start in range(0, D, CHUNK):
-            offs_d = start + tl.arange(0, CHUNK)[None, :]
-            mask_d = offs_d < D
-            mask = mask_d & mask_t
-            m_mask = mask if EACH else mask_d
-            to = row * DV * VEC + offs_d
-            if y_ptr is not None:
-                x = tl.load(residual_ptr + to, mask, other=0.0).to(ACC)
-            else:
-                x = _tile(x_ptr, b, t, x_b, x_t, offs_d, mask, VEC, ACC)
+            dtype: tl.constexpr = residual_ptr.dtype.element_ty
+            x = _residual(
+                x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+                dtype, VEC, ACC,
+            )  # fmt: skip
+            tl.store(residual_ptr + to, x.to(dtype), mask)
+        if out_ptr is not None:
             if not RMS:
                 x = x - rounded - lost
             out = _modulate(

@@ -22,17 +22,13 @@ def _centre(x, mean, mask, D):
 
 @triton.jit
 def _residual(
-    x, y_ptr, gate_ptr, residual_ptr, b, t, m_t, offs_d, to, mask, m_mask, y_b, y_t, gate_b, gate_t,
-    VEC: tl.constexpr, ACC: tl.constexpr,
+    x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+    dtype: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x + gate y as it is stored, which is what the norm is of; x itself where there is no y."""
-    if y_ptr is not None:
-        y = _tile(y_ptr, b, t, y_b, y_t, offs_d, mask, VEC, ACC)
-        gate = _tile(gate_ptr, b, m_t, gate_b, gate_t, offs_d, m_mask, VEC, ACC)
-        rounded = (x + gate * y).to(residual_ptr.dtype.element_ty)
-        tl.store(residual_ptr + to, rounded, mask)
-        x = rounded.to(ACC)
-    return x
+    """x + gate y rounded to `dtype`, as the norm is of what is stored."""
+    y = _tile(y_ptr, b, t, y_b, y_t, offs_d, mask, VEC, ACC)
+    gate = _tile(gate_ptr, b, m_t, gate_b, gate_t, offs_d, m_mask, VEC, ACC)
+    return (x + gate * y).to(dtype).to(ACC)
 
 
 @triton.jit
@@ -87,10 +83,13 @@ def _forward_kernel(
     row = b * T + t
     to = row * DV * VEC + offs_d
     x = _tile(x_ptr, b, t, x_b, x_t, offs_d, mask, VEC, ACC)
-    x = _residual(
-        x, y_ptr, gate_ptr, residual_ptr, b, t, m_t, offs_d, to, mask, m_mask,
-        y_b, y_t, gate_b, gate_t, VEC, ACC,
-    )  # fmt: skip
+    if y_ptr is not None:
+        dtype: tl.constexpr = residual_ptr.dtype.element_ty
+        x = _residual(
+            x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+            dtype, VEC, ACC,
+        )  # fmt: skip
+        tl.store(residual_ptr + to, x.to(dtype), mask)
     if out_ptr is not None:
         if not RMS:
             mean = tl.sum(x, 1, keep_dims=True) / D
