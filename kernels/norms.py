@@ -93,7 +93,7 @@ def _forward_tiles(rows: _Rows, wide: bool) -> _Tiles:
     block, size = triton.next_power_of_2(rows.D), 8 if wide else 4
     if rows.D * size > FORWARD:
         chunk = LONG_FORWARD // size
-        return _Tiles(_long_forward_kernel, 1, {"ROWS": 1, "CHUNK": chunk}, _warps(chunk, 16, wide))
+        return _Tiles(_long_forward_kernel, 1, {"ROWS": 1, "CHUNK": chunk}, _warps(chunk, 16, wide, 8))
     tile = min(max(4096 // block, 1), triton.next_power_of_2(max(rows.T, 1)))
     while tile > 1 and rows.B * triton.cdiv(rows.T, tile) < PROGRAMS:
         tile //= 2
@@ -165,7 +165,7 @@ def _backward_tiles(rows: _Rows, wide: bool, each: bool, sums: int, norm: bool) 
     just fit."""
     block, size, T = triton.next_power_of_2(rows.D), 8 if wide else 4, max(rows.T, 1)
     if rows.D * size > BACKWARD:
-        return _long_backward_tiles(rows, wide, each)
+        return _long_backward_tiles(rows, wide, each, norm)
     tile = min(max(1024 // block, 1), triton.next_power_of_2(T), 32)
     tiles = 1
     if not each and block * sums <= 40960:
@@ -176,7 +176,7 @@ def _backward_tiles(rows: _Rows, wide: bool, each: bool, sums: int, norm: bool) 
     return _Tiles(_backward_kernel, tile * tiles, constants, warps)
 
 
-def _long_backward_tiles(rows: _Rows, wide: bool, each: bool) -> _Tiles:
+def _long_backward_tiles(rows: _Rows, wide: bool, each: bool, norm: bool) -> _Tiles:
     """Up to eight rows, for their sums to be few beside them, as long as there are programs for two
     on each multiprocessor, which have room for no more."""
     tile = 1 if each else min(triton.next_power_of_2(max(rows.T, 1)), 8)
@@ -184,7 +184,7 @@ def _long_backward_tiles(rows: _Rows, wide: bool, each: bool) -> _Tiles:
         tile //= 2
     chunk = LONG_BACKWARD // (8 if wide else 4)
     constants = {"ROWS": tile, "CHUNK": chunk // tile}
-    return _Tiles(_long_backward_kernel, tile, constants, _warps(chunk, 8, wide, 8))
+    return _Tiles(_long_backward_kernel, tile, constants, _warps(chunk, 8 if norm else 16, wide, 8))
 
 
 def _backward(
