@@ -141,6 +141,11 @@ def _arch(device: torch.device) -> int:
     return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
+def _wide(*elements: int) -> bool:
+    """Whether an offset may pass 2^31."""
+    return max(elements) >= 2**31 - 2**20
+
+
 def linear_glu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     (M, K), D, size = x.shape, len(weight) // 2, x.element_size()
     if x.is_cuda and (size == 8 or (size == 4 and not torch.backends.cuda.matmul.allow_tf32)):
@@ -152,7 +157,7 @@ def linear_glu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
     stride = x.stride(0) if M > 1 else K
     tiles = _tiles(_arch(x.device), M, D, size)
     vec, out_vec = math.gcd(16 // size, K, stride), math.gcd(16 // size, D)
-    wide = max(M * stride, 2 * D * K, M * D) >= 2**31 - 2**20
+    wide = _wide(M * stride, 2 * D * K, M * D)
     with on_device(x):
         _linear_glu_kernel[(triton.cdiv(M, tiles.BM) * triton.cdiv(D, tiles.BN),)](
             *(x, weight, bias, out, M, D // out_vec, K // vec, stride // vec),

@@ -93,7 +93,9 @@ def _forward_tiles(rows: _Rows, wide: bool) -> _Tiles:
     block, size = triton.next_power_of_2(rows.D), 8 if wide else 4
     if rows.D * size > FORWARD:
         chunk = LONG_FORWARD // size
-        return _Tiles(_long_forward_kernel, 1, {"ROWS": 1, "CHUNK": chunk}, _warps(chunk, 16, wide, 8))
+        return _Tiles(
+            _long_forward_kernel, 1, {"ROWS": 1, "CHUNK": chunk}, _warps(chunk, 16, wide, 8)
+        )
     tile = min(max(4096 // block, 1), triton.next_power_of_2(max(rows.T, 1)))
     while tile > 1 and rows.B * triton.cdiv(rows.T, tile) < PROGRAMS:
         tile //= 2
