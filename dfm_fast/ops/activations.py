@@ -9,8 +9,9 @@ r"""Activations of feed-forward layers, each in one pass over what the projectio
     silu(b) = b sigmoid(b)
 
 `linear_glu` is either glu of a linear layer's output, without that output in memory; forward only,
-and not public: `nn.FeedForward` calls it. (Hendrycks & Gimpel 2016, arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202.) x is [..., 2D], or
-[..., D]. Backward saves x (and bias) only and computes the rest again: with g the activation,
+and not public: `nn.FeedForward` calls it. (Hendrycks & Gimpel 2016, arXiv 1606.08415; Shazeer 2020,
+arXiv 2002.05202.) x is [..., 2D], or [..., D]. Backward saves x (and bias) only and computes the
+rest again: with g the activation,
 
     da = dy g(b),  db = dy a g'(b),  dbias = sum of dx over rows
 
