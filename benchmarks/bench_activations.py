@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dfm_fast
-from benchmarks.harness import Row
+from benchmarks.harness import Rival, Row
 from benchmarks.shapes import FEED_FORWARDS, FeedForwardCase
-from dfm_fast.nn import FeedForward
+from dfm_fast.nn import GEGLU, FeedForward
+from dfm_fast.nn import activations as layers_module
 from dfm_fast.ops import activations
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -113,6 +114,46 @@ def feed_forward_row(name: str, dtype: torch.dtype = F32, **options: Any) -> Row
     )
 
 
+def gated_linear_row(name: str, dtype: torch.dtype, **options: Any) -> Row:
+    """The first layer alone, as one kernel against cuBLAS and `geglu`: what fills `MEASURED` in
+    dfm_fast/nn/activations.py."""
+    case = FEED_FORWARDS[name]
+    with torch.device("meta"):
+        layer = GEGLU(case.dim, case.inner)
+
+    def choose(choice: str) -> Callable[..., Tensor]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            before, layers_module.ONE_KERNEL = layers_module.ONE_KERNEL, choice
+            try:
+                given = {"proj.weight": weight, "proj.bias": bias}
+                return torch.func.functional_call(layer, given, (x,))
+            finally:
+                layers_module.ONE_KERNEL = before
+
+        return run
+
+    def written(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return WRITTEN["geglu"](F.linear(x, weight, bias))
+
+    shapes = ((*case.tokens, case.dim), (2 * case.inner, case.dim), (2 * case.inner,))
+    least = sum(map(math.prod, shapes)) + math.prod(case.tokens) * case.inner
+    return Row(
+        op="gated_linear",
+        variant="geglu",
+        case=name,
+        shapes=shapes,
+        ours=choose("1"),
+        reference=written,
+        least_bytes=least * dtype.itemsize,
+        eager=written,
+        compiled={"written out": written},
+        rivals={"cublas": Rival(lambda *inputs: partial(choose("0"), *inputs))},
+        dtype=dtype,
+        adapt=like_trained,
+        **options,
+    )
+
+
 def rows() -> Iterator[Row]:
     training = partial(activation_row, direction="training")
     yield activation_row("geglu", "snapgen", quick=True)
@@ -131,6 +172,10 @@ def rows() -> Iterator[Row]:
     yield training("geglu", "large_snapgen", BF16, device="cuda")
     yield training("gelu_tanh", "large_dit", BF16, device="cuda")
     yield feed_forward_row("large_snapgen", BF16, device="cuda", quick=True)
+    yield gated_linear_row("large_snapgen", BF16, device="cuda", quick=True)
+    yield gated_linear_row("snapgen_batch", BF16, device="cuda")
+    yield gated_linear_row("snapgen", BF16, device="cuda")
+    yield gated_linear_row("large_snapgen", torch.float16, device="cuda")
 
 
 ROWS = {r.id: r for r in rows()}

@@ -46,6 +46,7 @@ class FeedForwardCase(NamedTuple):
 FEED_FORWARDS = {
     "snapgen": FeedForwardCase((2, 1024), 896, 2688, "geglu"),  # its lowest resolution, 1024 px
     "dit": FeedForwardCase((4, 1024), 1152, 4608, "gelu_tanh"),  # DiT-XL, 512 px, patches of 2
+    "snapgen_batch": FeedForwardCase((8, 1024), 896, 2688, "geglu"),
     "large_snapgen": FeedForwardCase((16, 4096), 896, 2688, "geglu"),  # larger than any cache
     "large_dit": FeedForwardCase((32, 1024), 1152, 4608, "gelu_tanh"),
 }
@@ -100,6 +101,7 @@ GOALS = (
     Goal("cuda", "gelu_tanh-bias-large_dit-*-forward", "copy", 0.85),
     Goal("cuda", "gelu_tanh-bias-large_dit-*-forward", "compiled", 1.2),
     Goal("cuda", "feed_forward-*-forward", "compiled", 1.1),
+    Goal("cuda", "gated_linear-*-large_snapgen-*-forward", "cublas", 1.0),
     Goal("cpu", "qk_norm_rope-*-heads_16x64-float32-contiguous-forward", "eager", 5.0),
     Goal("*", "dit_block-*-training", "memory", 0.25),
     Goal("cpu", "*ada_layer_norm-dit_xl-float32-contiguous-forward", "eager", 3.0),

@@ -1,8 +1,8 @@
 """Compile kernels ahead of time, without a GPU, and read what the machine code says.
 
 Every kernel module lists what it launches in `specialisations()`; `dfm-fast check` and the tests
-compile each for every target and gate it: shared memory within the target's limit, no spills, and
-global loads as wide as promised.
+compile each for every target and gate it: shared memory within the target's limit, no spills,
+global loads as wide as promised, and matrix instructions where there must be some.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Specialisation:
     targets: tuple[str, ...] = tuple(TARGETS)
     load_bits: int = 0  # the widest global load must have at least so many
     options: dict[str, Any] = field(default_factory=dict)
+    instruction: str = ""  # pattern of one that its machine code must have
     normals: int = 0  # that a lane draws, where its code has no branch and no loop
 
 
@@ -76,11 +77,11 @@ def check(spec: Specialisation, target: str) -> Report:
     gpu, limit = TARGETS[target]
     try:
         compiled = _compile(spec, gpu)
-        found = _read_amd(compiled) if gpu.backend == "hip" else _read_nvidia(compiled, spec)
+        found = _read_amd(compiled) if gpu.backend == "hip" else _read_nvidia(compiled)
     except Exception as error:
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
         return Report(spec.name, spec.dtype, target, 0, 0, 0, 0, 0, (failure,))
-    registers, spills, load_bits, instructions = found
+    registers, spills, load_bits, code = found
     shared = compiled.metadata.shared
     failures = []
     if shared > limit * 1024:
@@ -89,9 +90,11 @@ def check(spec: Specialisation, target: str) -> Report:
         failures.append(f"spills: expected 0, got {spills}")
     if load_bits < spec.load_bits:
         failures.append(f"widest load: expected {spec.load_bits} bits, got {load_bits}")
+    if spec.instruction and not any(re.match(spec.instruction, op) for op in code):
+        failures.append(f"instructions: expected {spec.instruction}, got none")
     return Report(
-        spec.name, spec.dtype, target, registers, shared, spills, load_bits, instructions,
-        tuple(failures), instructions / spec.normals if spec.normals else 0.0,
+        spec.name, spec.dtype, target, registers, shared, spills, load_bits, len(code),
+        tuple(failures), len(code) / spec.normals if spec.normals else 0.0,
     )  # fmt: skip
 
 
@@ -119,7 +122,7 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _read_nvidia(compiled: Any, spec: Specialisation) -> tuple[int, int, int, int]:
+def _read_nvidia(compiled: Any) -> tuple[int, int, int, list[str]]:
     """(registers, bytes of stack, widest global load in bits, instructions)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -132,10 +135,10 @@ def _read_nvidia(compiled: Any, spec: Specialisation) -> tuple[int, int, int, in
     local = sum(op.startswith(("LDL", "STL")) for op in code)
     loads = [op for op in code if op.startswith(("LDG", "LDGSTS", "UBLKCP"))]
     bits = [int(m[1]) if (m := re.search(r"\.(64|128|256)\b", op)) else 32 for op in loads]
-    return registers, stack or 4 * local, max(bits, default=0), len(code)
+    return registers, stack or 4 * local, max(bits, default=0), code
 
 
-def _read_amd(compiled: Any) -> tuple[int, int, int, int]:
+def _read_amd(compiled: Any) -> tuple[int, int, int, list[str]]:
     """The same of gfx9 assembly; spills are counted in registers."""
     text = compiled.asm["amdgcn"]
     count = {
@@ -146,7 +149,7 @@ def _read_amd(compiled: Any) -> tuple[int, int, int, int]:
     code = re.findall(r"^\s+([sv]_\w+|global_\w+|buffer_\w+|ds_\w+)", text, re.M)
     spills = count["vgpr_spill_count"] + count["sgpr_spill_count"]
     bits = max((32 * int(width or 1) for width in widths), default=0)
-    return count["vgpr_count"], spills, bits, len(code)
+    return count["vgpr_count"], spills, bits, code
 
 
 def _run(*command: str) -> str:

@@ -21,6 +21,30 @@ def _centre(x, mean, mask, D):
 
 
 @triton.jit
+def _residual(
+    x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+    dtype: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x + gate y rounded to `dtype`, as the norm is of what is stored."""
+    y = _tile(y_ptr, b, t, y_b, y_t, offs_d, mask, VEC, ACC)
+    gate = _tile(gate_ptr, b, m_t, gate_b, gate_t, offs_d, m_mask, VEC, ACC)
+    return (x + gate * y).to(dtype).to(ACC)
+
+
+@triton.jit
+def _modulate(
+    out, scale_ptr, shift_ptr, b, m_t, offs_d, m_mask, scale_b, scale_t, shift_b, shift_t,
+    RMS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    if scale_ptr is not None:
+        scale = _tile(scale_ptr, b, m_t, scale_b, scale_t, offs_d, m_mask, VEC, ACC)
+        out *= scale if RMS else 1 + scale
+    if shift_ptr is not None:
+        out += _tile(shift_ptr, b, m_t, shift_b, shift_t, offs_d, m_mask, VEC, ACC)
+    return out
+
+
+@triton.jit
 def _rsqrt(x):
     """Correctly rounded steps: there is one a row."""
     if x.dtype == tl.float64:
@@ -60,11 +84,12 @@ def _forward_kernel(
     to = row * DV * VEC + offs_d
     x = _tile(x_ptr, b, t, x_b, x_t, offs_d, mask, VEC, ACC)
     if y_ptr is not None:
-        y = _tile(y_ptr, b, t, y_b, y_t, offs_d, mask, VEC, ACC)
-        gate = _tile(gate_ptr, b, m_t, gate_b, gate_t, offs_d, m_mask, VEC, ACC)
-        rounded = (x + gate * y).to(residual_ptr.dtype.element_ty)
-        tl.store(residual_ptr + to, rounded, mask)
-        x = rounded.to(ACC)  # the norm is of the rounded residual
+        dtype: tl.constexpr = residual_ptr.dtype.element_ty
+        x = _residual(
+            x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+            dtype, VEC, ACC,
+        )  # fmt: skip
+        tl.store(residual_ptr + to, x.to(dtype), mask)
     if out_ptr is not None:
         if not RMS:
             mean = tl.sum(x, 1, keep_dims=True) / D
@@ -72,12 +97,10 @@ def _forward_kernel(
             x = _centre(x, mean, mask, D)
         rstd = _rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
         tl.store(rstd_ptr + row, rstd, mask_t)
-        out = x * rstd
-        if scale_ptr is not None:
-            scale = _tile(scale_ptr, b, m_t, scale_b, scale_t, offs_d, m_mask, VEC, ACC)
-            out *= scale if RMS else 1 + scale
-        if shift_ptr is not None:
-            out += _tile(shift_ptr, b, m_t, shift_b, shift_t, offs_d, m_mask, VEC, ACC)
+        out = _modulate(
+            x * rstd, scale_ptr, shift_ptr, b, m_t, offs_d, m_mask,
+            scale_b, scale_t, shift_b, shift_t, RMS, VEC, ACC,
+        )  # fmt: skip
         tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask)
 
 

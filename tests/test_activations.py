@@ -1,5 +1,7 @@
 """Activations and feed-forward layers, beyond the shared suite."""
 
+import contextlib
+import itertools
 import math
 import pickle
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DEVICES, assert_within_budget, dtypes, grads
+from torch.utils.flop_counter import FlopCounterMode
 
 import dfm_fast
 from dfm_fast._library import INTERPRET
@@ -144,6 +147,119 @@ def test_only_inputs_are_saved():
     for out, count in ((dfm_fast.geglu(x), 1), (dfm_fast.gelu_tanh(x, bias), 2)):
         saved = out.grad_fn.saved_tensors
         assert [t.data_ptr() for t in saved] == [x.data_ptr(), bias.data_ptr()][:count]
+
+
+# --- A gated linear layer in one kernel -----------------------------------------------------------
+
+LINEAR_GLUS = {  # (M, K, D)
+    "small": (37, 24, 7),
+    "odd": (70, 17, 33),
+    "several tiles": (130, 136, 100),
+    "groups of tiles": (600, 8, 130),
+    "one row": (1, 64, 64),
+}
+
+
+@contextlib.contextmanager
+def allow_tf32(allowed):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@on_devices
+@pytest.mark.parametrize("size", LINEAR_GLUS)
+def test_linear_glu_is_the_layers(size, device, monkeypatch):
+    """x as a slice of wider rows, too; every tile of the table; 64-bit offsets."""
+    M, K, D = LINEAR_GLUS[size]
+    torch.manual_seed(0)
+    ways = ["", "slice", "no bias"]
+    if INTERPRET or device == "cuda":
+        kernels = pytest.importorskip("dfm_fast.kernels.gated_linears")
+        ways += ["large tiles", "64-bit"]
+    for dtype, way in itertools.product(dtypes(device), ways):
+        x, w = torch.randn(M, K + 8), torch.randn(2 * D, K) / K**0.5
+        x = x.to(device, dtype)[:, :K]
+        x = x if way == "slice" else x.contiguous()
+        w, bias = w.to(device, dtype), torch.randn(2 * D).to(device, dtype)
+        bias = None if way == "no bias" else bias
+        activation = {"slice": "silu", "no bias": "gelu_tanh"}.get(way, "gelu")
+        with monkeypatch.context() as patch, allow_tf32(True):
+            if way == "large tiles":
+                patch.setattr(kernels, "MANY", 1)
+            if way == "64-bit":
+                patch.setattr(kernels, "_wide", lambda *_: True)
+            got = torch.ops.dfm_fast.linear_glu(x, w, bias, activation)
+        ref = activations._linear_glu(x, w, bias, activation)
+        wide = (None if t is None else t.double() for t in (x, w, bias))
+        exact = activations._linear_glu(*wide, activation)
+        unit = dtype
+        if device == "cuda" and dtype == torch.float32:  # TF32 has float16's 10 bits
+            ref = activations._linear_glu(x.half().float(), w.half().float(), bias, activation)
+            unit = torch.float16
+        assert_within_budget(got, ref, exact.cpu(), cap=8.0, what=f"{dtype} {way}", inputs=unit)
+
+
+@on_devices
+def test_linear_glu_is_an_operator(device):
+    for rows in (0, 5):
+        x, w, b = (torch.randn(s, device=device).half() for s in ((rows, 16), (14, 16), (14,)))
+        torch.library.opcheck(torch.ops.dfm_fast.linear_glu, (x, w, b, "silu"))
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.dfm_fast.linear_glu(x, w, b, "silu")
+    assert counter.get_total_flops() == 5 * 14 * (2 * 16 + 7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only there it is refused")
+def test_linear_glu_takes_float32_where_tf32_is_allowed():
+    x = torch.randn(4, 8, device="cuda")
+    with (
+        allow_tf32(False),
+        pytest.raises(TypeError, match="linear_glu: x: expected bfloat16, float16, or float32 "),
+    ):
+        torch.ops.dfm_fast.linear_glu(x, x, None, "gelu")
+
+
+@pytest.mark.skipif(not INTERPRET and len(DEVICES) == 1, reason="of Triton's kernels")
+@pytest.mark.parametrize("activation", ["geglu", "swiglu"])
+def test_feed_forward_in_one_kernel_only_where_it_can(activation, monkeypatch):
+    calls, run = [], activations._ops.linear_glu
+    monkeypatch.setattr(layers._ops, "linear_glu", lambda *a: calls.append(0) or run(*a))
+    device = DEVICES[-1]
+    layer = FeedForward(16, activation_fn=activation).eval().to(device, torch.float16)
+    x = torch.randn(2, 9, 16, device=device, dtype=torch.float16)
+    want = layer(x).detach()
+    with torch.no_grad():
+        layer(x)  # nothing is measured: cuBLAS
+        monkeypatch.setattr(layers, "ONE_KERNEL", "1")
+        assert not calls
+        for given in (x, x.mT.contiguous().mT):
+            got = layer(given)
+            torch.testing.assert_close(got, want, atol=4e-3, rtol=4e-3)
+        assert len(calls) == 2
+        with torch.autocast(device, torch.bfloat16):
+            layer(x)
+        narrow = FeedForward(12, activation_fn=activation).to(device, torch.float16)
+        narrow(x[..., :12])
+        hook = layer.net[0].proj.register_forward_hook(lambda *_: None)
+        layer(x)
+        hook.remove()
+    layer(x)
+    FeedForward(16, activation_fn="gelu").to(device, torch.float16)(x)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("rows", "taken"), [(63, False), (64, True)])
+def test_one_kernel_as_measured(rows, taken, monkeypatch):
+    monkeypatch.setattr(layers, "MEASURED", {((9, 0), torch.bfloat16): (64, 32)})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    x = torch.empty(rows, 32, dtype=torch.bfloat16)
+    assert layers._measured_faster(x) == taken
+    assert not layers._measured_faster(x.half())
+    assert not layers._measured_faster(torch.empty(rows, 40, dtype=torch.bfloat16))
 
 
 # --- Modules --------------------------------------------------------------------------------------

@@ -95,6 +95,19 @@ def test_a_failed_gate_is_an_exit_status(monkeypatch, tmp_path, capsys):
     assert main(["check", "--target", "sm_1"]) == 1
 
 
+def test_a_gated_linear_layer_multiplies_with_wgmma():
+    from dfm_fast.kernels import _aot
+
+    spec = next(
+        s for s in _aot.specialisations()
+        if (s.name, s.dtype, s.targets) == ("linear_glu", "bf16", ("sm_90",))
+    )  # fmt: skip
+    assert spec.instruction == "HGMMA"
+    assert _aot.check(spec, "sm_90").failures == ()
+    (failure,) = _aot.check(_with(spec, instruction="UTC.MMA"), "sm_90").failures
+    assert failure == "instructions: expected UTC.MMA, got none"
+
+
 def _with(spec, **changes):
     import dataclasses
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import DEVICES, dtypes, relayout
+from helpers import DEVICES, assert_within_budget, dtypes, relayout
 from torch.nn import functional as F
 
 import dfm_fast
+from dfm_fast._library import INTERPRET
 from dfm_fast.nn import GroupNormSiLU
 from dfm_fast.ops.group_norms import channel_statistics_ref, group_norm_silu_ref
 
@@ -37,6 +38,36 @@ def test_given_statistics_change_no_bit(device, layout):
             *(torch.autograd.grad(v, leaves, dy) for v in (plain, cached)), strict=True
         ):
             assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the choice of Triton's launches")
+@pytest.mark.parametrize(
+    ("shape", "groups", "merging"),
+    [
+        ((2, 12, 24, 25), 3, True),  # rows of 4 channels
+        ((1, 6, 40, 30), 2, True),  # groups of 3: rows of one channel
+        ((2, 12, 120, 151), 3, True),  # several blocks
+        ((1, 42, 3, 3), 2, False),  # more moments than pixels to spare
+    ],
+)
+def test_the_pass_that_applies_merges_where_that_is_little(shape, groups, merging, monkeypatch):
+    kernels = pytest.importorskip("dfm_fast.kernels.group_norms")
+    launch, used = kernels._merging, []
+    monkeypatch.setattr(kernels, "_merging", lambda *a: used.append(launch(*a)) or used[-1])
+    for given in (4, 2, 1):  # of x, weight, bias, shift
+        args = inputs(shape=shape)
+        small = [v if i < given else None for i, v in enumerate(args)][1:]
+        got = dfm_fast.group_norm_silu(args[0], groups, *small)
+        exact = group_norm_silu_ref(
+            args[0].double(), groups, *(None if v is None else v.double() for v in small)
+        )
+        ref = group_norm_silu_ref(args[0], groups, *small)
+        assert_within_budget(got, ref, exact, cap=64.0, what=f"{given} given")
+        statistics = dfm_fast.channel_statistics(args[0])
+        assert torch.equal(
+            got, dfm_fast.group_norm_silu(args[0], groups, *small, statistics=statistics)
+        )
+    assert [plan is not None for plan in used] == [merging] * 3
 
 
 @pytest.mark.parametrize("device", DEVICES)

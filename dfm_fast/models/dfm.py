@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dfm_fast import _checks
 from dfm_fast.models._pretrained import Pretrained
+from dfm_fast.nn._linears import linear
 from dfm_fast.nn.activations import FeedForward
 from dfm_fast.ops import (
     ada_layer_norm,
@@ -117,14 +118,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """x [B, T, D]; rotary (cos, sin) [T, d/2] or None."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, T, H, d]
+        qkv = linear(x, self.qkv.weight, self.qkv.bias)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, T, H, d]
         if self.q_norm is not None or rotary is not None:
             weights = (
                 (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
             )
             q, k = qk_norm_rope(q, k, *weights, *(rotary or (None, None)), eps=EPS)
         heads = (a.transpose(1, 2) for a in (q, k, v))
-        return self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return linear(y, self.proj.weight, self.proj.bias)
 
 
 class Block(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dfm_fast import _checks
-from dfm_fast._library import differentiable
+from dfm_fast._library import INTERPRET, differentiable
+from dfm_fast.nn._linears import FEWEST_ROWS, LONGEST_SUM, linear, serves
 from dfm_fast.ops import geglu, gelu_tanh, swiglu
 
 _ops, _aten = torch.ops.dfm_fast, torch.ops.aten
@@ -23,6 +25,7 @@ class _Activation(NamedTuple):
     function: Callable[[Tensor], Tensor]
     onednn: tuple[str, str] | None  # the gate's name and form as an epilogue, where there is one
     gradient: Callable[[Tensor, Tensor], Tensor] | None  # of dy and x, where it is one operator
+    glu: str = ""  # its name in `_ops.glu`, where there are two halves
 
 
 # Modules hold their activation: all of it has a name, so that they can be pickled.
@@ -50,13 +53,13 @@ def _sigmoid_gelu(x: Tensor) -> Tensor:
 
 def _geglu(approximate: str) -> _Activation:
     function = partial(geglu, approximate=approximate)
-    gradient = partial(_glu_gradient, "gelu" if approximate == "none" else "gelu_tanh")
-    return _Activation(2, function, ("gelu", approximate), gradient)
+    glu = "gelu" if approximate == "none" else "gelu_tanh"
+    return _Activation(2, function, ("gelu", approximate), partial(_glu_gradient, glu), glu)
 
 
 _ACTIVATIONS = {
     "geglu": _geglu("none"),
-    "swiglu": _Activation(2, swiglu, ("swish", ""), partial(_glu_gradient, "silu")),
+    "swiglu": _Activation(2, swiglu, ("swish", ""), partial(_glu_gradient, "silu"), "silu"),
     "gelu": _Activation(1, F.gelu, ("gelu", "none"), _gelu_gradient),
     "gelu-approximate": _Activation(1, gelu_tanh, ("gelu", "tanh"), _gelu_tanh_gradient),
     "geglu-approximate": _Activation(1, _sigmoid_gelu, None, None),
@@ -71,7 +74,7 @@ class _LinearOfActivation(torch.autograd.Function):
     def forward(ctx, h, weight, bias, activation):
         ctx.save_for_backward(h, weight)
         ctx.activation, ctx.bias = activation, None if bias is None else bias.dtype
-        return F.linear(activation.function(h), weight, bias)
+        return linear(activation.function(h), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -96,11 +99,12 @@ _BLOCK = 1 << 18
 def _hidden_gradient(dy: Tensor, weight: Tensor, h: Tensor, activation: _Activation) -> Tensor:
     """That of h, for dy of the linear layer, all [rows, ...]. That of f(h) is as large, and in
     blocks never there whole."""
-    step = max(64, _BLOCK // h.shape[1]) if h.device.type == "cpu" else max(1, len(h))
-    weight, dh = weight.to(dy.dtype), torch.empty_like(h)
+    step = max(FEWEST_ROWS, _BLOCK // h.shape[1]) if h.device.type == "cpu" else max(1, len(h))
+    weight, dh = weight.to(dy.dtype).t(), torch.empty_like(h)
+    weight = weight.contiguous() if serves(dy, weight) else weight
     for start in range(0, len(h), step):
         part = slice(start, start + step)
-        part_dh = activation.gradient((dy[part] @ weight).to(h.dtype), h[part])
+        part_dh = activation.gradient(linear(dy[part], weight).to(h.dtype), h[part])
         if len(part_dh) == len(h):
             return part_dh
         dh[part] = part_dh
@@ -143,6 +147,11 @@ class _ActivatedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        if _one_kernel_serves(x, self):
+            proj, rows = self.proj, x.flatten(0, -2)
+            rows = rows if rows.stride(1) == 1 else rows.contiguous()
+            y = _ops.linear_glu(rows, proj.weight, proj.bias, self.activation.glu)
+            return y.unflatten(0, x.shape[:-1])
         return self.activation.function(self.proj(x))
 
 
@@ -177,7 +186,8 @@ class FeedForward(nn.Module):
     In training backward keeps what the first layer gave and computes the activation again for the
     second one's gradient (not with dropout between them). On a CPU in inference oneDNN computes
     activation and gate as epilogues of its products, so that the wide hidden tensor is never
-    written: see `_inference`.
+    written: see `_inference`. On a GPU that takes one kernel of ours, where it was measured faster
+    or the environment has DFM_FAST_LINEAR_GLU=1: see `MEASURED`.
     """
 
     def __init__(
@@ -210,7 +220,8 @@ class FeedForward(nn.Module):
         if not (self.training and dropout.p) and _epilogues_serve(x, first, last):
             return _inference(x.flatten(0, -2), first, last).unflatten(0, x.shape[:-1])
         if not (self.training and dropout.p) and _recomputes(x, first, dropout, last):
-            x = _LinearOfActivation.apply(first.proj(x), last.weight, last.bias, first.activation)
+            h = linear(x, first.proj.weight, first.proj.bias)
+            x = _LinearOfActivation.apply(h, last.weight, last.bias, first.activation)
             return x if len(self.net) == 3 else self.net[3](x)
         for module in self.net:
             x = module(x)
@@ -227,6 +238,8 @@ def _recomputes(x: Tensor, first: nn.Module, dropout: nn.Module, last: nn.Module
     return (
         not torch.compiler.is_compiling()
         and _plain(first, dropout, last)
+        and type(first.proj) is nn.Linear
+        and not _hooked(first.proj)
         and type(last) is nn.Linear
         and first.activation.gradient is not None
         and type(x) is Tensor
@@ -234,15 +247,49 @@ def _recomputes(x: Tensor, first: nn.Module, dropout: nn.Module, last: nn.Module
     )
 
 
-# --- Inference on a CPU ---------------------------------------------------------------------------
+# --- Inference on a GPU ---------------------------------------------------------------------------
 
-# torch's fp32 products on a CPU are MKL's, which take about twice oneDNN's time on an AMD processor
-# (896 -> 5376, 2048 rows). oneDNN orders the weights anew in every call, which few rows do not
-# repay.
-_FEWEST_ROWS = 256
-# A sum of so many products in fp32 at most: longer ones, which oneDNN adds up one by one, have more
-# than twice the rounding error of MKL's.
-_LONGEST_SUM = 1024
+# Where a gated projection and its activation as one kernel (`kernels/gated_linears.py`) were found
+# faster than cuBLAS and the activation: (compute capability, dtype) -> (fewest rows, widest x).
+# Nothing has been measured yet, so cuBLAS serves.
+MEASURED: dict[tuple[tuple[int, int], torch.dtype], tuple[int, int]] = {}
+# "1": wherever it can, "0": nowhere, else as measured.
+ONE_KERNEL = os.environ.get("DFM_FAST_LINEAR_GLU", "")
+
+
+def _one_kernel_serves(x: Tensor, first: _ActivatedLinear) -> bool:
+    if ONE_KERNEL == "0" or not (ONE_KERNEL or MEASURED) or torch.compiler.is_compiling():
+        return False
+    proj = first.proj
+    if not first.activation.glu or type(proj) is not nn.Linear or _hooked(proj):
+        return False
+    return (
+        (x.is_cuda or INTERPRET)
+        and type(x) is Tensor
+        and x.ndim >= 2
+        and x.shape[-1] == proj.in_features
+        and x.shape[-1] % 8 == 0  # rows of whole vectors
+        and not differentiable(x, *proj.parameters())
+        and not torch.is_autocast_enabled(x.device.type)
+        and all(
+            p.dtype == x.dtype and p.device == x.device and p.is_contiguous()
+            for p in proj.parameters()
+        )
+        and (x.dtype.itemsize == 2 or (x.dtype == torch.float32 and _tf32(x)))
+        and (ONE_KERNEL == "1" or _measured_faster(x))
+    )
+
+
+def _tf32(x: Tensor) -> bool:
+    return torch.backends.cuda.matmul.allow_tf32 or not x.is_cuda
+
+
+def _measured_faster(x: Tensor) -> bool:
+    found = MEASURED.get((torch.cuda.get_device_capability(x.device), x.dtype))
+    return found is not None and x.numel() >= found[0] * x.shape[-1] and x.shape[-1] <= found[1]
+
+
+# --- Inference on a CPU ---------------------------------------------------------------------------
 
 
 def _epilogues_serve(x: Tensor, first: nn.Module, last: nn.Module) -> bool:
@@ -256,7 +303,7 @@ def _epilogues_serve(x: Tensor, first: nn.Module, last: nn.Module) -> bool:
     parameters = [*first.parameters(), *last.parameters()]
     return (
         x.ndim >= 2
-        and x.numel() >= _FEWEST_ROWS * x.shape[-1] > 0
+        and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
         and type(x) is Tensor
         and not differentiable(x, *parameters)
         and not torch.is_autocast_enabled("cpu")
@@ -281,7 +328,7 @@ def _inference(x: Tensor, first: _ActivatedLinear, last: nn.Linear) -> Tensor:
     linear = torch.ops.mkldnn._linear_pointwise  # what Inductor calls
     activation, form = first.activation.onednn
     weight, bias, inner = first.proj.weight, first.proj.bias, last.in_features
-    blocks = -(-inner // _LONGEST_SUM) if x.dtype == torch.float32 else 1
+    blocks = -(-inner // LONGEST_SUM) if x.dtype == torch.float32 else 1
     width = -(-inner // blocks)
     y, x = None, x.contiguous()
     for start in range(0, inner, width):

@@ -8,8 +8,10 @@ r"""Activations of feed-forward layers, each in one pass over what the projectio
     tanh form: Φ(b) = (1 + tanh(u)) / 2 = sigmoid(2u),  u = √(2/π) (b + 0.044715 b³)
     silu(b) = b sigmoid(b)
 
-(Hendrycks & Gimpel 2016, arXiv 1606.08415; Shazeer 2020, arXiv 2002.05202.) x is [..., 2D], or
-[..., D]. Backward saves x (and bias) only and computes the rest again: with g the activation,
+`linear_glu` is either glu of a linear layer's output, without that output in memory; forward only,
+and not public: `nn.FeedForward` calls it. (Hendrycks & Gimpel 2016, arXiv 1606.08415; Shazeer 2020,
+arXiv 2002.05202.) x is [..., 2D], or [..., D]. Backward saves x (and bias) only and computes the
+rest again: with g the activation,
 
     da = dy g(b),  db = dy a g'(b),  dbias = sum of dx over rows
 
@@ -67,6 +69,12 @@ def _glu_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
     a, b = wide.chunk(2, -1)
     da, db = dy * _activate(b, activation), _activate_backward(dy * a, b, activation)
     return torch.cat((da, db), -1).to(x.dtype)
+
+
+def _linear_glu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    wide, weight = _wide(x, weight)
+    bias = None if bias is None else bias.to(wide.dtype)
+    return _glu(F.linear(wide, weight, bias), activation).to(x.dtype)
 
 
 def _gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -129,6 +137,14 @@ define(
     fake=lambda dy, x, activation: x.new_empty(x.shape),
     kernel="activations:glu_backward",
     flops=lambda dy, x, *_: 15 * math.prod(x),
+)
+# For `nn.FeedForward` on a GPU, in inference: x [M, K], its rows at one stride, weight [2D, K].
+define(
+    "linear_glu(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
+    reference=_linear_glu,
+    fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0] // 2),
+    kernel="gated_linears:linear_glu",
+    flops=lambda x, weight, *_: x[0] * weight[0] * (2 * x[1] + 7),
 )
 define(
     "gelu_tanh(Tensor x, Tensor? bias) -> Tensor",
