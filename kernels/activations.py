@@ -14,9 +14,10 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.resample import on_device
-from torch import Tensor
 
 BLOCK = 1024  # elements of a program
 COLUMNS = 256  # of a program of the summing kernels, at most

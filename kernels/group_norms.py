@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.map_norms import (
     _apply_kernel,
@@ -31,9 +34,6 @@ from dfm_fast.kernels.map_norms import (
     _sums_kernel,
 )
 from dfm_fast.kernels.resample import on_device
-from torch import Tensor
-
-from dfm_fast._library import INTERPRET
 from dfm_fast.ops._layouts import empty_in, memory_format
 
 TILE = 16384 if INTERPRET else 4096  # elements; the interpreter's time is per operation

@@ -31,15 +31,15 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from dfm_fast._library import INTERPRET
 from dfm_fast.kernels import pyramids
 from dfm_fast.kernels._aot import TARGETS, Specialisation
 from dfm_fast.kernels.patches import join
 from dfm_fast.kernels.philox import PLAIN, four, stream
 from dfm_fast.kernels.resample import on_device
 from dfm_fast.kernels.tiles import WARP, is_last
-from torch import Tensor
-
-from dfm_fast._library import INTERPRET
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops._scales import accumulation
 

@@ -35,6 +35,8 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from dfm_fast.kernels import resample, walks
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.patches import (
@@ -54,7 +56,6 @@ from dfm_fast.kernels.patches import (
     up_adjoint,
 )
 from dfm_fast.kernels.tiles import described, is_last, launch
-from torch import Tensor
 
 # --- Kernels. Levels are [P, H, W, C]. STEPS halvings; factor 4 has two and no middle level ---
 

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
-from dfm_fast.kernels._aot import Specialisation
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
+from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.ops._filters import axis_taps, half, halve, halvings
 from dfm_fast.ops.pyramids import memory_format
 

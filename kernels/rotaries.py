@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from dfm_fast.kernels._aot import TARGETS, Specialisation
-from dfm_fast.kernels.resample import on_device
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
+from dfm_fast.kernels._aot import TARGETS, Specialisation
+from dfm_fast.kernels.resample import on_device
 
 HEADS = 16  # of a tile, at most
 TILE = 4096  # elements of a tile; half as many in backward, and of float64

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from dfm_fast.kernels._aot import Specialisation
-from dfm_fast.kernels.resample import on_device
 from torch import Tensor
 
+from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.resample import on_device
 from dfm_fast.ops._layouts import empty_in, memory_format
 
 BLOCK = 1024

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from dfm_fast.kernels.resample import on_device
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
+from dfm_fast.kernels.resample import on_device
 from dfm_fast.ops.pyramids import memory_format
 
 

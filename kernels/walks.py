@@ -9,6 +9,7 @@ patch recomputes its halo above and below. A lane re-reads one step before its r
 
 import triton
 import triton.language as tl
+
 from dfm_fast.kernels.patches import (
     lanes,
     load_row,
