@@ -323,7 +323,7 @@ def test_dropout_is_between_the_layers_and_only_in_training():
 @pytest.mark.parametrize("bias", [True, False])
 def test_inference_on_a_cpu_equals_the_layers(activation, bias, dtype, monkeypatch):
     """In blocks of the hidden tensor; against float64, no worse than layer by layer."""
-    monkeypatch.setattr(layers, "_LONGEST_SUM", 32)  # 3 blocks
+    monkeypatch.setattr(layers, "LONGEST_SUM", 32)  # 3 blocks
     layer = FeedForward(24, 10, 3, activation_fn=activation, bias=bias).to(dtype).eval()
     x = torch.randn(2, 140, 24).to(dtype)
     by_layers = layer(x).detach()  # autograd's path
