@@ -68,27 +68,31 @@ _ACTIVATIONS = {
 
 
 class _LinearOfActivation(torch.autograd.Function):
-    """linear(f(h)): keeps h, where f's own backward and the linear layer's would keep f(h) too."""
+    """linear(f(h)): keeps h, where f's own backward and the linear layer's would keep f(h) too. On a
+    CPU f(h) and its gradient, as large as h, come in blocks of rows and are never there whole."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, activation):
         ctx.save_for_backward(h, weight)
         ctx.activation, ctx.bias = activation, None if bias is None else bias.dtype
-        return linear(activation.function(h), weight, bias)
+        rows = h.flatten(0, -2)
+        parts = [linear(activation.function(rows[p]), weight, bias) for p in _blocks(rows)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return y.view(*h.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         h, weight = ctx.saved_tensors
+        need_dh, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         rows, dh, dweight, dbias = dy.flatten(0, -2), None, None, None
-        if ctx.needs_input_grad[1]:
-            y = ctx.activation.function(h).to(dy.dtype).flatten(0, -2)
-            dweight = (rows.t() @ y).to(weight.dtype)
-            del y
-        if ctx.needs_input_grad[2]:
+        hidden = h.flatten(0, -2)
+        if need_dweight:
+            dweight = _weight_gradient(rows, hidden, ctx.activation).to(weight.dtype)
+        if need_dbias:
             dbias = rows.sum(0).to(ctx.bias)
-        if ctx.needs_input_grad[0]:
-            dh = _hidden_gradient(rows, weight, h.flatten(0, -2), ctx.activation).view(h.shape)
+        if need_dh:
+            dh = _hidden_gradient(rows, weight, hidden, ctx.activation).view(h.shape)
         return dh, dweight, dbias, None
 
 
@@ -96,16 +100,29 @@ class _LinearOfActivation(torch.autograd.Function):
 _BLOCK = 1 << 18
 
 
+def _blocks(rows: Tensor) -> list[slice]:
+    """One at least."""
+    step = max(FEWEST_ROWS, _BLOCK // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+    return [slice(i, i + step) for i in range(0, max(1, len(rows)), max(1, step))]
+
+
+def _weight_gradient(dy: Tensor, h: Tensor, activation: _Activation) -> Tensor:
+    """The transpose of dy times f(h). A narrow dtype would be rounded once a block: all at once."""
+    blocks = _blocks(h) if dy.dtype.itemsize >= 4 else [slice(None)]
+    total = None
+    for part in blocks:
+        left, right = dy[part].t(), activation.function(h[part]).to(dy.dtype)
+        total = left @ right if total is None else total.addmm_(left, right)
+    return total
+
+
 def _hidden_gradient(dy: Tensor, weight: Tensor, h: Tensor, activation: _Activation) -> Tensor:
-    """That of h, for dy of the linear layer, all [rows, ...]. That of f(h) is as large, and in
-    blocks never there whole."""
-    step = max(FEWEST_ROWS, _BLOCK // h.shape[1]) if h.device.type == "cpu" else max(1, len(h))
-    weight, dh = weight.to(dy.dtype).t(), torch.empty_like(h)
+    """That of h, for dy of the linear layer, all [rows, ...]."""
+    weight, dh, blocks = weight.to(dy.dtype).t(), torch.empty_like(h), _blocks(h)
     weight = weight.contiguous() if serves(dy, weight) else weight
-    for start in range(0, len(h), step):
-        part = slice(start, start + step)
+    for part in blocks:
         part_dh = activation.gradient(linear(dy[part], weight).to(h.dtype), h[part])
-        if len(part_dh) == len(h):
+        if len(blocks) == 1:
             return part_dh
         dh[part] = part_dh
     return dh
