@@ -68,8 +68,8 @@ _ACTIVATIONS = {
 
 
 class _LinearOfActivation(torch.autograd.Function):
-    """linear(f(h)): keeps h, where f's own backward and the linear layer's would keep f(h) too. On a
-    CPU f(h) and its gradient, as large as h, come in blocks of rows and are never there whole."""
+    """linear(f(h)): keeps h, where f's own backward and the linear layer's would keep f(h) too. On
+    a CPU f(h) and its gradient, as large as h, come in blocks of rows and are never there whole."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, activation):
