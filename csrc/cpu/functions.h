@@ -61,6 +61,36 @@ inline Vec<double> exp(Vec<double> x) {
   return by_lane(x, [](double v) { return std::exp(v); });
 }
 
+// 2^x for finite x, up to 3e-7 of it: 2^n 2^f, n = round(x), and a minimax polynomial.
+inline Vec<float> exp2_of(Vec<float> x) {
+  using V = Vec<float>;
+#if defined(__AVX512F__)
+  V n = detail::bits_as<V>(_mm512_maskz_roundscale_ps(0xffff, detail::bits_as<__m512>(x), 8)),
+    f = x - n;
+#else
+  x = x < 126 ? x : V{} + 126;
+  x = x > -126 ? x : V{} - 126;
+  V n = x + 0x1.8p23f, f = x - (n - 0x1.8p23f);  // adding it rounds to a whole number
+#endif
+  V p = f * 1.5353362e-4f + 1.3398874e-3f;
+  p = p * f + 9.6184373e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1;
+#if defined(__AVX512F__)
+  return detail::bits_as<V>(
+      _mm512_maskz_scalef_ps(0xffff, detail::bits_as<__m512>(p), detail::bits_as<__m512>(n)));
+#else
+  using I = Vec<int32_t>;
+  return detail::bits_as<V>(detail::bits_as<I>(p) + (detail::bits_as<I>(n) << 23));
+#endif
+}
+
+inline Vec<double> exp2_of(Vec<double> x) {
+  return by_lane(x, [](double v) { return std::exp2(v); });
+}
+
 // 1 / (1 + e^-x); 0 where e^-x is infinite.
 template <class V>
 inline V sigmoid(V x) {

@@ -29,32 +29,6 @@ struct Moments {
   }
 };
 
-// 2^x for finite x, up to 3e-7 of it: 2^n 2^f, n = round(x), and a minimax polynomial.
-inline Vec<float> exp2_of(Vec<float> x) {
-  using V = Vec<float>;
-#if defined(__AVX512F__)
-  V n = detail::bits_as<V>(_mm512_maskz_roundscale_ps(0xffff, detail::bits_as<__m512>(x), 8)),
-    f = x - n;
-#else
-  x = x < 126 ? x : V{} + 126;
-  x = x > -126 ? x : V{} - 126;
-  V n = x + 0x1.8p23f, f = x - (n - 0x1.8p23f);  // adding it rounds to a whole number
-#endif
-  V p = f * 1.5353362e-4f + 1.3398874e-3f;
-  p = p * f + 9.6184373e-3f;
-  p = p * f + 5.5503324e-2f;
-  p = p * f + 2.4022648e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1;
-#if defined(__AVX512F__)
-  return detail::bits_as<V>(
-      _mm512_maskz_scalef_ps(0xffff, detail::bits_as<__m512>(p), detail::bits_as<__m512>(n)));
-#else
-  using I = Vec<int32_t>;
-  return detail::bits_as<V>(detail::bits_as<I>(p) + (detail::bits_as<I>(n) << 23));
-#endif
-}
-
 // 1 + e^-z: its error, |z| e^-z 6e-8, is below one rounding of z / (1 + e^-z), and this is what the
 // passes wait for: half the time of `exp`, which is exact to the last place far from 0 as well.
 inline Vec<float> one_and_exp(Vec<float> z) { return 1 + exp2_of(z * -1.44269504f); }
