@@ -163,10 +163,11 @@ class Packing {
   std::vector<A> memory_;
 };
 
-// f(pair, its keys packed, item) for items 0 .. items - 1 of every pair.
-template <class T, class A, class F>
+// f(begin, end, at) for ranges of the items of as many pairs as are packed at a time, where at(item,
+// g) calls g(pair, its keys packed, which of its items); then done(i, pair) for the i-th of these.
+template <class T, class A, class F, class Done>
 void each_item(const Sizes& n, const Keys& keys, const Tensor& k, const Tensor& v,
-               Packing<A>& packing, int64_t items, const F& f) {
+               Packing<A>& packing, int64_t items, const F& f, const Done& done) {
   Rows<const T> k_rows(k), v_rows(v);
   for (int64_t first = 0; first < n.pairs(); first += packing.most()) {
     int64_t count = std::min(packing.most(), n.pairs() - first);
@@ -179,6 +180,9 @@ void each_item(const Sizes& n, const Keys& keys, const Tensor& k, const Tensor& 
         int64_t i = item / items;
         g(first + i, packing.pair(i), item % items);
       });
+    });
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) done(i, first + i);
     });
   }
 }
@@ -336,10 +340,146 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Keys& keys
             store(to + j, count ? sums * scale : Vec<A>{}, width);
           });
           int64_t row = (to - y_rows.data) / n.d;
-          lse_rows[row] = count ? (rows[i].most + std::log2(rows[i].sum)) / static_cast<A>(kLog2E)
+          lse_rows[row] = count ? rows[i].most + std::log2(rows[i].sum)
                                 : -std::numeric_limits<A>::infinity();
         }
       });
+  }, [](int64_t, int64_t) {});
+}
+
+// --- Backward ---
+//
+// A pair's queries are divided into at most kSums parts, each with sums of dk and dv of its own, which
+// are then added in order: the same values for any number of threads.
+
+// What backward is given, and dq.
+template <class T>
+struct Given {
+  using A = acc_t<T>;
+  Rows<const T> q, y, dy;
+  const A* lse;  // [B, T, H], to base 2
+  Rows<T> dq;
+  A scale;
+};
+
+// p = exp(p - lse), to base 2, and g = p (g - sum p g) of row i, where g holds dp. The sum is known
+// where a row has several chunks. Of one, p is divided by its own sum: lse is rounded, which would
+// weigh in the difference.
+template <class A>
+DFM_INLINE inline void score_gradients(const Panels<A>& p, const Panels<A>& g, int64_t i, int64_t n,
+                                       A lse, bool whole, A sum) {
+  int64_t apart = g.data - p.data;
+  if (!whole)
+    return for_row(p, i, n, [&](A* at) DFM_INLINE {
+      Vec<A> v = exp2_of(load(at) - lse);
+      store(at, v);
+      store(at + apart, v * (load(at + apart) - sum));
+    });
+  Vec<A> sums{}, products{};
+  for_row(p, i, n, [&](A* at) DFM_INLINE {
+    Vec<A> v = exp2_of(load(at) - lse);
+    sums += v;
+    products += v * load(at + apart);
+    store(at, v);
+  });
+  A scale = 1 / sum_lanes<A>(sums);
+  sum = sum_lanes<A>(products) * scale;
+  for_row(p, i, n, [&](A* at) DFM_INLINE {
+    Vec<A> v = load(at) * scale;
+    store(at, v);
+    store(at + apart, v * (load(at + apart) - sum));
+  });
+}
+
+// One block of one pair: dq, and what it adds to dk (by scale log2 e too much) and dv.
+template <class T, class A = acc_t<T>>
+void block_gradients(const Sizes& n, const Given<T>& x, int64_t pair, const Packed<A>& packed,
+                     int64_t keys, const Block& block, const Scratch<A>& s, const Panels<A>& dk,
+                     const Panels<A>& dv) {
+  block.pack(x.q, n, pair, x.scale * static_cast<A>(kLog2E), s.q);
+  block.pack(x.dy, n, pair, A(1), s.dy);
+  A lse[kBlock], sum[kBlock] = {};
+  for (int64_t i = 0; i < block.count; ++i) {
+    const T* y = Block::row(x.y, n, pair, block.first + i);
+    lse[i] = x.lse[(y - x.y.data) / n.d];
+    if (keys <= kChunk) continue;
+    const T* dy = Block::row(x.dy, n, pair, block.first + i);
+    Vec<A> sums{};
+    for_vectors<A>(n.d, [&](int64_t j, auto count)
+                            DFM_INLINE { sums += load(y + j, count) * load(dy + j, count); });
+    sum[i] = sum_lanes<A>(sums);
+  }
+  int64_t tiles = block.tiles();
+  each_chunk<A>(keys, [&](const Chunk<A>& chunk) {
+    int64_t count = chunk.count, key_tiles = round_up(count, kTile);
+    product<Left::plain, false>(s.q, chunk.columns(packed.k_columns), s.p, tiles, count, n.d);
+    product<Left::plain, false>(s.dy, chunk.columns(packed.v_columns), s.g, tiles, count, n.d);
+    hide_columns(s.p, tiles, count);
+    for (int64_t i = 0; i < block.count; ++i)
+      score_gradients(s.p, s.g, i, count, lse[i], keys <= kChunk, sum[i]);
+    Panels<A> rows = chunk.rows(packed.k_rows);
+    if (chunk.first == 0)
+      product<Left::plain, false>(s.g, rows, s.y, tiles, n.d, count);
+    else
+      product<Left::plain, true>(s.g, rows, s.y, tiles, n.d, count);
+    product<Left::transposed, true>(s.p, s.dy, chunk.rows(dv), key_tiles, n.d, block.count);
+    product<Left::transposed, true>(s.g, s.q, chunk.rows(dk), key_tiles, n.d, block.count);
+  });
+  for (int64_t i = 0; i < block.count; ++i) {
+    T* dq = Block::row(x.dq, n, pair, block.first + i);
+    for_vectors<A>(n.d, [&](int64_t j, auto width) DFM_INLINE {
+      Vec<A> v = load(s.y.at(i, j / kPanel<A>) + j % kPanel<A>);
+      store(dq + j, keys ? v * x.scale : Vec<A>{}, width);
+    });
+  }
+}
+
+// dx of a pair = scale times the parts' sums, which lie `apart`; 0 for keys that nobody attends to.
+template <class T, class A = acc_t<T>>
+void add_parts(const Sizes& n, const Keys& keys, int64_t pair, const A* sums, int64_t apart,
+               int64_t parts, int64_t rows, A scale, const Rows<T>& dx) {
+  int64_t b = pair / n.heads, head = pair % n.heads, at = 0;
+  for (int64_t s = 0; s < n.S; ++s) {
+    bool there = at < keys.count(b) && keys.of(b)[at] == s;
+    Panels<A> first{const_cast<A*>(sums), rows};
+    T* to = dx.at(b, s, head);
+    for_vectors<A>(n.d, [&](int64_t j, auto width) DFM_INLINE {
+      Vec<A> sum{};
+      const A* part = first.at(at, j / kPanel<A>) + j % kPanel<A>;
+      for (int64_t i = 0; there && i < parts; ++i) sum += load(part + i * apart);
+      store(to + j, sum * scale, width);
+    });
+    at += there;
+  }
+}
+
+template <class T, class A = acc_t<T>>
+void backward(const Tensor& q, const Tensor& k, const Tensor& v, const Keys& keys,
+              const Given<T>& x, const Tensor& dk, const Tensor& dv) {
+  Sizes n(q, k);
+  Rows<T> dk_rows(dk), dv_rows(dv);
+  Packing<A> packing(n, true, false, true);
+  int64_t each = std::max<int64_t>(4, (n.blocks() + kSums - 1) / kSums);  // blocks of a part
+  int64_t parts = (n.blocks() + each - 1) / each, rows = packing.keys();
+  int64_t one = rows * panels<A>(n.d) * kPanel<A>, apart = 2 * one;
+  int64_t at_once = std::min(packing.most(), n.pairs());
+  std::vector<A> sums(at_once * parts * apart);
+  each_item<T>(n, keys, k, v, packing, parts, [&](int64_t begin, int64_t end, auto at) {
+    Scratch<A> s(n, true);
+    for (int64_t item = begin; item < end; ++item)
+      at(item, [&](int64_t pair, const Packed<A>& packed, int64_t part) {
+        A* sum = sums.data() + item * apart;
+        std::fill_n(sum, apart, A(0));
+        int64_t last = std::min((part + 1) * each, n.blocks());
+        for (int64_t i = part * each; i < last; ++i)
+          block_gradients(n, x, pair, packed, keys.count(pair / n.heads), Block(n, i), s,
+                          Panels<A>{sum, rows}, Panels<A>{sum + one, rows});
+      });
+  }, [&](int64_t i, int64_t pair) {
+    const A* sum = sums.data() + i * parts * apart;
+    A scale = 1 / static_cast<A>(kLog2E);  // q came with the rest of it
+    add_parts(n, keys, pair, sum, apart, parts, rows, scale, dk_rows);
+    add_parts(n, keys, pair, sum + one, apart, parts, rows, A(1), dv_rows);
   });
 }
 
@@ -382,7 +522,31 @@ std::tuple<Tensor, Tensor> multi_query_attention_cpu(const Tensor& q,  // [B, T,
   return {y, lse};
 }
 
+std::tuple<Tensor, Tensor, Tensor> multi_query_attention_backward_cpu(
+    const Tensor& dy,  // [B, T, H, d]
+    const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask, const Tensor& y,
+    const Tensor& lse,  // [B, T, H]
+    double scale) {
+  check_given(q, k, v, mask);
+  check_rows("dy", dy, q.sizes(), q);
+  check_rows("y", y, q.sizes(), q);
+  TORCH_CHECK(y.is_contiguous() && lse.is_contiguous() && lse.sizes() == q.sizes().slice(0, 3) &&
+                  lse.scalar_type() == accumulation(q),
+              "multi_query_attention: expected y and lse as forward gave them");
+  Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v);
+  if (q.size(0) == 0) return {dq, dk, dv};
+  Keys keys(Sizes(q, k), mask);
+  dispatch(q.scalar_type(), "multi_query_attention_backward", [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    Given<T> x{q, y, dy, data<A>(lse), dq, static_cast<A>(scale)};
+    backward<T>(q, k, v, keys, x, dk, dv);
+  });
+  return {dq, dk, dv};
+}
+
 TORCH_LIBRARY_IMPL(dfm_fast, CPU, m) {
+  m.impl("multi_query_attention_backward", multi_query_attention_backward_cpu);
   m.impl("multi_query_attention", multi_query_attention_cpu);
 }
 

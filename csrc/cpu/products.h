@@ -18,6 +18,10 @@ constexpr int kTile = 8;  // by two vectors: 16 sums in flight, of 8 that the la
 constexpr int kTile = 4;
 #endif
 
+// Terms that are added one after the other: a longer sum is one of such sums, which keeps its error
+// that of a library's. Whole panels.
+constexpr int64_t kTerms = 64;
+
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <class A>
@@ -52,36 +56,36 @@ struct Sums {
         for (int j = 0; j < vectors; ++j) v[i][j] += a[i * a_row] * right[j];
     }
   }
-  DFM_INLINE void load_from(const A* c) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kTile; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < vectors; ++j) v[i][j] = load(c + i * kPanel<A> + j * kLanes<A>);
-  }
+  // c = them, or c += them.
+  template <bool add>
   DFM_INLINE void store_to(A* c) const {
 #pragma GCC unroll 8
     for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < vectors; ++j) store(c + i * kPanel<A> + j * kLanes<A>, v[i][j]);
+      for (int j = 0; j < vectors; ++j) {
+        A* to = c + i * kPanel<A> + j * kLanes<A>;
+        store(to, add ? load(to) + v[i][j] : v[i][j]);
+      }
   }
 };
 
 enum class Left { plain, transposed };
 
-// Rows [i, i + kTile) of a panel of c, `vectors` of it wide: = a b, or += a b.
+// Rows [i, i + kTile) of a panel of c, `vectors` of it wide, of terms from `first` on: = or +=.
 template <Left left, bool add, int vectors, class A>
-inline void tile_product(const Panels<A>& a, int64_t i, const A* b, int64_t depth, A* c) {
+inline void tile_product(const Panels<A>& a, int64_t i, const A* b, int64_t first, int64_t depth,
+                         A* c) {
   Sums<A, vectors> sums;
-  if constexpr (add) sums.load_from(c);
+  b += first * kPanel<A>;
   if constexpr (left == Left::transposed) {
-    sums.template add<1, kPanel<A>>(a.at(0, i / kPanel<A>) + i % kPanel<A>, b, depth);
+    sums.template add<1, kPanel<A>>(a.at(first, i / kPanel<A>) + i % kPanel<A>, b, depth);
   } else {
     for (int64_t k = 0; k < depth; k += kPanel<A>, b += kPanel<A> * kPanel<A>) {
       int64_t terms = depth - k < kPanel<A> ? depth - k : kPanel<A>;
-      sums.template add<kPanel<A>, 1>(a.at(i, k / kPanel<A>), b, terms);
+      sums.template add<kPanel<A>, 1>(a.at(i, (first + k) / kPanel<A>), b, terms);
     }
   }
-  sums.store_to(c);
+  sums.template store_to<add>(c);
 }
 
 // c [rows, columns] = a b, or += a b, with `depth` terms a sum; a transposed is [depth, rows]. A last
@@ -92,10 +96,20 @@ inline void product(const Panels<A>& a, const Panels<A>& b, const Panels<A>& c, 
   for (int64_t j = 0; j < panels<A>(columns); ++j) {
     bool half = columns - j * kPanel<A> <= kLanes<A>;
     for (int64_t i = 0; i < rows; i += kTile) {
+      const A* right = b.at(0, j);
+      A* to = c.at(i, j);
+      int64_t terms = depth < kTerms ? depth : kTerms;
       if (half)
-        tile_product<left, add, 1>(a, i, b.at(0, j), depth, c.at(i, j));
+        tile_product<left, add, 1>(a, i, right, 0, terms, to);
       else
-        tile_product<left, add, 2>(a, i, b.at(0, j), depth, c.at(i, j));
+        tile_product<left, add, 2>(a, i, right, 0, terms, to);
+      for (int64_t k = kTerms; k < depth; k += kTerms) {
+        terms = depth - k < kTerms ? depth - k : kTerms;
+        if (half)
+          tile_product<left, true, 1>(a, i, right, k, terms, to);
+        else
+          tile_product<left, true, 2>(a, i, right, k, terms, to);
+      }
     }
   }
 }

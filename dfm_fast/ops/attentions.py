@@ -8,7 +8,7 @@ to all keys, or to those of `mask` [B, S]; where a sample has none, y and all it
 
 As all heads attend to the same keys, one key head is attention of T H queries in one head, and all
 operators here see q so, without a copy. Scores are never in memory: with
-lse_th = log sum_s exp(scale q_th . k_sg), kept for backward beside q, k, v and y, in float32
+lse_th = log2 sum_s exp(scale q_th . k_sg), kept for backward beside q, k, v and y, in float32
 (float64 for float64), and D_th = dy_th . y_th,
 
     dv_s = sum_th p_ths dy_th
@@ -68,7 +68,7 @@ def _forward(
     wide = torch.promote_types(q.dtype, torch.float32)
     y = multi_query_attention_ref(q, k, v, mask, scale=scale)
     scores = _scores(q.to(wide), k.to(wide), mask, scale)
-    return y.contiguous(), scores.logsumexp(-1).flatten(2)
+    return y.contiguous(), scores.logsumexp(-1).flatten(2) / math.log(2)
 
 
 def _backward(
