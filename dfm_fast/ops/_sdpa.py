@@ -1,5 +1,5 @@
 """torch's fused attention (SDPA), by the operators behind it: what serves multi-query attention on a
-GPU, and on a CPU without the C++ extension. Never the MATH backend, which writes every score.
+GPU. Never the MATH backend, which writes every score.
 
 Two zero-copy forms make its heads equal in number:
 
@@ -13,6 +13,7 @@ heads, unless they alone fill the device.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _aten = torch.ops.aten
+_LOG2_E = math.log2(math.e)
 
 
 # --- Forms ----------------------------------------------------------------------------------------
@@ -83,8 +85,9 @@ def _summed(dx: Tensor, like: Tensor) -> Tensor:
 
 # --- Backends -------------------------------------------------------------------------------------
 #
-# Each is (forward, backward): forward(heads, scale) -> y [B, H, T, d], lse [B, H, T] in float32;
-# backward(dy, heads, y, lse, scale) -> dq, dk, dv.
+# Each is (forward, backward): forward(heads, scale) -> y [B, H, T, d], lse [B, H, T] in float32 (to
+# base e); backward(dy, heads, y, lse, scale) -> dq, dk, dv. "cpu" shows on a CPU that the forms are
+# right.
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -165,12 +168,12 @@ def forward(
     scale: float,
     view: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y [B, T, H, d], lse [B, T, H]), contiguous."""
+    """(y [B, T, H, d], lse [B, T, H] to base 2), contiguous."""
     d = q.shape[-1]
     if backend != "cpu":
         q, k, v = _to_eights(q, k, v)
     y, lse = BACKENDS[backend][0](heads_of(q, k, v, mask, view), scale)
-    return restored(y[..., :d], q, view), restored(lse, q, view)
+    return restored(y[..., :d], q, view), restored(lse * _LOG2_E, q, view)
 
 
 def backward(
@@ -189,7 +192,7 @@ def backward(
     d = q.shape[-1]
     if backend != "cpu":
         dy, q, k, v, y = _to_eights(dy, q, k, v, y)
-    given = [seen(x, view) for x in (dy, y, lse)]
+    given = [seen(x, view) for x in (dy, y, lse / _LOG2_E)]
     h = heads_of(q, k, v, mask, view)
     dq, dk, dv = BACKENDS[backend][1](given[0], h, given[1], given[2].contiguous(), scale)
     dq = restored(dq[..., :d], q, view)
