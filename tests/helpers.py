@@ -69,8 +69,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Shape:
-    """A tensor of random values, normal, uniform in [0, 1) (a noise level), or bool (a mask, most of
-    it true); without a batch (a weight) its sizes are fixed."""
+    """A tensor of random values, normal, uniform in [0, 1) (a noise level), or bool (a mask, true
+    for most); without a batch (a weight) its sizes are fixed."""
 
     sizes: tuple[int, ...]
     batched: bool = True

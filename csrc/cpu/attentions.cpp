@@ -1,8 +1,8 @@
 // CPU operators of the family `attentions`; the definition is dfm_fast/ops/attentions.py.
 //
 // A key head with all queries that attend to it is a pair. Its keys and values are packed once, in
-// the arithmetic type and only those that the mask leaves; then blocks of queries go through them in
-// chunks, scores staying in the cache.
+// the arithmetic type and only those that the mask leaves; then blocks of queries go through them
+// in chunks, scores staying in the cache.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -103,8 +103,8 @@ inline void pack_column(const T* row, int64_t d, const Panels<A>& x, int64_t i) 
   });
 }
 
-// A pair's keys or values as factors: as rows, [keys, d], and as columns, [d, keys]. The memory must
-// be 0 before.
+// A pair's keys or values as factors: as rows, [keys, d], and as columns, [d, keys]. The memory
+// must be 0 before.
 template <class A>
 struct Packed {
   Panels<A> k_columns, k_rows, v_columns, v_rows;
@@ -163,8 +163,9 @@ class Packing {
   std::vector<A> memory_;
 };
 
-// f(begin, end, at) for ranges of the items of as many pairs as are packed at a time, where at(item,
-// g) calls g(pair, its keys packed, which of its items); then done(i, pair) for the i-th of these.
+// f(begin, end, at) for ranges of the items of as many pairs as are packed at a time, where
+// at(item, g) calls g(pair, its keys packed, which of its items); then done(i, pair) for the i-th
+// of these.
 template <class T, class A, class F, class Done>
 void each_item(const Sizes& n, const Keys& keys, const Tensor& k, const Tensor& v,
                Packing<A>& packing, int64_t items, const F& f, const Done& done) {
@@ -323,34 +324,37 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Keys& keys
   Rows<T> y_rows(y);
   A* lse_rows = mutable_data<A>(lse);
   Packing<A> packing(n, false, true, false);
-  each_item<T>(n, keys, k, v, packing, n.blocks(), [&](int64_t begin, int64_t end, auto at) {
-    Scratch<A> s(n, false);
-    for (int64_t item = begin; item < end; ++item)
-      at(item, [&](int64_t pair, const Packed<A>& packed, int64_t index) {
-        Block block(n, index);
-        int64_t b = pair / n.heads, count = keys.count(b);
-        Softmax<A> rows[kBlock];
-        block.pack(q_rows, n, pair, scale * static_cast<A>(kLog2E), s.q);
-        attend(n, packed, count, block, s, rows);
-        for (int64_t i = 0; i < block.count; ++i) {
-          T* to = Block::row(y_rows, n, pair, block.first + i);
-          A scale = count ? 1 / rows[i].sum : 0;
-          for_vectors<A>(n.d, [&](int64_t j, auto width) DFM_INLINE {
-            Vec<A> sums = load(s.y.at(i, j / kPanel<A>) + j % kPanel<A>);
-            store(to + j, count ? sums * scale : Vec<A>{}, width);
+  each_item<T>(
+      n, keys, k, v, packing, n.blocks(),
+      [&](int64_t begin, int64_t end, auto at) {
+        Scratch<A> s(n, false);
+        for (int64_t item = begin; item < end; ++item)
+          at(item, [&](int64_t pair, const Packed<A>& packed, int64_t index) {
+            Block block(n, index);
+            int64_t b = pair / n.heads, count = keys.count(b);
+            Softmax<A> rows[kBlock];
+            block.pack(q_rows, n, pair, scale * static_cast<A>(kLog2E), s.q);
+            attend(n, packed, count, block, s, rows);
+            for (int64_t i = 0; i < block.count; ++i) {
+              T* to = Block::row(y_rows, n, pair, block.first + i);
+              A scale = count ? 1 / rows[i].sum : 0;
+              for_vectors<A>(n.d, [&](int64_t j, auto width) DFM_INLINE {
+                Vec<A> sums = load(s.y.at(i, j / kPanel<A>) + j % kPanel<A>);
+                store(to + j, count ? sums * scale : Vec<A>{}, width);
+              });
+              int64_t row = (to - y_rows.data) / n.d;
+              lse_rows[row] = count ? rows[i].most + std::log2(rows[i].sum)
+                                    : -std::numeric_limits<A>::infinity();
+            }
           });
-          int64_t row = (to - y_rows.data) / n.d;
-          lse_rows[row] = count ? rows[i].most + std::log2(rows[i].sum)
-                                : -std::numeric_limits<A>::infinity();
-        }
-      });
-  }, [](int64_t, int64_t) {});
+      },
+      [](int64_t, int64_t) {});
 }
 
 // --- Backward ---
 //
-// A pair's queries are divided into at most kSums parts, each with sums of dk and dv of its own, which
-// are then added in order: the same values for any number of threads.
+// A pair's queries are divided into at most kSums parts, each with sums of dk and dv of its own,
+// which are then added in order: the same values for any number of threads.
 
 // What backward is given, and dq.
 template <class T>
@@ -464,23 +468,26 @@ void backward(const Tensor& q, const Tensor& k, const Tensor& v, const Keys& key
   int64_t one = rows * panels<A>(n.d) * kPanel<A>, apart = 2 * one;
   int64_t at_once = std::min(packing.most(), n.pairs());
   std::vector<A> sums(at_once * parts * apart);
-  each_item<T>(n, keys, k, v, packing, parts, [&](int64_t begin, int64_t end, auto at) {
-    Scratch<A> s(n, true);
-    for (int64_t item = begin; item < end; ++item)
-      at(item, [&](int64_t pair, const Packed<A>& packed, int64_t part) {
-        A* sum = sums.data() + item * apart;
-        std::fill_n(sum, apart, A(0));
-        int64_t last = std::min((part + 1) * each, n.blocks());
-        for (int64_t i = part * each; i < last; ++i)
-          block_gradients(n, x, pair, packed, keys.count(pair / n.heads), Block(n, i), s,
-                          Panels<A>{sum, rows}, Panels<A>{sum + one, rows});
+  each_item<T>(
+      n, keys, k, v, packing, parts,
+      [&](int64_t begin, int64_t end, auto at) {
+        Scratch<A> s(n, true);
+        for (int64_t item = begin; item < end; ++item)
+          at(item, [&](int64_t pair, const Packed<A>& packed, int64_t part) {
+            A* sum = sums.data() + item * apart;
+            std::fill_n(sum, apart, A(0));
+            int64_t last = std::min((part + 1) * each, n.blocks());
+            for (int64_t i = part * each; i < last; ++i)
+              block_gradients(n, x, pair, packed, keys.count(pair / n.heads), Block(n, i), s,
+                              Panels<A>{sum, rows}, Panels<A>{sum + one, rows});
+          });
+      },
+      [&](int64_t i, int64_t pair) {
+        const A* sum = sums.data() + i * parts * apart;
+        A scale = 1 / static_cast<A>(kLog2E);  // q came with the rest of it
+        add_parts(n, keys, pair, sum, apart, parts, rows, scale, dk_rows);
+        add_parts(n, keys, pair, sum + one, apart, parts, rows, A(1), dv_rows);
       });
-  }, [&](int64_t i, int64_t pair) {
-    const A* sum = sums.data() + i * parts * apart;
-    A scale = 1 / static_cast<A>(kLog2E);  // q came with the rest of it
-    add_parts(n, keys, pair, sum, apart, parts, rows, scale, dk_rows);
-    add_parts(n, keys, pair, sum + one, apart, parts, rows, A(1), dv_rows);
-  });
 }
 
 // --- Operators ---

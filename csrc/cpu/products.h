@@ -88,8 +88,8 @@ inline void tile_product(const Panels<A>& a, int64_t i, const A* b, int64_t firs
   sums.template store_to<add>(c);
 }
 
-// c [rows, columns] = a b, or += a b, with `depth` terms a sum; a transposed is [depth, rows]. A last
-// panel of at most one vector is computed as that.
+// c [rows, columns] = a b, or += a b, with `depth` terms a sum; a transposed is [depth, rows]. A
+// last panel of at most one vector is computed as that.
 template <Left left, bool add, class A>
 inline void product(const Panels<A>& a, const Panels<A>& b, const Panels<A>& c, int64_t rows,
                     int64_t columns, int64_t depth) {

@@ -17,13 +17,15 @@ from dfm_fast.ops import multi_query_attention, qk_norm_rope, rms_norm, rope_2d
 # --- Several linear layers as one -----------------------------------------------------------------
 #
 # Weights of layers that read the same input are parts of one piece of memory, one after the other:
-# together they are the weight of one wider layer, a view, whoever wrote into them and how. (A packed
-# copy would not see `weight.data.mul_`.) What gives them memory of their own, such as
-# load_state_dict(assign=True) or FSDP, makes them separate products again, and nothing else.
+# together they are the weight of one wider layer, a view, whoever wrote into them and how. (A
+# packed copy would not see `weight.data.mul_`.) What gives them memory of their own, such as a new
+# Parameter or FSDP, makes them separate products again, and nothing else.
 
 
 def pack(*layers: nn.Linear) -> None:
-    """Move their weights into one piece of memory."""
+    """Move their weights into one piece of memory, if they are what they were built as."""
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return
     weights = [layer.weight for layer in layers]
     one = weights[0]
     alike = all(w.dtype == one.dtype and w.device == one.device for w in weights)
@@ -37,7 +39,7 @@ def pack(*layers: nn.Linear) -> None:
 
 
 def packed(*layers: nn.Module) -> Tensor | None:
-    """The weight of all, [sum of outputs, inputs], if it lies there and nobody changed the layers."""
+    """The weight of all, [sum of outputs, inputs], if it lies there and the layers are plain."""
     if any(type(layer) is not nn.Linear or layer.bias is not None for layer in layers):
         return None
     if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
@@ -139,12 +141,16 @@ class _Attention(nn.Module):
     def _packs(self) -> list[nn.Linear]:
         return [getattr(self, name) for name in self.packs]
 
+    # Both give every parameter memory of its own: .to() and the like, and copy.deepcopy.
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Of .to() and the like, which give every parameter memory of its own."""
         super()._apply(fn, recurse)
-        if all(type(layer) is nn.Linear for layer in self._packs()):
-            pack(*self._packs())
+        pack(*self._packs())
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        pack(*self._packs())
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"

@@ -1,14 +1,14 @@
-"""torch's fused attention (SDPA), by the operators behind it: what serves multi-query attention on a
-GPU. Never the MATH backend, which writes every score.
+"""torch's fused attention (SDPA), by the operators behind it: what serves multi-query attention on
+a GPU. Never the MATH backend, which writes every score.
 
 Two zero-copy forms make its heads equal in number:
 
 - view: with one key head the queries of all heads are queries of one, q as [B, 1, T H, d].
 - expand: k and v with strides of 0, [B, H, S, d]. (With several key heads that is a copy.)
 
-Forward takes the view where it can. Backward works on blocks of keys, a thread or a program for each
-block of each head: few in one head. There the keys are expanded, and their gradients summed over the
-heads, unless they alone fill the device.
+Forward takes the view where it can. Backward works on blocks of keys, a program for each block of
+each head: few in one head. There the keys are expanded, and their gradients summed over the heads,
+unless they alone fill the device.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def heads_of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, view: bool) -
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """[B, S] -> [B, 1, 1, S], 0 or minus infinity; rows begin where GPU kernels read them aligned."""
+    """[B, S] -> [B, 1, 1, S], 0 or minus infinity; rows begin where kernels read them aligned."""
     B, S = mask.shape
     bias = like.new_zeros(B, -(-S // 16) * 16)[:, :S]
     return bias.masked_fill_(~mask, float("-inf"))[:, None, None]

@@ -3,8 +3,9 @@ r"""Attention whose heads share keys and values: multi-query, grouped-query and 
     y_th = sum_s p_ths v_sg,  p_ths = exp(scale q_th . k_sg) / sum over s,  g = h Hkv // H
 
 q [B, T, H, d]; k, v [B, S, Hkv, d], Hkv a divisor of H: one key head for all (Shazeer 2019,
-arXiv 1911.02150), some (Ainslie et al. 2023, arXiv 2305.13245), or each its own. Every query attends
-to all keys, or to those of `mask` [B, S]; where a sample has none, y and all its gradients are 0.
+arXiv 1911.02150), some (Ainslie et al. 2023, arXiv 2305.13245), or each its own. Every query
+attends to all keys, or to those of `mask` [B, S]; where a sample has none, y and its gradients are
+0.
 
 As all heads attend to the same keys, one key head is attention of T H queries in one head, and all
 operators here see q so, without a copy. Scores are never in memory: with
