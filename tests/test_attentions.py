@@ -208,7 +208,7 @@ def test_no_scores_are_kept_for_backward():
 @pytest.mark.parametrize("view", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 def test_sdpa_backends_by_shape(backend, view, masked):
-    """Without a GPU: the calls fit torch's schemas, and what comes out has our shapes and strides."""
+    """Without a GPU: the calls fit torch's schemas, and give our shapes and strides."""
     if masked and backend == "flash":
         pytest.skip("flash takes no mask")
     q = torch.empty(2, 33, 6, 20, device="meta", dtype=torch.float16)

@@ -150,6 +150,39 @@ BACKENDS = {
 }
 
 
+# In the order they are tried. cuDNN's kernels for Hopper and later are the ones written for them;
+# torch's flash attention is that of Ampere. float32 has "efficient" alone.
+_ORDER = ("flash", "cudnn", "efficient")
+_ORDER_FROM_90 = ("cudnn", "flash", "efficient")
+
+
+def choose(h: Heads) -> str:
+    """The first that takes this, of those that the user left enabled (`torch.nn.attention.
+    sdpa_kernel`). Raises RuntimeError where none does: what is left writes every score."""
+    cuda = torch.backends.cuda
+    params = cuda.SDPAParams(h.q, h.k, h.v, h.bias, 0.0, False, False)
+    usable = {
+        "cudnn": cuda.can_use_cudnn_attention,
+        "flash": cuda.can_use_flash_attention,
+        "efficient": cuda.can_use_efficient_attention,
+    }
+    hopper = torch.cuda.get_device_capability(h.q.device) >= (9, 0)
+    for backend in _ORDER_FROM_90 if hopper else _ORDER:
+        if usable[backend](params):
+            return backend
+    raise RuntimeError(
+        "multi_query_attention: q: expected what a fused backend of torch's SDPA takes on a GPU "
+        f"(cuDNN, flash or memory-efficient), got {h.q.dtype} with heads of {h.q.shape[3]}"
+    )
+
+
+def view_backward(k: Tensor) -> bool:
+    """Whether one head's blocks of keys are two programs for each processor, at 128 keys a block."""
+    blocks = k.shape[0] * -(-k.shape[1] // 128)
+    processors = torch.cuda.get_device_properties(k.device).multi_processor_count
+    return k.shape[2] == 1 and blocks >= 2 * processors
+
+
 # --- Both together --------------------------------------------------------------------------------
 
 
@@ -160,7 +193,7 @@ def _to_eights(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def forward(
-    backend: str,
+    backend: str | None,  # None: that of `choose`
     q: Tensor,  # [B, T, H, d]
     k: Tensor,  # [B, S, Hkv, d]
     v: Tensor,
@@ -172,12 +205,13 @@ def forward(
     d = q.shape[-1]
     if backend != "cpu":
         q, k, v = _to_eights(q, k, v)
-    y, lse = BACKENDS[backend][0](heads_of(q, k, v, mask, view), scale)
+    h = heads_of(q, k, v, mask, view)
+    y, lse = BACKENDS[backend or choose(h)][0](h, scale)
     return restored(y[..., :d], q, view), restored(lse * _LOG2_E, q, view)
 
 
 def backward(
-    backend: str,
+    backend: str | None,
     dy: Tensor,
     q: Tensor,
     k: Tensor,
@@ -194,7 +228,8 @@ def backward(
         dy, q, k, v, y = _to_eights(dy, q, k, v, y)
     given = [seen(x, view) for x in (dy, y, lse / _LOG2_E)]
     h = heads_of(q, k, v, mask, view)
-    dq, dk, dv = BACKENDS[backend][1](given[0], h, given[1], given[2].contiguous(), scale)
+    given[2] = given[2].contiguous()
+    dq, dk, dv = BACKENDS[backend or choose(h)][1](given[0], h, *given[1:], scale)
     dq = restored(dq[..., :d], q, view)
     dk, dv = (_summed(dx[..., :d], k) for dx in (dk, dv))
     if mask is not None:

@@ -44,10 +44,23 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
 
 
+def _by_key_head(x: Tensor, k: Tensor) -> Tensor:
+    """[B, T, H, d] -> [B, T, Hkv, heads of one, d]"""
+    return x.unflatten(2, (k.shape[2], -1))
+
+
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """[B, T, Hkv, heads of one, S]"""
-    scores = torch.einsum("btgrd,bsgd->btgrs", q.unflatten(2, (k.shape[2], -1)), k) * scale
+    scores = torch.einsum("btgrd,bsgd->btgrs", _by_key_head(q, k), k) * scale
     return scores if mask is None else scores.masked_fill(~mask[:, None, None, None], -math.inf)
+
+
+def _without_keys(mask: Tensor | None, v: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(mask, v): a sample without any key gets the mean of its values, which are 0."""
+    if mask is None:
+        return None, v
+    some = mask.any(1, keepdim=True)
+    return mask | ~some, v.where(some[:, :, None, None], 0)
 
 
 def multi_query_attention_ref(
@@ -56,9 +69,7 @@ def multi_query_attention_ref(
     """Defines `multi_query_attention`."""
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (q, k, v))
-    if mask is not None:  # a sample without any key gets the mean of its values, which are 0
-        some = mask.any(1, keepdim=True)
-        mask, v = mask | ~some, v.where(some[:, :, None, None], 0)
+    mask, v = _without_keys(mask, v)
     p = _scores(q, k, mask, _scale(q, scale)).softmax(-1)
     return torch.einsum("btgrs,bsgd->btgrd", p, v).flatten(2, 3).to(dtype)
 
@@ -82,10 +93,19 @@ def _backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        given = [x.detach().requires_grad_() for x in (q, k, v)]
-        y = multi_query_attention_ref(*given, mask, scale=scale)
-        return tuple(dx.contiguous() for dx in torch.autograd.grad(y, given, dy))
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    dy, q, k, v = (x.to(wide) for x in (dy, q, k, v))
+    every, v = _without_keys(mask, v)
+    p = _scores(q, k, every, scale).softmax(-1)
+    dy = _by_key_head(dy, k)
+    dp = torch.einsum("btgrd,bsgd->btgrs", dy, v)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    dq = torch.einsum("btgrs,bsgd->btgrd", ds, k).flatten(2, 3)
+    dk = torch.einsum("btgrs,btgrd->bsgd", ds, _by_key_head(q, k))
+    dv = torch.einsum("btgrs,btgrd->bsgd", p, dy)
+    if mask is not None:
+        dv = dv.where(mask[:, :, None, None], 0)
+    return tuple(_empty(x).copy_(x).to(dtype) for x in (dq, dk, dv))
 
 
 # --- Registration ---------------------------------------------------------------------------------
