@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels._aot import TARGETS, Specialisation
 from dfm_fast.kernels.resample import on_device
 from torch import Tensor
 
@@ -33,7 +33,6 @@ SHORT = 320  # keys: more are SDPA's ground
 # (major, minor) of a GPU -> the most keys for which the kernel here beat every backend of SDPA
 # (benchmarks/bench_attentions.py, rows short_*). Empty: not measured.
 MEASURED: dict[tuple[int, int], int] = {}
-WARPS = 8
 PROGRAMS = 1 if INTERPRET else 264  # at least, where there are blocks enough
 DTYPES = (torch.float16, torch.bfloat16)  # exact products of float32 are none of the tensor cores'
 
@@ -42,7 +41,8 @@ DTYPES = (torch.float16, torch.bfloat16)  # exact products of float32 are none o
 def _rows(ptr, offs, mask, D: tl.constexpr, D_PAD: tl.constexpr):
     """[M, D_PAD] of rows at offs [M]; 0 where there is none."""
     i = tl.arange(0, D_PAD)[None, :]
-    return tl.load(ptr + offs[:, None] + i, mask[:, None] & (i < D), other=0.0)
+    mask = mask[:, None] if D == D_PAD else mask[:, None] & (i < D)
+    return tl.load(ptr + offs[:, None] + i, mask, other=0.0)
 
 
 @triton.jit
@@ -110,20 +110,25 @@ def _forward_kernel(
         y = y / tl.where(sum == 0.0, 1.0, sum)[:, None]
         out = (b * T + t) * (kv_heads * GROUP) + g * GROUP + h
         i = tl.arange(0, D_PAD)[None, :]
-        mask = (t < T)[:, None] & (i < D)
+        mask = (t < T)[:, None] if D == D_PAD else (t < T)[:, None] & (i < D)
         tl.store(y_ptr + out[:, None] * D + i, y.to(y_ptr.dtype.element_ty), mask)
         tl.store(lse_ptr + out, most + tl.log2(sum), t < T)
 
 
-def _shape(S: int, d: int, group: int) -> dict[str, Any]:
-    """Constants of a launch. Keys stay on chip where one block has them all: 256 of 64 elements."""
+def _shape(S: int, d: int, group: int, amd: bool) -> dict[str, Any]:
+    """Constants of a launch. Keys stay on chip where one block has them all: 256 of 64 elements, of
+    which gfx942 spills registers: 64 there."""
     d_pad = max(16, triton.next_power_of_2(d))
-    most = min(256, max(16, (1 << 14) // d_pad))
+    most = 64 if amd else min(256, max(16, (1 << 14) // d_pad))
     keys = max(16, triton.next_power_of_2(S))
-    keys = keys if keys <= most else most // 2
-    rows = 64
+    keys = keys if keys <= most else 64
+    rows = 32
     names = ("GROUP", "D", "D_PAD", "ROWS", "KEYS", "RESIDENT")
     return dict(zip(names, (group, d, d_pad, rows, keys, keys >= S), strict=True))
+
+
+def _options(amd: bool) -> dict[str, int]:
+    return {"num_warps": 1 if amd else 4, "num_stages": 1 if amd else 2}
 
 
 def _triton_forward(
@@ -134,7 +139,8 @@ def _triton_forward(
     lse = q.new_empty((B, T, H), dtype=torch.float32)
     strides = [s for x in (q, k, v) for s in x.stride()[:3]]
     vec = math.gcd(16 // q.element_size(), *strides)
-    constants = _shape(S, d, H // kv_heads)
+    amd = torch.version.hip is not None
+    constants = _shape(S, d, H // kv_heads, amd)
     blocks = triton.cdiv(T * constants["GROUP"], constants["ROWS"])
     pairs = B * kv_heads
     if not pairs * blocks:
@@ -147,7 +153,7 @@ def _triton_forward(
     with on_device(q):
         _forward_kernel[grid](
             q, k, v, mask, y, lse, scale / math.log(2), T, S, kv_heads, blocks,
-            *(s // vec for s in strides), **constants, VEC=vec, WIDE=wide, num_warps=WARPS,
+            *(s // vec for s in strides), **constants, VEC=vec, WIDE=wide, **_options(amd),
         )  # fmt: skip
     return y, lse
 
@@ -191,6 +197,10 @@ def multi_query_attention_backward(
     return _sdpa.backward(None, dy, q, k, v, mask, y, lse, scale, _sdpa.view_backward(k))
 
 
+_NVIDIA = tuple(target for target in TARGETS if target.startswith("sm_"))
+_AMD = tuple(target for target in TARGETS if target not in _NVIDIA)
+
+
 def specialisations() -> Iterator[Specialisation]:
     """SnapGen's cross-attention: CLIP's 77 tokens and 256 of a language model, head dimension 64."""
     for keys, dtype in itertools.product((77, 256, 320), ("bf16", "fp16")):
@@ -199,8 +209,8 @@ def specialisations() -> Iterator[Specialisation]:
         strides = [f"{x}_{axis}" for x, axes in (("q", "bth"), ("k", "bsh"), ("v", "bsh"))
                    for axis in axes]  # fmt: skip
         arguments |= dict.fromkeys(("T", "S", "kv_heads", "blocks", *strides), "i32")
-        constants = _shape(keys, 64, 14) | {"VEC": 8, "WIDE": False}
         name = f"multi_query_attention {keys}"
-        yield Specialisation(
-            name, _forward_kernel, dtype, arguments, constants, warps=WARPS, load_bits=128
-        )
+        for targets, amd in (_NVIDIA, False), (_AMD, True):
+            constants = _shape(keys, 64, 14, amd) | {"VEC": 8, "WIDE": False}
+            common = {"targets": targets, "options": _options(amd), "load_bits": 128}
+            yield Specialisation(name, _forward_kernel, dtype, arguments, constants, **common)
