@@ -1,14 +1,14 @@
 """Multi-query attention on a GPU: see `dfm_fast.ops.attentions` for what is computed.
 
 The default is the best fused backend of torch's SDPA (`dfm_fast.ops._sdpa`). The kernel here is for
-short KV, a text's keys: a program has a head's keys and values on chip, all of them, and goes through
-blocks of its queries; with more keys than one block holds it goes through those for each block of
-queries. It serves where MEASURED says that it wins, which nobody has measured yet: the table is
-empty. DFM_FAST_ATTENTION=triton takes it wherever it can be, =sdpa nowhere.
+short KV, a text's keys: a program has a head's keys and values on chip, all of them, and goes
+through blocks of its queries; with more keys than one block holds it goes through those for each
+block of queries. It serves where MEASURED says that it wins, which nobody has measured yet: the
+table is empty. DFM_FAST_ATTENTION=triton takes it wherever it can be, =sdpa nowhere.
 
-Rows are the queries of all heads of a key head: row = token * group + head. Softmax is to base 2 and
-goes on from block to block (Milakov and Gimelshein 2018); products are of the inputs' dtype, sums and
-softmax in float32. Backward is SDPA's.
+Rows are the queries of all heads of a key head: row = token * group + head. Softmax is to base 2
+and goes on from block to block (Milakov and Gimelshein 2018); products are of the inputs' dtype,
+sums and softmax in float32. Backward is SDPA's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dfm_fast.ops import _sdpa, attentions
 
 SHORT = 320  # keys: more are SDPA's ground
 # (major, minor) of a GPU -> the most keys for which the kernel here beat every backend of SDPA
-# (benchmarks/bench_attentions.py, rows short_*). Empty: not measured.
+# (benchmarks/bench_attentions.py: "triton"). Empty: not measured.
 MEASURED: dict[tuple[int, int], int] = {}
 PROGRAMS = 1 if INTERPRET else 264  # at least, where there are blocks enough
 DTYPES = (torch.float16, torch.bfloat16)  # exact products of float32 are none of the tensor cores'
@@ -189,9 +189,7 @@ def multi_query_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.shape[1] == 0:
-        return tuple(
-            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
-        )
+        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if q.device.type == "cpu":
         return attentions._backward(dy, q, k, v, mask, y, lse, scale)
     return _sdpa.backward(None, dy, q, k, v, mask, y, lse, scale, _sdpa.view_backward(k))
@@ -202,7 +200,7 @@ _AMD = tuple(target for target in TARGETS if target not in _NVIDIA)
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """SnapGen's cross-attention: CLIP's 77 tokens and 256 of a language model, head dimension 64."""
+    """SnapGen's cross-attention: CLIP's 77 tokens, 256 of a language model, heads of 64."""
     for keys, dtype in itertools.product((77, 256, 320), ("bf16", "fp16")):
         arguments: dict[str, str | None] = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "y_ptr"), "*")
         arguments |= {"mask_ptr": "*u8", "lse_ptr": "*fp32", "scale": "fp32"}

@@ -177,7 +177,7 @@ def choose(h: Heads) -> str:
 
 
 def view_backward(k: Tensor) -> bool:
-    """Whether one head's blocks of keys are two programs for each processor, at 128 keys a block."""
+    """Whether one head has blocks of 128 keys for every processor, twice."""
     blocks = k.shape[0] * -(-k.shape[1] // 128)
     processors = torch.cuda.get_device_properties(k.device).multi_processor_count
     return k.shape[2] == 1 and blocks >= 2 * processors
