@@ -59,6 +59,18 @@ HEADS = {
     "large_heads": (16, 4096, 24, 24, 128),  # larger than any cache; GPU only
 }
 
+# Attention with shared keys: (B, T, S, H, Hkv, d), of a conditional and an unconditional sample.
+ATTENTIONS = {
+    "self_32": (2, 1024, 1024, 14, 1, 64),  # SnapGen's self-attention, at 32x32 for 1024 px
+    "clip_32": (2, 1024, 77, 14, 1, 64),  # its cross-attention there, to CLIP's tokens
+    "text_32": (2, 1024, 256, 14, 1, 64),  # and to those of a language model
+    "clip_64": (2, 4096, 77, 8, 1, 64),  # at 64x64
+    "text_64": (2, 4096, 256, 8, 1, 64),
+    "grouped_32": (2, 1024, 1024, 16, 4, 64),
+    "large_self": (8, 4096, 4096, 14, 1, 64),  # larger than any cache; GPU only
+    "large_text": (32, 4096, 256, 8, 1, 64),
+}
+
 # Maps that a norm of SnapGen's UNet sees, a conditional and an unconditional sample at 1024 px.
 MAPS = {
     "unet_256_64": (2, 256, 64, 64),
@@ -104,6 +116,11 @@ GOALS = (
     Goal("cuda", "gated_linear-*-large_snapgen-*-forward", "cublas", 1.0),
     Goal("cpu", "qk_norm_rope-*-heads_16x64-float32-contiguous-forward", "eager", 5.0),
     Goal("*", "dit_block-*-training", "memory", 0.25),
+    Goal("*", "multi_query_attention-*", "eager", 1.0),
+    Goal("*", "multi_query_attention-*", "compiled", 1.0),
+    Goal("*", "multi_query_attention-*", "view", 1.0),
+    Goal("*", "multi_query_attention-*", "expand", 1.0),
+    Goal("*", "multi_query_attention-*", "enable_gqa", 1.0),
     Goal("cpu", "*ada_layer_norm-dit_xl-float32-contiguous-forward", "eager", 3.0),
     Goal("cpu", "*ada_layer_norm-dit_xl-float32-contiguous-forward", "compiled", 1.5),
     Goal("cuda", "*ada_layer_norm-dit_xl_training-*-forward", "copy", 0.85),

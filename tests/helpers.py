@@ -57,6 +57,8 @@ class Case:
             sizes = (batch, *shape.sizes[1:]) if new_batch else shape.sizes
             draw = torch.rand if shape.uniform else torch.randn
             value = draw(sizes, generator=generator, dtype=torch.float64)
+            if shape.mask:
+                return relayout((value < 0.7).to(device), layout)
             return relayout(value.to(device, dtype), layout)
 
         return pytree.tree_map(make, self.inputs)
@@ -67,12 +69,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Shape:
-    """A tensor of random values, normal, or uniform in [0, 1) (a noise level); without a batch (a
-    weight) its sizes are fixed."""
+    """A tensor of random values, normal, uniform in [0, 1) (a noise level), or bool (a mask, true
+    for most); without a batch (a weight) its sizes are fixed."""
 
     sizes: tuple[int, ...]
     batched: bool = True
     uniform: bool = False
+    mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,28 +114,38 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+def variables(tree: Any) -> list[torch.Tensor]:
+    """What may have a gradient: a mask has none."""
+    return [t for t in tensors(tree) if t.is_floating_point()]
+
+
+def map_variables(function: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: function(t) if t.is_floating_point() else t, tree
+    )
+
+
 def double(tree: Any) -> Any:
     """The same tree with float64 tensors on the CPU."""
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu().double(), tree)
+    tree = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), tree)
+    return map_variables(torch.Tensor.double, tree)
 
 
 def detached(tree: Any, requires_grad: bool = True) -> Any:
     """Leaves of autograd with the same values and layout."""
-    return pytree.tree_map_only(
-        torch.Tensor, lambda t: t.detach().requires_grad_(requires_grad), tree
-    )
+    return map_variables(lambda t: t.detach().requires_grad_(requires_grad), tree)
 
 
 def grads(function: Callable[..., Any], args: Any, kwargs: Any, cotangents: Any = None) -> list:
     """Gradients of all tensors in args for the given (or fixed random) cotangents."""
-    if not tensors(args):
+    if not variables(args):
         return []
     args = detached(args)
     out = tensors(function(*args, **kwargs))
     if cotangents is None:
         cotangents = cotangents_for(out)
     cotangents = [c.to(o) for c, o in zip(cotangents, out, strict=True)]
-    return list(torch.autograd.grad(out, tensors(args), cotangents))
+    return list(torch.autograd.grad(out, variables(args), cotangents))
 
 
 def cotangents_for(out: Sequence[torch.Tensor]) -> list[torch.Tensor]:

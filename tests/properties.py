@@ -25,8 +25,10 @@ from helpers import (
     double,
     dtypes,
     grads,
+    map_variables,
     relayout,
     tensors,
+    variables,
 )
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,7 +103,7 @@ def backward_parity(op: Operator, case: Case, device: str) -> None:
 def reference_gradcheck(op: Operator, case: Case, device: str) -> None:
     """The reference's own gradient, in float64, against finite differences."""
     flat, spec = pytree.tree_flatten(detached(case.args(torch.float64, device)))
-    where = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
+    where = [i for i, leaf in enumerate(flat) if variables(leaf)]
 
     def function(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         leaves = list(flat)
@@ -179,7 +181,7 @@ def empty_batch(op: Operator, case: Case, device: str) -> None:
     full = call(op, case, case.args(torch.float32, device))
     for out, like in zip(call(op, case, args), full, strict=True):
         assert out.shape == (0, *like.shape[1:]), f"{tuple(out.shape)}"
-    for grad, arg in zip(grads(op.public, args, case.kwargs), tensors(args), strict=True):
+    for grad, arg in zip(grads(op.public, args, case.kwargs), variables(args), strict=True):
         assert grad.shape == arg.shape
 
 
@@ -210,11 +212,11 @@ def partial_gradients(op: Operator, case: Case, device: str) -> None:
     together = grads(op.public, args, case.kwargs)
     for i, expected in enumerate(together):
         alone = detached(args, requires_grad=False)
-        tensors(alone)[i].requires_grad_()
+        variables(alone)[i].requires_grad_()
         out = call(op, case, alone)
         keep = [(o, c) for o, c in zip(out, cotangents_for(out), strict=True) if o.requires_grad]
         outs, dy = zip(*keep, strict=True)
-        (got,) = torch.autograd.grad(outs, tensors(alone)[i], dy)
+        (got,) = torch.autograd.grad(outs, variables(alone)[i], dy)
         assert_same([got], [expected], f"{case.id} gradient {i} alone")
 
 
@@ -224,10 +226,10 @@ def second_backward(op: Operator, case: Case, device: str) -> None:
     args = detached(case.args(torch.float32, device))
     out = call(op, case, args)
     dy = [c.requires_grad_() for c in cotangents_for(out)]
-    first = torch.autograd.grad(out, tensors(args), dy, retain_graph=True)
-    again = torch.autograd.grad(out, tensors(args), dy, retain_graph=True)
+    first = torch.autograd.grad(out, variables(args), dy, retain_graph=True)
+    again = torch.autograd.grad(out, variables(args), dy, retain_graph=True)
     assert_same(list(first), list(again), f"{case.id}: second backward")
-    twice = torch.autograd.grad(out, tensors(args), dy, create_graph=True)
+    twice = torch.autograd.grad(out, variables(args), dy, create_graph=True)
     loss = sum((t * t).sum() for t in twice)
     # Where the first gradient is linear in dy only dy has a second derivative; loss.backward()
     # walks every path.
@@ -240,8 +242,8 @@ def forward_mode_refused(op: Operator, case: Case, device: str) -> None:
     """Forward-mode derivatives are an error, not silently lost."""
     args = case.args(torch.float32, device)
     with torch.autograd.forward_ad.dual_level():
-        dual = pytree.tree_map_only(
-            torch.Tensor, lambda t: torch.autograd.forward_ad.make_dual(t, torch.ones_like(t)), args
+        dual = map_variables(
+            lambda t: torch.autograd.forward_ad.make_dual(t, torch.ones_like(t)), args
         )
         with pytest.raises(RuntimeError, match="forward mode AD"):
             call(op, case, dual)
@@ -271,7 +273,7 @@ def opcheck(op: Operator, case: Case, device: str) -> None:
         # backward() runs where the mode is active too; grads of all inputs reach every raw operator
         with _Recorder(op.raw) as recorder:
             out = call(op, case, args)
-            torch.autograd.grad(out, tensors(args), cotangents_for(out))
+            torch.autograd.grad(out, variables(args), cotangents_for(out))
         missing = set(op.raw) - {func.name() for func in recorder.calls}
         assert not missing, f"{case.id}: never reached {missing}"
         for func, (raw_args, raw_kwargs) in recorder.calls.items():
@@ -298,7 +300,7 @@ def compiles(op: Operator, case: Case, device: str) -> None:
 
     def function(*args: Any) -> list[torch.Tensor]:
         # Neighbouring element-wise code makes the compiler choose layouts around the operator.
-        args = pytree.tree_map_only(torch.Tensor, lambda t: t / 2 + 0.25, args)
+        args = map_variables(lambda t: t / 2 + 0.25, args)
         return [out.sin() for out in call(op, case, args)]
 
     torch._dynamo.reset()
@@ -355,7 +357,8 @@ def dtensor_batch_sharding(op: Operator, case: Case, device: str) -> None:
     dy = cotangents_for(whole)
     for c in dy:
         c[mine:] = 0
-    got = torch.autograd.grad(out, tensors(sharded), [distributed(c) for c in dy])
+    got = torch.autograd.grad(out, variables(sharded), [distributed(c) for c in dy])
+    shapes = [shape for shape in shapes if not shape.mask]
     want = [
         local(g, shape.batched)
         for g, shape in zip(grads(op.public, args, case.kwargs, dy), shapes, strict=True)
@@ -386,7 +389,7 @@ def flop_formula(op: Operator, case: Case, device: str) -> None:
         args = detached(case.args(torch.float32, device, batch=batch))
         with FlopCounterMode(display=False) as counter:
             out = call(op, case, args)
-            torch.autograd.grad(out, tensors(args), cotangents_for(out))
+            torch.autograd.grad(out, variables(args), cotangents_for(out))
         flops = {str(k): v for k, v in counter.get_flop_counts().get("Global", {}).items()}
         counts.append({name: flops.get(name.replace("::", "."), 0) for name in op.raw})
     for name in op.raw:

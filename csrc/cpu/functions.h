@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "rows.h"
 
@@ -59,6 +60,58 @@ inline Vec<float> exp(Vec<float> x) {
 }
 inline Vec<double> exp(Vec<double> x) {
   return by_lane(x, [](double v) { return std::exp(v); });
+}
+
+#if defined(__AVX512F__)
+
+// 2^(j / 32)
+alignas(64) inline constexpr float kPowers[32] = {
+    1.00000000f, 1.02189720f, 1.04427373f, 1.06714046f, 1.09050775f, 1.11438680f, 1.13878858f,
+    1.16372490f, 1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f,
+    1.35425556f, 1.38390994f, 1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f,
+    1.57598090f, 1.61049032f, 1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
+    1.83400810f, 1.87416768f, 1.91520655f, 1.95714414f,
+};
+
+// 2^x up to 2e-7 of it, |x| bounded by 200: n is a multiple of 1/32, whose last five bits find 2 to
+// its fraction in two registers, and what is left is a polynomial of degree 2. Half the
+// instructions of one polynomial.
+inline Vec<float> exp2_of(Vec<float> x) {
+  using V = Vec<float>;
+  x = detail::bits_as<V>(
+      _mm512_maskz_range_ps(0xffff, detail::bits_as<__m512>(x), _mm512_set1_ps(200), 2));
+  constexpr float magic = 0x1.8p18f;  // adding it rounds to multiples of 1/32
+  V sum = x + magic, n = sum - magic, f = x - n;
+  V power = detail::bits_as<V>(_mm512_permutex2var_ps(
+      _mm512_load_ps(kPowers), detail::bits_as<__m512i>(sum), _mm512_load_ps(kPowers + 16)));
+  V p = power * f * (f * 0.240226507f + 0.693147181f) + power;
+  return detail::bits_as<V>(
+      _mm512_maskz_scalef_ps(0xffff, detail::bits_as<__m512>(p), detail::bits_as<__m512>(n)));
+}
+
+#else
+
+// 2^x up to 3e-7 of it, x bounded by -126 from below: 2^n 2^f, n = round(x), and a minimax
+// polynomial.
+inline Vec<float> exp2_of(Vec<float> x) {
+  using V = Vec<float>;
+  using I = Vec<int32_t>;
+  x = x > -126 ? x : V{} - 126;
+  V n = x + 0x1.8p23f, f = x - (n - 0x1.8p23f);  // adding it rounds to a whole number
+  V p = f * 1.5353362e-4f + 1.3398874e-3f;
+  p = p * f + 9.6184373e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1;
+  V power = detail::bits_as<V>(detail::bits_as<I>(p) + (detail::bits_as<I>(n) << 23));
+  return x > 127 ? V{} + std::numeric_limits<float>::infinity() : power;
+}
+
+#endif
+
+inline Vec<double> exp2_of(Vec<double> x) {
+  return by_lane(x, [](double v) { return std::exp2(v); });
 }
 
 // 1 / (1 + e^-x); 0 where e^-x is infinite.

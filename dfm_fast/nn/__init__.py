@@ -1,6 +1,12 @@
 """Drop-in modules."""
 
 from dfm_fast.nn.activations import GEGLU, FeedForward
+from dfm_fast.nn.attentions import (
+    CrossAttention,
+    KeyValues,
+    MultiQueryAttention,
+    SeparableConvAttention,
+)
 from dfm_fast.nn.group_norms import GroupNormSiLU
 from dfm_fast.nn.noises import PerScaleNoise
 from dfm_fast.nn.norms import AdaLayerNorm, RMSNorm
@@ -11,12 +17,16 @@ from dfm_fast.ops.rotaries import rope_2d, rope_3d
 __all__ = [
     "GEGLU",
     "AdaLayerNorm",
+    "CrossAttention",
     "FeedForward",
     "GroupNormSiLU",
+    "KeyValues",
     "LaplacianPyramid",
+    "MultiQueryAttention",
     "PerScaleNoise",
     "QKNormRotary",
     "RMSNorm",
+    "SeparableConvAttention",
     "rope_2d",
     "rope_3d",
 ]

@@ -2,6 +2,7 @@
 
 from dfm_fast.ops._velocity import velocity_loss
 from dfm_fast.ops.activations import geglu, gelu_tanh, swiglu
+from dfm_fast.ops.attentions import multi_query_attention
 from dfm_fast.ops.group_norms import ChannelStatistics, channel_statistics, group_norm_silu
 from dfm_fast.ops.noises import add_noise, philox_normal, pyramid_add_noise
 from dfm_fast.ops.norms import (
@@ -35,6 +36,7 @@ __all__ = [
     "heun_step",
     "laplacian_build",
     "laplacian_collapse",
+    "multi_query_attention",
     "philox_normal",
     "pyramid_add_noise",
     "qk_norm_rope",

@@ -1,0 +1,309 @@
+"""Attention layers with few key heads, with the names and weights of diffusers' `Attention`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dfm_fast import _checks
+from dfm_fast._library import differentiable
+from dfm_fast.ops import multi_query_attention, qk_norm_rope, rms_norm, rope_2d
+
+# --- Several linear layers as one -----------------------------------------------------------------
+#
+# Weights of layers that read the same input are parts of one piece of memory, one after the other:
+# together they are the weight of one wider layer, a view, whoever wrote into them and how. (A
+# packed copy would not see `weight.data.mul_`.) What gives them memory of their own, such as a new
+# Parameter or FSDP, makes them separate products again, and nothing else.
+
+
+def pack(*layers: nn.Linear) -> None:
+    """Move their weights into one piece of memory, if they are what they were built as."""
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return
+    weights = [layer.weight for layer in layers]
+    one = weights[0]
+    alike = all(w.dtype == one.dtype and w.device == one.device for w in weights)
+    if not alike or one.is_meta or any(type(w) is not nn.Parameter for w in weights):
+        return
+    if packed(*layers) is None:
+        with torch.no_grad():
+            whole = torch.cat([w.detach() for w in weights])
+            for w, part in zip(weights, whole.split([len(w) for w in weights]), strict=True):
+                w.data = part
+
+
+def packed(*layers: nn.Module) -> Tensor | None:
+    """The weight of all, [sum of outputs, inputs], if it lies there and the layers are plain."""
+    if any(type(layer) is not nn.Linear or layer.bias is not None for layer in layers):
+        return None
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        return None
+    weights = [layer.weight for layer in layers]
+    first, end, rows = weights[0], None, 0
+    for w in weights:
+        if type(w) is not nn.Parameter or w.is_meta or not w.is_contiguous():
+            return None
+        if end is not None and (w.data_ptr() != end or w.dtype != first.dtype):
+            return None
+        end, rows = w.data_ptr() + w.numel() * w.element_size(), rows + len(w)
+    storage = first.untyped_storage().data_ptr()
+    if any(w.untyped_storage().data_ptr() != storage for w in weights):
+        return None  # neighbours by chance
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+
+
+class _PackedLinear(torch.autograd.Function):
+    """F.linear(x, whole), whose gradient goes to the parts."""
+
+    @staticmethod
+    def forward(ctx, x, whole, *parts):
+        ctx.save_for_backward(x, *parts)  # whose versions tell of changes; `whole` has none
+        ctx.whole = whole
+        return F.linear(x, whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x, *parts), dx, grads = ctx.saved_tensors, None, [None] * (len(ctx.needs_input_grad) - 2)
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ ctx.whole.to(dy.dtype)).to(x.dtype)
+        if any(ctx.needs_input_grad[2:]):
+            dw = dy.flatten(0, -2).t() @ x.to(dy.dtype).flatten(0, -2)
+            grads = dw.to(parts[0].dtype).split([len(w) for w in parts])
+            needs = ctx.needs_input_grad[2:]
+            grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        return dx, None, *grads
+
+
+def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """layer(x) of each, by one product where their weights are packed: then views of one tensor."""
+    whole = None
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        whole = packed(*layers)
+    if whole is None:
+        return tuple(layer(x) for layer in layers)
+    parts = [layer.weight for layer in layers]
+    y = _PackedLinear.apply(x, whole, *parts) if differentiable(x, *parts) else F.linear(x, whole)
+    return y.split([len(w) for w in parts], -1)
+
+
+# --- Layers ---------------------------------------------------------------------------------------
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim))
+
+
+class _Attention(nn.Module):
+    """What the layers below have in common: their parameters."""
+
+    packs = ("to_q", "to_k", "to_v")  # what reads the same input
+
+    def __init__(
+        self,
+        dim: int,
+        cross_dim: int,
+        heads: int,
+        kv_heads: int = 1,
+        *,
+        head_dim: int | None = None,
+        qk_norm: bool = True,
+        eps: float = 1e-5,
+        out_bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        _checks.integer(op, "dim", dim, 1)
+        if _checks.integer(op, "heads", heads, 1) and head_dim is None and dim % heads:
+            _checks.fail(op, "heads", f"a divisor of dim = {dim}, or a head_dim", heads)
+        if heads % _checks.integer(op, "kv_heads", kv_heads, 1):
+            _checks.fail(op, "kv_heads", f"a divisor of {heads} heads", kv_heads)
+        head_dim = dim // heads if head_dim is None else head_dim
+        self.heads, self.kv_heads, self.head_dim, self.eps = heads, kv_heads, head_dim, eps
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner, kv = heads * head_dim, kv_heads * head_dim
+        self.to_q = nn.Linear(dim, inner, bias=False, **options)
+        self.to_k = nn.Linear(cross_dim, kv, bias=False, **options)
+        self.to_v = nn.Linear(cross_dim, kv, bias=False, **options)
+        self.norm_q = nn.RMSNorm(head_dim, eps, **options) if qk_norm else None
+        self.norm_k = nn.RMSNorm(head_dim, eps, **options) if qk_norm else None
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim, bias=out_bias, **options)])
+        pack(*self._packs())
+
+    def _packs(self) -> list[nn.Linear]:
+        return [getattr(self, name) for name in self.packs]
+
+    # Both give every parameter memory of its own: .to() and the like, and copy.deepcopy.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        pack(*self._packs())
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        pack(*self._packs())
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
+
+
+class MultiQueryAttention(_Attention):
+    """Self-attention with few key heads, of SnapGen: to_q, to_k, to_v, RMSNorm of every head of q
+    and k, rotary embedding, attention, to_out.
+
+    Args:
+        dim: of the tokens.
+        heads, kv_heads: of queries; of keys and values, a divisor of it.
+        head_dim: dim / heads by default.
+        qk_norm: norm_q and norm_k, over the head dimension, `eps` added to the mean square.
+        out_bias: of to_out.
+
+    Parameters: to_q, to_k, to_v without bias, to_out.0, norm_q, norm_k: the `state_dict` of
+    diffusers' `Attention(qk_norm="rms_norm", kv_heads=...)`. The three projections are one product.
+
+    Raises:
+        TypeError, ValueError: sizes that do not divide.
+    """
+
+    def __init__(self, dim: int, heads: int, kv_heads: int = 1, **options: Any) -> None:
+        super().__init__(dim, dim, heads, kv_heads, **options)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, T, dim]; cos, sin as `qk_norm_rope` takes them, or None: no rotation; mask bool
+        [B, T] of the keys -> [B, T, dim]."""
+        q, k, v = (_heads(y, self.head_dim) for y in linears(x, *self._packs()))
+        weights = (None, None) if self.norm_q is None else (self.norm_q.weight, self.norm_k.weight)
+        if self.norm_q is not None or cos is not None:
+            q, k = qk_norm_rope(q, k, *weights, cos, sin, eps=self.eps)
+        return self.to_out[0](multi_query_attention(q, k, v, mask).flatten(2))
+
+
+class KeyValues(NamedTuple):
+    """What cross-attention makes of a text: a cache, the same for all steps of a sampler."""
+
+    k: Tensor  # [B, S, Hkv, d], normalised
+    v: Tensor
+    mask: Tensor | None = None  # [B, S], bool: the tokens that count
+
+
+class CrossAttention(_Attention):
+    """Attention to a text with few key heads, of SnapGen; no rotary embedding.
+
+        cache = attn.key_values(text, mask)   # once per prompt
+        y = attn(x, cache)                    # in every step
+
+    Args:
+        dim, cross_dim: of the tokens; of the text's tokens.
+        heads, kv_heads, and the rest: as `MultiQueryAttention`, with the same parameters.
+    """
+
+    packs = ("to_k", "to_v")
+
+    def key_values(self, text: Tensor, mask: Tensor | None = None) -> KeyValues:
+        """text [B, S, cross_dim]; mask bool [B, S], True for tokens that count, or None: all."""
+        k, v = (_heads(y, self.head_dim) for y in linears(text, *self._packs()))
+        if self.norm_k is not None:
+            k = rms_norm(k, self.norm_k.weight, eps=self.eps)
+        return KeyValues(k, v.contiguous(), mask)
+
+    def forward(self, x: Tensor, text: KeyValues | Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, dim], a cache or a text [B, S, cross_dim] with its mask -> [B, T, dim]. A cache
+        of one sample serves every batch."""
+        op = type(self).__name__
+        if isinstance(text, Tensor):
+            text = self.key_values(text, mask)
+        elif not isinstance(text, KeyValues):
+            _checks.fail(op, "text", "KeyValues or a tensor", type(text).__name__, TypeError)
+        elif mask is not None:
+            _checks.fail(op, "mask", "None beside KeyValues, which have theirs", "a mask")
+        q = _heads(self.to_q(x), self.head_dim)
+        if self.norm_q is not None:
+            q = rms_norm(q, self.norm_q.weight, eps=self.eps)
+        if len(text.k) == 1:
+            text = KeyValues(*(v if v is None else v.expand(len(x), *v.shape[1:]) for v in text))
+        return self.to_out[0](multi_query_attention(q, *text).flatten(2))
+
+
+class SeparableConvAttention(MultiQueryAttention):
+    """Self-attention over a map whose queries, keys and values come from a depthwise-separable
+    convolution: depthwise k x k, then one pointwise to [q | k | v]; RMSNorm of their heads and
+    2-D rotary embedding in one pass. The norm before and the residual after are outside.
+
+    Args:
+        dim: channels.
+        num_heads, num_kv_heads: of queries; of keys and values.
+        kernel_size: odd. 1: no depthwise convolution, and no weight of one: SnapGen's
+            multi-query attention, with the `state_dict` of `MultiQueryAttention`.
+        qk_norm, rope: whether there is either.
+        base: of the rotary angles.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int = 1,
+        kernel_size: int = 3,
+        qk_norm: bool = True,
+        rope: bool = True,
+        *,
+        base: float = 10000.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, num_kv_heads, qk_norm=qk_norm, **options)
+        op = type(self).__name__
+        if _checks.integer(op, "kernel_size", kernel_size, 1) % 2 == 0:
+            _checks.fail(op, "kernel_size", "an odd number", kernel_size)
+        if rope and self.head_dim % 4:
+            _checks.fail(op, "rope", "a head dimension that 4 divides", self.head_dim)
+        self.dim, self.kernel_size, self.rope, self.base = dim, kernel_size, rope, base
+        options = {k: v for k, v in options.items() if k in ("device", "dtype")}
+        if kernel_size > 1:
+            convolution = {"padding": kernel_size // 2, "groups": dim, "bias": False, **options}
+            self.depthwise = nn.Conv2d(dim, dim, kernel_size, **convolution)
+        else:
+            self.depthwise = None
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], contiguous or channels_last; mask bool [N, H W] -> like x."""
+        op = type(self).__name__
+        _checks.tensor(op, "x", x, (4,))
+        if x.shape[1] != self.dim:
+            _checks.fail(op, "x", f"{self.dim} channels", x.shape[1])
+        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        size = x.shape[2:]
+        tables = _tables(*size, self.head_dim, self.base, x.device, x.dtype) if self.rope else ()
+        if self.depthwise is not None:
+            x = self.depthwise(x)
+        tokens = x.flatten(2).transpose(1, 2)  # [N, H W, C], a view of channels_last
+        y = super().forward(tokens, *tables, mask=mask).transpose(1, 2).unflatten(2, size)
+        return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kernel_size={self.kernel_size}, rope={self.rope}"
+
+
+@functools.lru_cache(maxsize=16)
+def _tables(
+    height: int, width: int, d: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Made once for a size; outside inference mode, whose tensors no backward may keep."""
+    with torch.inference_mode(False), torch.no_grad():
+        wide = torch.promote_types(dtype, torch.float32)
+        return rope_2d(height, width, d, base=base, device=device, dtype=wide)
