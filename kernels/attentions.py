@@ -22,11 +22,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from dfm_fast.kernels._aot import TARGETS, Specialisation
-from dfm_fast.kernels.resample import on_device
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
+from dfm_fast.kernels._aot import TARGETS, Specialisation
+from dfm_fast.kernels.resample import on_device
 from dfm_fast.ops import _sdpa, attentions
 
 SHORT = 320  # keys: more are SDPA's ground
