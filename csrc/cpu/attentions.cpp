@@ -10,14 +10,6 @@
 
 #include <cmath>
 #include <tuple>
-<<<<<<< HEAD
-#include <vector>
-
-#include "functions.h"
-#include "panels.h"
-#include "tensors.h"
-=======
->>>>>>> attentions
 
 namespace dfm_fast {
 namespace {
