@@ -44,8 +44,8 @@ int64_t parts(int64_t n, int64_t least, int64_t most) {
 // --- channels_last ---
 
 // Where rows of x lie: straight from the map.
-template <int K, int S, class T>
-void forward_direct(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights, T* y) {
+template <int K, int S, class T, class To>
+void forward_direct(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights, To* y) {
   using A = acc_t<T>;
   const Window& g = s.window;
   const int64_t C = s.channels, bands = (g.out_height + kRows - 1) / kRows;
@@ -55,7 +55,7 @@ void forward_direct(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights
     const int64_t n = i / bands, first = i % bands * kRows;
     const T* sample = x + n * s.in_pixels() * C;
     auto row_of = [&](int64_t row) { return sample + row * g.width * C; };
-    const Rows<T> to = {y + (n * g.out_height + first) * g.out_width * C, g.out_width * C, C};
+    const Rows<To> to = {y + (n * g.out_height + first) * g.out_width * C, g.out_width * C, C};
     convolve_band<K, S, A>(g, first, std::min(first + kRows, g.out_height), row_of, C, ahead, C,
                            weights, to);
   });
@@ -107,8 +107,8 @@ void forward_norm(const Sizes& s, const Input<T>& in, const Weights<acc_t<T>>& w
 }
 
 // x's rows and columns are those of even number of the window.
-template <int K, class T>
-void forward_spread(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights, T* y) {
+template <int K, class T, class To>
+void forward_spread(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights, To* y) {
   using A = acc_t<T>;
   const Window& g = s.window;
   const int64_t C = s.channels, rows = (g.height + 1) / 2, cols = (g.width + 1) / 2;
@@ -124,8 +124,8 @@ void forward_spread(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights
         };
         Ring ring{scratch, kRows - 1 + K, g.width * channels, std::max<int64_t>(first - g.pad_h, 0),
                   fill};
-        const Rows<T> to = {y + (n * g.out_height + first) * g.out_width * C + c, g.out_width * C,
-                            C};
+        const Rows<To> to = {y + (n * g.out_height + first) * g.out_width * C + c, g.out_width * C,
+                             C};
         convolve_band<K, 1, A>(g, first, end, ring, channels, 0, channels, weights.from(c), to);
       });
 }
@@ -210,9 +210,9 @@ void parallel_planes(const Sizes& s, const Input<T>& in, F f) {
       });
 }
 
-template <int K, int S, class T>
+template <int K, int S, class T, class To>
 void forward_planes(const Sizes& s, const Input<T>& in, const acc_t<T>* weight,
-                    const acc_t<T>* bias, bool turned, T* y) {
+                    const acc_t<T>* bias, bool turned, To* y) {
   using A = acc_t<T>;
   const Window& g = s.window;
   parallel_planes(s, in, [&](int64_t plane, int64_t first, int64_t end, const auto& padded) {
@@ -227,7 +227,7 @@ void forward_planes(const Sizes& s, const Input<T>& in, const acc_t<T>* weight,
         const bool wanted = i < (rows - 1) * S + K;
         row[i] = wanted ? padded(out * S - g.pad_h + i) : padded.zeros;
       }
-      T* to = y + (plane * g.out_height + out) * g.out_width;
+      To* to = y + (plane * g.out_height + out) * g.out_width;
       const A b = bias ? bias[c] : A(0);
       rows == kPlaneRows ? convolve_plane_rows<K, S, true>(g, row, taps, b, to, rows)
                          : convolve_plane_rows<K, S, false>(g, row, taps, b, to, rows);
@@ -248,9 +248,9 @@ void with_kernel(int kernel, int stride, const F& f) {
   with_stride(std::integral_constant<int, 7>{});
 }
 
-template <class T>
+template <class T, class To>
 void convolve(const Sizes& s, const Input<T>& in, const acc_t<T>* weight, const acc_t<T>* bias,
-              bool turned, T* y) {
+              bool turned, To* y) {
   using A = acc_t<T>;
   if (!s.last)
     return with_kernel(s.kernel, s.stride, [&](auto k, auto stride) {
@@ -258,9 +258,10 @@ void convolve(const Sizes& s, const Input<T>& in, const acc_t<T>* weight, const 
     });
   const PackedWeights<A> weights(weight, bias, s.channels, s.kernel, turned);
   with_kernel(s.kernel, s.stride, [&](auto k, auto stride) {
-    if (in.norms) return forward_norm<k, stride>(s, in, weights, y);
-    if (!in.spread) return forward_direct<k, stride, T>(s, in.x, weights, y);
-    if constexpr (stride == 1) forward_spread<k, T>(s, in.x, weights, y);
+    if constexpr (std::is_same_v<T, To>)
+      if (in.norms) return forward_norm<k, stride>(s, in, weights, y);
+    if (!in.spread) return forward_direct<k, stride>(s, in.x, weights, y);
+    if constexpr (stride == 1) forward_spread<k>(s, in.x, weights, y);
   });
 }
 
@@ -514,7 +515,7 @@ Tensor depthwise_conv2d_cpu(const Tensor& x, const Tensor& weight, const MaybeTe
   with_input(op, x, norm, [&](const auto& in) {
     using T = std::remove_const_t<std::remove_reference_t<decltype(*in.x)>>;
     using A = acc_t<T>;
-    convolve<T>(s, in, data<A>(w), maybe<A>(b), false, mutable_data<T>(y));
+    convolve(s, in, data<A>(w), maybe<A>(b), false, mutable_data<T>(y));
   });
   return y;
 }
@@ -551,8 +552,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cpu(
     using A = acc_t<T>;
     if (need_du) {
       const Input<T> from{data<T>(dy), nullptr, stride == 2};
-      convolve<T>(turned(s), from, data<A>(w), static_cast<const A*>(nullptr), true,
-                  mutable_data<T>(du));
+      const A* none = nullptr;
+      norm.mean ? convolve(turned(s), from, data<A>(w), none, true, mutable_data<A>(du))
+                : convolve(turned(s), from, data<A>(w), none, true, mutable_data<T>(du));
     }
     if (need_dweight)
       gradient<T>(s, in, data<T>(dy), mutable_data<A>(dweight), mutable_data<A>(dbias));
