@@ -7,6 +7,7 @@ from dfm_fast.nn.attentions import (
     MultiQueryAttention,
     SeparableConvAttention,
 )
+from dfm_fast.nn.convolutions import DepthwiseConv2d
 from dfm_fast.nn.group_norms import GroupNormSiLU
 from dfm_fast.nn.noises import PerScaleNoise
 from dfm_fast.nn.norms import AdaLayerNorm, RMSNorm
@@ -18,6 +19,7 @@ __all__ = [
     "GEGLU",
     "AdaLayerNorm",
     "CrossAttention",
+    "DepthwiseConv2d",
     "FeedForward",
     "GroupNormSiLU",
     "KeyValues",

@@ -1,7 +1,27 @@
 """Cases of every operator: what the shared suite runs. One module per family."""
 
-from cases import activations, attentions, group_norms, noises, norms, pyramids, rotaries, steps
+from cases import (
+    activations,
+    attentions,
+    convolutions,
+    group_norms,
+    noises,
+    norms,
+    pyramids,
+    rotaries,
+    steps,
+)
 
-FAMILIES = (activations, attentions, group_norms, noises, norms, pyramids, rotaries, steps)
+FAMILIES = (
+    activations,
+    attentions,
+    convolutions,
+    group_norms,
+    noises,
+    norms,
+    pyramids,
+    rotaries,
+    steps,
+)
 CASES = [case for family in FAMILIES for case in family.CASES]
 BAD = [bad for family in FAMILIES for bad in family.BAD]
