@@ -11,6 +11,7 @@ from dfm_fast.flow import DecomposableFlow, Laplacian
 from dfm_fast.models import (
     DFM_B,
     DFM_L,
+    DFM_S,
     DFM_XL,
     DFMTransformer,
     dit_state_dict,
@@ -59,6 +60,7 @@ def assert_close(got, want, rtol=2e-5):
     ("make", "options", "parameters"),
     [
         (DFM_XL, {}, 679_107_476),
+        (DFM_S, {}, 33_404_564),
         (DFM_B, {}, 132_279_572),
         (DFM_L, {}, 461_245_460),
         (DFM_XL, {"in_channels": 16}, 679_245_776),

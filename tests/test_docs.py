@@ -30,7 +30,10 @@ def test_the_worked_example_of_the_flow_trains_and_samples():
     assert space["images"].isfinite().all()
 
 
-@pytest.mark.parametrize("index", range(len(blocks("README.md"))))
-def test_the_readme_runs(index):
-    result = run_python("-c", blocks("README.md")[index])
+@pytest.mark.parametrize(
+    ("path", "index"),
+    [(path, i) for path in ("README.md", "docs/models.md") for i in range(len(blocks(path)))],
+)
+def test_code_runs(path, index):
+    result = run_python("-c", blocks(path)[index])
     assert result.returncode == 0, result.stderr
