@@ -106,7 +106,7 @@ def test_a_large_mean_cancels_nothing(device, layout, mean):
         x, dfm_fast.channel_statistics(x), *rest, num_groups=2
     )
     # Statistics are handed on in float32: to the budget comes one rounding of the mean.
-    rstd = 1 / (x + rest[-1][:, :, None, None]).double().view(2, -1).std(1).min()
+    rstd = 1 / (x + rest[-1][:, :, None, None]).double().reshape(2, -1).std(1).min()
     rounding = abs(mean) * 2**-24 * rstd * rest[0].abs().max()
     rounding *= 1.1 * rest[2].abs().sum((1, 2, 3)).max()  # of silu's slope, and of all taps
     assert (got - exact).abs().max() <= 2 * (ref - exact).abs().max() + rounding
