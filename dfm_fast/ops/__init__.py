@@ -18,6 +18,7 @@ from dfm_fast.ops.pyramids import (
 )
 from dfm_fast.ops.rotaries import qk_norm_rope, rope_2d, rope_3d
 from dfm_fast.ops.steps import cfg_euler_step, heun_step
+from dfm_fast.ops.upsamples import upsample_conv2d
 
 __all__ = [
     "ChannelStatistics",
@@ -42,5 +43,6 @@ __all__ = [
     "rope_2d",
     "rope_3d",
     "swiglu",
+    "upsample_conv2d",
     "velocity_loss",
 ]
