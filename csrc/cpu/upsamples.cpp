@@ -1,20 +1,24 @@
 // CPU operators of the family `upsamples`; the definition is dfm_fast/ops/upsamples.py.
 //
-// Nine products in float, whatever the storage type: x's differences are not rounded. Bands of rows
-// keep maps and products within the caches. Along an axis, with s = k0 + k1 + k2 and
-// d[i] = x[i] - x[i-1], of which there is one more than pixels:
+// Nine products in float, whatever the storage type, so that neither x's differences nor sums of
+// taps are rounded. Along an axis, with s = k0 + k1 + k2 and d[i] = x[i] - x[i-1]:
 //
 //   y[2i] = s x[i] - k0 d[i],  y[2i+1] = s x[i] + k2 d[i+1]
 //
-// so four maps (x or d of rows, x or d of columns) times 1, 2, 2 and 4 matrices.
+// so there are four maps (x or d of rows, x or d of columns) for 1, 2, 2 and 4 matrices. A task is a
+// band of rows: its maps, then for every panel of output channels the nine products and their sums.
+//
+// Versions, against interpolate + conv2d (2x256x64², float / bf16): one 2x2 convolution of 4 O
+// channels by oneDNN and a copy that interleaves its phases 1.7 / 2.0; nine products by oneDNN 2.9 /
+// 1.6, whose error is 1.5 to 2 times the budget; these, in bands, within it.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <vector>
 
 #include "channel_maps.h"
-#include "products.h"
+#include "matrices.h"
 
 namespace dfm_fast {
 namespace {
@@ -22,12 +26,17 @@ namespace {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t kBand = 1024;  // pixels of x, at least where there are so many
+constexpr int64_t kBand = 128;  // pixels of x in a task, at most if a row is not longer
+
+struct Sizes {
+  int64_t channels, height, width, outputs;
+  bool last;
+};
 
 // --- Weights ---
 
-// Of one pair of channels: w[3][3] -> t w tᵀ, t = (1 1 1 / -1 0 0 / 0 0 1), in the order in which
-// products are stacked: (s, s), (s, d), (d, s), (d, d).
+// Of one pair of channels: w[3][3] -> t w tᵀ, t = (1 1 1 / -1 0 0 / 0 0 1), in the order of the
+// products: (s, s), (s, d), (d, s), (d, d).
 template <class V>
 DFM_INLINE inline void transform(const V (&w)[9], V (&k)[9]) {
   V sum[3];
@@ -38,211 +47,196 @@ DFM_INLINE inline void transform(const V (&w)[9], V (&k)[9]) {
   k[5] = w[0], k[6] = -w[2], k[7] = -w[6], k[8] = w[8];
 }
 
-// weight [O, C, 3, 3] -> [9, O, C]
+// weight [O, C, 3, 3] or [O, 3, 3, C] -> panels [O / kPanel, 9, C, kPanel]
 template <class T>
-void transform_weights(const Tensor& weight, acc_t<T>* to) {
+void pack_weights(const Sizes& s, const Tensor& weight, acc_t<T>* panels) {
   using A = acc_t<T>;
-  const int64_t O = weight.size(0), C = weight.size(1), stride = O * C;
-  const T* from = data<T>(weight);
+  constexpr int64_t some = 16;  // channels whose taps stay in the first-level cache
+  const int64_t O = s.outputs, C = s.channels, size = 9 * C * kPanel<A>;
   const bool last = layout_of(weight) != at::MemoryFormat::Contiguous;
-  parallel(O, 9 * C, [&](int64_t o) {
-    const T* w = from + o * C * 9;
-    A* k = to + o * C;
-    if (last)
-      return for_vectors<A>(C, [=](int64_t c, auto count) DFM_INLINE {
-        Vec<A> taps[9], sums[9];
-        for (int i = 0; i < 9; ++i) taps[i] = load(w + i * C + c, count);
-        transform(taps, sums);
-        for (int i = 0; i < 9; ++i) store(k + i * stride + c, sums[i], count);
-      });
-    for (int64_t c = 0; c < C; ++c) {
-      A taps[9], sums[9];
-      for (int i = 0; i < 9; ++i) taps[i] = load_one(w + c * 9 + i);
-      transform(taps, sums);
-      for (int i = 0; i < 9; ++i) k[i * stride + c] = sums[i];
-    }
-  });
-}
-
-// --- Maps ---
-
-struct Sizes {
-  int64_t channels, height, width, outputs;
-  bool last;
-};
-
-// Rows of x and of its differences, [rows, columns, C] or [C, rows, columns] as x: `rows` and
-// `width` of x, one more of differences.
-template <class A>
-struct Band {
-  int64_t first, rows;
-  A *xx, *xd, *dx, *dd;
-};
-
-template <class T>
-void differences_last(const Sizes& s, const T* x, const Band<acc_t<T>>& band) {
-  using A = acc_t<T>;
-  const int64_t C = s.channels, W = s.width;
-  parallel(band.rows + 1, 4 * W * C, [&](int64_t row) {
-    const int64_t i = band.first + row;
-    const T* above = i > 0 ? x + (i - 1) * W * C : nullptr;
-    const T* here = i < s.height ? x + i * W * C : nullptr;
-    for (int64_t j = 0; j <= W; ++j)
-      for_vectors<A>(C, [&](int64_t c, auto count) DFM_INLINE {
-        auto at = [&](const T* line, int64_t j) DFM_INLINE {
-          return line && j >= 0 && j < W ? load(line + j * C + c, count) : Vec<A>{};
-        };
-        Vec<A> v = at(here, j), left = at(here, j - 1);
-        Vec<A> up = v - at(above, j), up_left = left - at(above, j - 1);
-        if (row < band.rows) {
-          if (j < W) store(band.xx + (row * W + j) * C + c, v, count);
-          store(band.xd + (row * (W + 1) + j) * C + c, v - left, count);
-        }
-        if (j < W) store(band.dx + (row * W + j) * C + c, up, count);
-        store(band.dd + (row * (W + 1) + j) * C + c, up - up_left, count);
-      });
-  });
-}
-
-// A row with a zero before and after it; all zeros outside of the map.
-template <class T>
-void padded_row(const T* plane, int64_t i, const Sizes& s, acc_t<T>* to) {
-  std::fill(to, to + s.width + 2, acc_t<T>(0));
-  if (i >= 0 && i < s.height) convert_row(to + 1, plane + i * s.width, s.width);
-}
-
-template <class T>
-void differences_planes(const Sizes& s, const T* x, const Band<acc_t<T>>& band) {
-  using A = acc_t<T>;
-  const int64_t W = s.width, R = band.rows;
-  parallel(s.channels, 4 * W * R, [&](int64_t c) {
-    const T* plane = x + c * s.height * W;
-    std::vector<A> lines(2 * (W + 2));
-    A *above = lines.data(), *here = above + W + 2;
-    padded_row(plane, band.first - 1, s, here);
-    for (int64_t row = 0; row <= R; ++row) {
-      std::swap(above, here);
-      padded_row(plane, band.first + row, s, here);
-      if (row < R) {
-        convert_row(band.xx + (c * R + row) * W, here + 1, W);
-        A* xd = band.xd + (c * R + row) * (W + 1);
-        for_vectors<A>(W + 1, [=](int64_t j, auto count) DFM_INLINE {
-          store(xd + j, load(here + 1 + j, count) - load(here + j, count), count);
+  const int64_t tap = (last ? some : 1) * kPanel<A>, channel = (last ? 1 : 9) * kPanel<A>;
+  at::parallel_for(0, panels_of(O, kPanel<A>), 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> taps(9 * some * kPanel<A>);
+    for (int64_t i = begin * C; i < end * C; i += std::min(some, C - i % C)) {
+      const int64_t first = i / C * kPanel<A>, c = i % C, n = std::min(some, C - c);
+      const T* from = data<T>(weight) + first * 9 * C;
+      if (last)
+        for (int t = 0; t < 9; ++t)
+          pack_panel(n, O - first, from + t * C + c, 9 * C, &taps[t * tap]);
+      else
+        pack_panel(9 * n, O - first, from + 9 * c, 9 * C, taps.data());
+      A* to = panels + i / C * size + c * kPanel<A>;
+      for (int64_t k = 0; k < n; ++k, to += kPanel<A>)
+        for_vectors<A>(kPanel<A>, [&](int64_t v, auto count) DFM_INLINE {
+          Vec<A> w[9], sums[9];
+          for (int t = 0; t < 9; ++t) w[t] = load(&taps[t * tap + k * channel + v], count);
+          transform(w, sums);
+          for (int q = 0; q < 9; ++q) store(to + q * C * kPanel<A> + v, sums[q], count);
         });
-      }
-      A* dx = band.dx + (c * (R + 1) + row) * W;
-      for_vectors<A>(W, [=](int64_t j, auto count) DFM_INLINE {
-        store(dx + j, load(here + 1 + j, count) - load(above + 1 + j, count), count);
-      });
-      A* dd = band.dd + (c * (R + 1) + row) * (W + 1);
-      for_vectors<A>(W + 1, [=](int64_t j, auto count) DFM_INLINE {
-        Vec<A> right = load(here + 1 + j, count) - load(above + 1 + j, count);
-        store(dd + j, right - (load(here + j, count) - load(above + j, count)), count);
-      });
     }
   });
 }
 
-// --- Products back to outputs ---
+// --- Maps of a band ---
 
-// As Band: the products of its four maps, of 1, 2, 2 and 4 times as many channels.
+// [rows, columns, ld]: `rows` and `width` of x, one more of differences. A row of `ld` has more
+// than C numbers: powers of two would meet in one place of the first-level cache.
 template <class A>
-struct Products {
-  const A *ss, *sd, *ds, *dd;
+struct Maps {
+  int64_t first, rows, ld;
+  std::vector<A> lines;  // rows first - 1 and on, one above the other: [2, width + 2, ld]
+  std::vector<A> xx, xd, dx, dd;
+
+  Maps(const Sizes& s, int64_t most)
+      : first(0),
+        rows(0),
+        ld((s.channels + 15) / 16 * 16 + 16),
+        lines(2 * (s.width + 2) * ld),
+        xx(most * s.width * ld),
+        xd(most * (s.width + 1) * ld),
+        dx((most + 1) * s.width * ld),
+        dd((most + 1) * (s.width + 1) * ld) {}
 };
 
+// Row i of x as [width + 2, ld], with zeros around it; all zeros outside of the map.
 template <class T>
-void combine_last(const Sizes& s, const Band<acc_t<T>>& band, const Products<acc_t<T>>& m,
-                  const acc_t<T>* bias, T* y) {
+void load_row(const Sizes& s, const T* x, int64_t i, int64_t ld, acc_t<T>* to) {
+  const int64_t C = s.channels, W = s.width;
+  if (i < 0 || i >= s.height) return std::fill(to, to + (W + 2) * ld, acc_t<T>(0));
+  std::fill(to, to + ld, acc_t<T>(0));
+  std::fill(to + (W + 1) * ld, to + (W + 2) * ld, acc_t<T>(0));
+  if (!s.last) return transpose_rows(x + i * W, s.height * W, C, W, to + ld, ld);
+  for (int64_t j = 0; j < W; ++j) convert_row(to + (j + 1) * ld, x + (i * W + j) * C, C);
+}
+
+template <class T>
+void make_maps(const Sizes& s, const T* x, Maps<acc_t<T>>& m) {
   using A = acc_t<T>;
-  const int64_t O = s.outputs, W = s.width;
-  parallel(2 * band.rows, 8 * W * O, [&](int64_t line) {
-    const int64_t row = line / 2, a = line % 2;
-    for (int64_t j = 0; j < W; ++j) {
-      T* to = y + ((2 * band.first + line) * 2 * W + 2 * j) * O;
-      const A *ss = m.ss + (row * W + j) * O, *ds = m.ds + (((row + a) * W + j) * 2 + a) * O;
-      const A* sd = m.sd + (row * (W + 1) + j) * 2 * O;
-      const A* dd = m.dd + (((row + a) * (W + 1) + j) * 4 + 2 * a) * O;
-      for_vectors<A>(O, [=](int64_t o, auto count) DFM_INLINE {
-        Vec<A> both = load(ss + o, count) + load(ds + o, count) + load(bias + o, count);
-        store(to + o, both + load(sd + o, count) + load(dd + o, count), count);
-        // One pixel on, and the second matrix of its pair.
-        Vec<A> odd = load(sd + 3 * O + o, count) + load(dd + 5 * O + o, count);
-        store(to + O + o, both + odd, count);
+  const int64_t W = s.width, ld = m.ld, line = (W + 2) * ld;
+  A *above = m.lines.data(), *here = above + line;
+  load_row(s, x, m.first - 1, ld, here);
+  for (int64_t row = 0; row <= m.rows; ++row) {
+    std::swap(above, here);
+    load_row(s, x, m.first + row, ld, here);
+    for (int64_t j = 0; j <= W; ++j) {
+      const A *left = here + j * ld, *up_left = above + j * ld;
+      A *xx = &m.xx[0] + (row * W + j) * ld, *xd = &m.xd[0] + (row * (W + 1) + j) * ld;
+      A *dx = &m.dx[0] + (row * W + j) * ld, *dd = &m.dd[0] + (row * (W + 1) + j) * ld;
+      const bool rows = row < m.rows, columns = j < W;
+      for_vectors<A>(s.channels, [=](int64_t c, auto count) DFM_INLINE {
+        Vec<A> v = load(left + ld + c, count), l = load(left + c, count);
+        Vec<A> up = v - load(up_left + ld + c, count), up_l = l - load(up_left + c, count);
+        if (rows && columns) store(xx + c, v, count);
+        if (rows) store(xd + c, v - l, count);
+        if (columns) store(dx + c, up, count);
+        store(dd + c, up - up_l, count);
       });
     }
+  }
+}
+
+// --- Products of a band and a panel ---
+
+// Nine tiles [pixels, kPanel], in the order of the matrices. Those of differences of rows begin one
+// row on where they make odd rows, so a place is that of an output; those of differences of columns
+// have one pixel more in a row.
+template <class A>
+struct Tiles {
+  int64_t size;
+  std::vector<A> memory;
+
+  Tiles(const Sizes& s, int64_t most)
+      : size(most * (s.width + 1) * kPanel<A>), memory(9 * size) {}
+  A* operator[](int q) { return memory.data() + q * size; }
+};
+
+template <class A>
+void multiply(const Sizes& s, const Maps<A>& m, const A* panel, Tiles<A>& tiles) {
+  const int64_t C = s.channels, W = s.width, matrix = C * kPanel<A>;
+  auto one = [&](int q, const A* map, int64_t columns) {
+    multiply_panel(m.rows * columns, C, map, m.ld, panel + q * matrix, tiles[q], kPanel<A>);
+  };
+  one(0, m.xx.data(), W);
+  for (int b = 0; b < 2; ++b) one(1 + b, m.xd.data(), W + 1);
+  for (int a = 0; a < 2; ++a) one(3 + a, m.dx.data() + a * W * m.ld, W);
+  for (int a = 0; a < 2; ++a)
+    for (int b = 0; b < 2; ++b) one(5 + 2 * a + b, m.dd.data() + a * (W + 1) * m.ld, W + 1);
+}
+
+// f(i, even, odd, count) for the two outputs of pixel j of a row: vectors of a panel from channel i.
+template <class A, class F>
+DFM_INLINE inline void combine(const Sizes& s, Tiles<A>& tiles, const A* bias, int64_t columns,
+                               int64_t row, int64_t a, int64_t j, F f) {
+  const int64_t at = (row * s.width + j) * kPanel<A>, next = kPanel<A>;
+  const int64_t wide = (row * (s.width + 1) + j) * kPanel<A>;
+  const A *ss = tiles[0] + at, *ds = tiles[3 + a] + at;
+  const A *sd0 = tiles[1] + wide, *sd1 = tiles[2] + wide + next;
+  const A *dd0 = tiles[5 + 2 * a] + wide, *dd1 = tiles[6 + 2 * a] + wide + next;
+  for_vectors<A>(columns, [=](int64_t i, auto count) DFM_INLINE {
+    Vec<A> both = load(ss + i, count) + load(ds + i, count) + load(bias + i, count);
+    f(i, both + (load(sd0 + i, count) + load(dd0 + i, count)),
+      both + (load(sd1 + i, count) + load(dd1 + i, count)), count);
   });
 }
 
 template <class T>
-void combine_planes(const Sizes& s, const Band<acc_t<T>>& band, const Products<acc_t<T>>& m,
-                    const acc_t<T>* bias, T* y) {
+void store_last(const Sizes& s, const Maps<acc_t<T>>& m, Tiles<acc_t<T>>& tiles,
+                const acc_t<T>* bias, int64_t first, T* y) {
   using A = acc_t<T>;
-  const int64_t O = s.outputs, W = s.width, R = band.rows, lanes = kLanes<A>;
-  parallel(O, 16 * W * R, [&](int64_t o) {
-    std::vector<A> both(2 * (W + lanes));
-    for (int64_t line = 0; line < 2 * R; ++line) {
-      const int64_t row = line / 2, a = line % 2;
-      const A *ss = m.ss + (o * R + row) * W;
-      const A *ds = m.ds + ((a * O + o) * (R + 1) + row + a) * W;
-      auto sd = [&](int64_t b) { return m.sd + ((b * O + o) * R + row) * (W + 1) + b; };
-      auto dd = [&](int64_t b) {
-        return m.dd + (((2 * a + b) * O + o) * (R + 1) + row + a) * (W + 1) + b;
-      };
-      const A *sd0 = sd(0), *sd1 = sd(1), *dd0 = dd(0), *dd1 = dd(1);
-      A* to = both.data();
-      const A constant = bias[o];
-      for_vectors<A>(W, [=](int64_t j, auto count) DFM_INLINE {
-        Vec<A> v = load(ss + j, count) + load(ds + j, count) + constant;
-        store_zipped<A>(to + 2 * j, v + load(sd0 + j, count) + load(dd0 + j, count),
-                        v + load(sd1 + j, count) + load(dd1 + j, count));
-      });
-      convert_row(y + (o * 2 * s.height + 2 * band.first + line) * 2 * W, to, 2 * W);
+  const int64_t O = s.outputs, W = s.width, columns = std::min(O - first, kPanel<A>);
+  for (int64_t line = 0; line < 2 * m.rows; ++line)
+    for (int64_t j = 0; j < W; ++j) {
+      T* to = y + ((2 * m.first + line) * 2 * W + 2 * j) * O + first;
+      combine<A>(s, tiles, bias + first, columns, line / 2, line % 2, j,
+                 [=](int64_t i, Vec<A> even, Vec<A> odd, auto count) DFM_INLINE {
+                   store(to + i, even, count);
+                   store(to + O + i, odd, count);
+                 });
     }
-  });
+}
+
+// `row`: 2 width pixels of a panel, before they become rows of planes.
+template <class T>
+void store_planes(const Sizes& s, const Maps<acc_t<T>>& m, Tiles<acc_t<T>>& tiles,
+                  const acc_t<T>* bias, int64_t first, acc_t<T>* row, T* y) {
+  using A = acc_t<T>;
+  const int64_t W = s.width, columns = std::min(s.outputs - first, kPanel<A>);
+  for (int64_t line = 0; line < 2 * m.rows; ++line) {
+    for (int64_t j = 0; j < W; ++j)
+      combine<A>(s, tiles, bias + first, columns, line / 2, line % 2, j,
+                 [=](int64_t i, Vec<A> even, Vec<A> odd, auto count) DFM_INLINE {
+                   store(row + 2 * j * kPanel<A> + i, even, count);
+                   store(row + (2 * j + 1) * kPanel<A> + i, odd, count);
+                 });
+    T* to = y + (first * 2 * s.height + 2 * m.first + line) * 2 * W;
+    transpose_rows(row, kPanel<A>, 2 * W, columns, to, 4 * s.height * W);
+  }
 }
 
 // --- Forward ---
 
-// x's map times `count` matrices: [pixels, count O], or [count O, pixels].
-template <class A>
-Tensor products_of(const Sizes& s, const Tensor& map, const Tensor& kernels, int64_t first,
-                   int64_t count, int64_t pixels) {
-  Tensor k = kernels.narrow(0, first * s.outputs, count * s.outputs);
-  const int64_t C = s.channels;
-  Tensor m = map.narrow(0, 0, pixels * C);
-  if (s.last) return product(m.view({pixels, C}), k);
-  return product(k, m.view({C, pixels}).t());
-}
-
 template <class T>
-void forward(const Sizes& s, const Tensor& x, const Tensor& kernels, const Tensor& bias,
-             const Tensor& y) {
+void forward(const Sizes& s, const Tensor& x, const acc_t<T>* panels, const acc_t<T>* bias, T* y) {
   using A = acc_t<T>;
-  const int64_t C = s.channels, H = s.height, W = s.width;
-  const int64_t most = std::min(H, std::max<int64_t>(1, kBand / W));
-  auto buffer = [&](int64_t rows, int64_t columns) {
-    return at::empty({rows * columns * C}, kernels.options());
-  };
-  Tensor xx = buffer(most, W), xd = buffer(most, W + 1), dx = buffer(most + 1, W);
-  Tensor dd = buffer(most + 1, W + 1);
-  for (int64_t n = 0; n < x.size(0); ++n) {
-    const T* from = data<T>(x) + n * C * H * W;
-    T* to = mutable_data<T>(y) + n * s.outputs * 4 * H * W;
-    for (int64_t first = 0; first < H; first += most) {
-      const int64_t R = std::min(most, H - first);
-      Band<A> band{first, R, mutable_data<A>(xx), mutable_data<A>(xd), mutable_data<A>(dx),
-                   mutable_data<A>(dd)};
-      s.last ? differences_last<T>(s, from, band) : differences_planes<T>(s, from, band);
-      Tensor m[4] = {products_of<A>(s, xx, kernels, 0, 1, R * W),
-                     products_of<A>(s, xd, kernels, 1, 2, R * (W + 1)),
-                     products_of<A>(s, dx, kernels, 3, 2, (R + 1) * W),
-                     products_of<A>(s, dd, kernels, 5, 4, (R + 1) * (W + 1))};
-      Products<A> products{data<A>(m[0]), data<A>(m[1]), data<A>(m[2]), data<A>(m[3])};
-      s.last ? combine_last<T>(s, band, products, data<A>(bias), to)
-             : combine_planes<T>(s, band, products, data<A>(bias), to);
+  const int64_t C = s.channels, H = s.height, W = s.width, panel = 9 * C * kPanel<A>;
+  const int64_t most = std::min(H, std::max<int64_t>(1, kBand / W)), bands = (H + most - 1) / most;
+  at::parallel_for(0, x.size(0) * bands, 1, [&](int64_t begin, int64_t end) {
+    Maps<A> maps(s, most);
+    Tiles<A> tiles(s, most);
+    std::vector<A> row(2 * W * kPanel<A>);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / bands;
+      T* to = y + n * s.outputs * 4 * H * W;
+      maps.first = i % bands * most;
+      maps.rows = std::min(most, H - maps.first);
+      make_maps(s, data<T>(x) + n * C * H * W, maps);
+      for (int64_t first = 0; first < s.outputs; first += kPanel<A>) {
+        multiply(s, maps, panels + first / kPanel<A> * panel, tiles);
+        s.last ? store_last<T>(s, maps, tiles, bias, first, to)
+               : store_planes<T>(s, maps, tiles, bias, first, row.data(), to);
+      }
     }
-  }
+  });
 }
 
 Tensor upsample_conv2d_cpu(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
@@ -251,17 +245,19 @@ Tensor upsample_conv2d_cpu(const Tensor& x, const Tensor& weight, const MaybeTen
                   weight.size(2) == 3 && weight.size(3) == 3,
               "upsample_conv2d: expected x [N, C, H, W] and weight [O, C, 3, 3], got ", x.sizes(),
               " and ", weight.sizes());
-  PlainCalls plain;
   const Sizes s{x.size(1), x.size(2), x.size(3), weight.size(0),
                 layout_of(x) != at::MemoryFormat::Contiguous};
   Tensor y = at::empty({x.size(0), s.outputs, 2 * s.height, 2 * s.width}, x.options(), layout_of(x));
-  auto wide = x.options().dtype(accumulation(x));
-  Tensor kernels = at::empty({9 * s.outputs, s.channels}, wide);
-  Tensor b = bias ? bias->to(accumulation(x)).contiguous() : at::zeros({s.outputs}, wide);
   dispatch(x.scalar_type(), "upsample_conv2d", [&](auto t) {
     using T = decltype(t);
-    transform_weights<T>(weight, mutable_data<acc_t<T>>(kernels));
-    forward<T>(s, x, kernels, b, y);
+    using A = acc_t<T>;
+    const int64_t panels = panels_of(s.outputs, kPanel<A>);
+    std::vector<A> biases(s.outputs);
+    if (bias) convert_row(biases.data(), data<T>(*bias), s.outputs);
+    Tensor packed = at::empty({panels * 9 * s.channels * kPanel<A>},
+                              x.options().dtype(accumulation(x)));
+    pack_weights<T>(s, weight, mutable_data<A>(packed));
+    forward<T>(s, x, data<A>(packed), biases.data(), mutable_data<T>(y));
   });
   return y;
 }
