@@ -2,6 +2,7 @@
 
 from dfm_fast.ops._velocity import velocity_loss
 from dfm_fast.ops.activations import geglu, gelu_tanh, swiglu
+from dfm_fast.ops.convolutions import depthwise_conv2d, norm_silu_depthwise_conv2d
 from dfm_fast.ops.group_norms import ChannelStatistics, channel_statistics, group_norm_silu
 from dfm_fast.ops.noises import add_noise, philox_normal, pyramid_add_noise
 from dfm_fast.ops.norms import (
@@ -26,6 +27,7 @@ __all__ = [
     "add_noise",
     "cfg_euler_step",
     "channel_statistics",
+    "depthwise_conv2d",
     "gated_residual",
     "gated_residual_ada_layer_norm",
     "geglu",
@@ -36,6 +38,7 @@ __all__ = [
     "heun_step",
     "laplacian_build",
     "laplacian_collapse",
+    "norm_silu_depthwise_conv2d",
     "philox_normal",
     "pyramid_add_noise",
     "qk_norm_rope",

@@ -48,7 +48,7 @@ class ChannelStatistics(NamedTuple):
     m2: Tensor  # [N, C]: sum over pixels of (x - mean)²
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -61,7 +61,7 @@ def _pixels(x: Tensor) -> int:
 
 def channel_statistics_ref(x: Tensor) -> ChannelStatistics:
     """Defines `channel_statistics`: two passes."""
-    wide = x.to(_wide(x)).flatten(2) if x.ndim > 2 else x.to(_wide(x)).unsqueeze(2)
+    wide = x.to(wide_dtype(x)).flatten(2) if x.ndim > 2 else x.to(wide_dtype(x)).unsqueeze(2)
     mean = wide.mean(2)
     return ChannelStatistics(_pixels(x), mean, (wide - mean.unsqueeze(2)).square().sum(2))
 
@@ -78,22 +78,22 @@ def group_norm_silu_ref(
     statistics: ChannelStatistics | None = None,
 ) -> Tensor:
     """Defines `group_norm_silu`; given statistics are those of x, so they change nothing."""
-    u = x.to(_wide(x))
+    u = x.to(wide_dtype(x))
     if shift is not None:
-        u = u + _of_channels(shift, x)
+        u = u + of_channels(shift, x)
     groups = u.reshape(x.shape[0], num_groups, -1 if x.numel() else 0)
     centred = groups - groups.mean(2, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(2, keepdim=True) + eps)
     z = (centred * rstd).view(x.shape)
-    z = z if weight is None else z * _of_channels(weight, x)
-    z = z if bias is None else z + _of_channels(bias, x)
+    z = z if weight is None else z * of_channels(weight, x)
+    z = z if bias is None else z + of_channels(bias, x)
     z = F.silu(z) if activation == "silu" else z
     return lay_out(z.to(x.dtype), memory_format(x))
 
 
-def _of_channels(v: Tensor, x: Tensor) -> Tensor:
+def of_channels(v: Tensor, x: Tensor) -> Tensor:
     """[C] or [N, C] in x's wide dtype -> broadcasts to x."""
-    return v.to(_wide(x)).reshape(*(v.shape if v.ndim == 2 else (1, -1)), *[1] * (x.ndim - 2))
+    return v.to(wide_dtype(x)).reshape(*(v.shape if v.ndim == 2 else (1, -1)), *[1] * (x.ndim - 2))
 
 
 # --- The step between statistics and maps ---------------------------------------------------------
@@ -145,8 +145,8 @@ def _channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _channel_statistics_backward(dmean: Tensor, dm2: Tensor, x: Tensor, mean: Tensor) -> Tensor:
-    centred = x.to(mean.dtype) - _of_channels(mean, x)
-    dx = _of_channels(dmean / _pixels(x), x) + _of_channels(2 * dm2, x) * centred
+    centred = x.to(mean.dtype) - of_channels(mean, x)
+    dx = of_channels(dmean / _pixels(x), x) + of_channels(2 * dm2, x) * centred
     return lay_out(dx.to(x.dtype), memory_format(x))
 
 
@@ -165,8 +165,8 @@ def _group_norm_silu(
     if mean is None or m2 is None:
         mean, m2 = found = _channel_statistics(x)
     affine = group_affine(_pixels(x), mean, m2, num_groups, weight, bias, shift, eps)
-    z = (x.to(mean.dtype) - _of_channels(affine.centre, x)) * _of_channels(affine.scale, x)
-    z = z + _of_channels(affine.offset, x)
+    z = (x.to(mean.dtype) - of_channels(affine.centre, x)) * of_channels(affine.scale, x)
+    z = z + of_channels(affine.offset, x)
     return y.copy_(F.silu(z) if silu else z), *found
 
 
@@ -185,11 +185,11 @@ def _group_norm_silu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide, count, axes = mean.dtype, _pixels(x), tuple(range(2, x.ndim))
     affine = group_affine(count, mean, m2, num_groups, weight, bias, shift, eps)
-    h = (x.to(wide) - _of_channels(affine.centre, x)) * _of_channels(affine.rstd, x)
+    h = (x.to(wide) - of_channels(affine.centre, x)) * of_channels(affine.rstd, x)
     dz = dy.to(wide)
     if silu:
-        z = h if weight is None else h * _of_channels(weight, x)
-        z = z + _of_channels(affine.offset, x)
+        z = h if weight is None else h * of_channels(weight, x)
+        z = z + of_channels(affine.offset, x)
         sigmoid = z.sigmoid()
         dz = dz * sigmoid * (1 + z * (1 - sigmoid))
     s, q = (v.sum(axes) if axes else v.clone() for v in (dz, dz * h))  # [N, C]
@@ -207,8 +207,8 @@ def _group_norm_silu_backward(
     dx = _fake_backward(dy, x, need_dx=need_dx)[0]
     if need_dx:
         dx.copy_(
-            _of_channels(affine.rstd, x)
-            * (_of_channels(w, x) * dz - _of_channels(a, x) - _of_channels(b, x) * h)
+            of_channels(affine.rstd, x)
+            * (of_channels(w, x) * dz - of_channels(a, x) - of_channels(b, x) * h)
         )
     return dx, q.sum(0), s.sum(0), dshift
 
@@ -217,7 +217,7 @@ def _group_norm_silu_backward(
 
 
 def _fake_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean = x.new_empty(x.shape[:2], dtype=_wide(x))
+    mean = x.new_empty(x.shape[:2], dtype=wide_dtype(x))
     return mean, torch.empty_like(mean)
 
 
@@ -225,12 +225,12 @@ def _fake_forward(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     y = empty_in(memory_format(x), x, x.shape)
     if given[3] is None:
         return y, *_fake_statistics(x)
-    return y, *(x.new_empty(0, dtype=_wide(x)) for _ in range(2))
+    return y, *(x.new_empty(0, dtype=wide_dtype(x)) for _ in range(2))
 
 
 def _fake_backward(dy: Tensor, x: Tensor, *_: Any, need_dx: bool) -> tuple[Tensor, ...]:
     dx = empty_in(memory_format(x), x, x.shape) if need_dx else x.new_empty(0)
-    dshift = x.new_empty(x.shape[:2], dtype=_wide(x))
+    dshift = x.new_empty(x.shape[:2], dtype=wide_dtype(x))
     return dx, *(dshift.new_empty(x.shape[1]) for _ in range(2)), dshift
 
 
@@ -315,7 +315,7 @@ def _check_map(op: str, x: Any) -> None:
         _checks.fail(op, "x", "at least one pixel", list(x.shape))
 
 
-def _check_vector(op: str, name: str, v: Any, x: Tensor, shape: tuple[int, ...]) -> None:
+def check_vector(op: str, name: str, v: Any, x: Tensor, shape: tuple[int, ...]) -> None:
     _checks.tensor(op, name, v, (len(shape),))
     if v.shape != shape:
         _checks.fail(op, name, f"shape {list(shape)}", list(v.shape))
@@ -323,7 +323,7 @@ def _check_vector(op: str, name: str, v: Any, x: Tensor, shape: tuple[int, ...])
         _checks.fail(op, name, f"device {x.device} like x", v.device)
 
 
-def _check_statistics(op: str, statistics: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def check_statistics(op: str, statistics: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, m2), cut off from their gradients: x's is the whole one."""
     if not isinstance(statistics, ChannelStatistics):
         got = type(statistics).__name__
@@ -331,9 +331,9 @@ def _check_statistics(op: str, statistics: Any, x: Tensor) -> tuple[Tensor, Tens
     if statistics.count != _pixels(x):
         _checks.fail(op, "statistics.count", f"{_pixels(x)} pixels of x", statistics.count)
     for name, v in zip(("mean", "m2"), statistics[1:], strict=True):
-        _check_vector(op, f"statistics.{name}", v, x, (x.shape[0], x.shape[1]))
-        if v.dtype != _wide(x):
-            _checks.fail(op, f"statistics.{name}", _wide(x), v.dtype, TypeError)
+        check_vector(op, f"statistics.{name}", v, x, (x.shape[0], x.shape[1]))
+        if v.dtype != wide_dtype(x):
+            _checks.fail(op, f"statistics.{name}", wide_dtype(x), v.dtype, TypeError)
     return statistics.mean.detach().contiguous(), statistics.m2.detach().contiguous()
 
 
@@ -355,7 +355,7 @@ def _cost(
 @operator(
     reference=channel_statistics_ref,
     raw=("channel_statistics", "channel_statistics_backward"),
-    cost=lambda x: nbytes(x) + 2 * x.shape[0] * x.shape[1] * _wide(x).itemsize,
+    cost=lambda x: nbytes(x) + 2 * x.shape[0] * x.shape[1] * wide_dtype(x).itemsize,
 )
 def channel_statistics(x: Tensor) -> ChannelStatistics:
     """Pixel count, mean and centred sum of squares of every channel, in one pass over x.
@@ -425,10 +425,10 @@ def group_norm_silu(
     for name, v in small.items():
         if v is not None:
             shape = (x.shape[0], channels) if name == "shift" else (channels,)
-            _check_vector(op, name, v, x, shape)
+            check_vector(op, name, v, x, shape)
             small[name] = v.contiguous()
     silu = _checks.choice(op, "activation", activation, ACTIVATIONS) == "silu"
-    mean, m2 = (None, None) if statistics is None else _check_statistics(op, statistics, x)
+    mean, m2 = (None, None) if statistics is None else check_statistics(op, statistics, x)
     given = (dense(x), *small.values())
     rest = mean, m2, num_groups, float(eps), silu
     if differentiable(*(v for v in given if v is not None)):

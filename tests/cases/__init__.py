@@ -1,7 +1,27 @@
 """Cases of every operator: what the shared suite runs. One module per family."""
 
-from cases import activations, group_norms, noises, norms, pyramids, rotaries, steps, upsamples
+from cases import (
+    activations,
+    convolutions,
+    group_norms,
+    noises,
+    norms,
+    pyramids,
+    rotaries,
+    steps,
+    upsamples,
+)
 
-FAMILIES = (activations, group_norms, noises, norms, pyramids, rotaries, steps, upsamples)
+FAMILIES = (
+    activations,
+    convolutions,
+    group_norms,
+    noises,
+    norms,
+    pyramids,
+    rotaries,
+    steps,
+    upsamples,
+)
 CASES = [case for family in FAMILIES for case in family.CASES]
 BAD = [bad for family in FAMILIES for bad in family.BAD]

@@ -1,0 +1,300 @@
+// Depthwise convolutions of rows: what `convolutions.cpp` and the operators that go on from a
+// convolved band have in common.
+//
+// channels_last: a vector is 16 channels of a pixel, and a tile kRows x kPixels of output pixels of
+// it, so that an input vector is loaded once for all the sums in registers that it is added to.
+// contiguous: a vector is 16 pixels of a row, from rows in scratch with zeros around them, and a
+// tile is kPlaneRows of those.
+//
+// What is convolved comes row by row: rows of a map where they lie, or rows of scratch (a `Ring`),
+// into which each row is normalised, activated and converted once, however many output rows want
+// it.
+#pragma once
+
+#include <memory>
+#include <new>
+
+#include "channel_maps.h"
+
+namespace dfm_fast {
+
+constexpr int kRows = 2;
+constexpr int kPixels = kVectorBytes == 64 ? 4 : 2;  // as registers allow
+constexpr int kPlaneRows = 4;
+
+// Where a convolution looks for what: one side of it is input, the other output.
+struct Window {
+  int64_t height, width, out_height, out_width, pad_h, pad_w;
+};
+
+// f(integral_constant 0), f(1), ... f(n - 1)
+template <class F, int... I>
+DFM_INLINE inline void unrolled(std::integer_sequence<int, I...>, const F& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int n, class F>
+DFM_INLINE inline void unrolled(const F& f) {
+  unrolled(std::make_integer_sequence<int, n>{}, f);
+}
+
+// --- Scratch ---
+
+// Zeroed, as wide loads may look past the end of a row.
+template <class A>
+struct Scratch {
+  explicit Scratch(int64_t n) : memory(new (std::align_val_t(64)) A[n]()) {}
+  A* data() const { return memory.get(); }
+
+ private:
+  struct Delete {
+    void operator()(A* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<A[], Delete> memory;
+};
+
+// The last `slots` rows of those that fill(i, to) makes, in order.
+template <class A, class Fill>
+struct Ring {
+  A* rows;
+  int64_t slots, size, next;
+  Fill fill;
+
+  const A* operator()(int64_t i) {
+    for (; next <= i; ++next) fill(next, rows + next % slots * size);
+    return rows + i % slots * size;
+  }
+};
+template <class A, class Fill>
+Ring(A*, int64_t, int64_t, int64_t, Fill) -> Ring<A, Fill>;
+
+// --- What rows of a ring are made of ---
+
+// Of a sample: u = silu(scale (x - centre) + offset), all [C].
+template <class A>
+struct Affine {
+  const A *scale, *offset, *centre;
+};
+
+// Of all samples, from the statistics of their channels.
+template <class A>
+struct Affines {
+  int64_t channels;
+  std::vector<A> scale, offset, centre;
+
+  Affines(const Map& map, const A* mean, const A* m2, const NormParameters<A>& given, double eps)
+      : channels(map.channels), scale(map.planes()), offset(map.planes()), centre(map.planes()) {
+    parallel(map.samples * map.groups, map.size() * 16, [&](int64_t i) {
+      const int64_t c = i % map.groups * map.size(), at = i / map.groups * channels + c;
+      NormParameters<A> here = given.from(c);
+      if (given.shift) here.shift = given.shift + at;
+      group_affine(map.pixels, map.size(), mean + at, m2 + at, here, eps, &scale[at], &offset[at],
+                   &centre[at]);
+    });
+  }
+  Affine<A> of(int64_t n, int64_t c) const {
+    const int64_t at = n * channels + c;
+    return {scale.data() + at, offset.data() + at, centre.data() + at};
+  }
+};
+
+template <class V>
+DFM_INLINE inline V silu(V z) {
+  return z / one_and_exp(z);
+}
+
+// to[pixel][c] from x[pixel][C]
+template <class T, class A>
+void norm_silu_pixels(const T* x, int64_t stride, int64_t pixels, const Affine<A>& norm,
+                      int64_t channels, A* to, int64_t to_stride) {
+  for (int64_t p = 0; p < pixels; ++p, x += stride, to += to_stride)
+    for_vectors<A>(channels, [=](int64_t c, auto count) DFM_INLINE {
+      Vec<A> d = load(x + c, count) - load(norm.centre + c, count);
+      Vec<A> z = d * load(norm.scale + c, count) + load(norm.offset + c, count);
+      store(to + c, silu(z), count);
+    });
+}
+
+// --- channels_last ---
+
+// Of the first channel that a function looks at: taps [K K + 1, stride], the bias last.
+template <class A>
+struct Weights {
+  const A* taps;
+  int64_t stride;
+
+  Weights from(int64_t c) const { return {taps + c, stride}; }
+};
+
+// Owns them: from weight [C, K, K] and bias [C] or null; turned around where the input's gradient
+// is computed.
+template <class A>
+struct PackedWeights {
+  int64_t stride;
+  std::vector<A> taps;
+
+  PackedWeights(const A* weight, const A* bias, int64_t channels, int K, bool turned)
+      : stride((channels + 15) / 16 * 16), taps((K * K + 1) * stride) {
+    const int n = K * K;
+    for (int64_t c = 0; c < channels; ++c)
+      for (int t = 0; t < n; ++t) taps[t * stride + c] = weight[c * n + (turned ? n - 1 - t : t)];
+    if (bias) std::copy(bias, bias + channels, taps.begin() + n * stride);
+  }
+  operator Weights<A>() const { return {taps.data(), stride}; }
+};
+
+// Where rows of output go: `row` and `pixel` are strides.
+template <class To>
+struct Rows {
+  To* at;
+  int64_t row, pixel;
+};
+
+// A tile of one vector of channels. row[i] is null outside of the map; `col` is the input column of
+// the first output pixel.
+template <int K, int S, bool edge, class From, class A, class To, class Count>
+DFM_INLINE inline void convolve_tile(const From* const* row, int64_t c, int64_t pixel, int64_t col,
+                                     int64_t width, const Weights<A>& weights, const Rows<To>& to,
+                                     int rows, int cols, Count count) {
+  constexpr int rows_in = (kRows - 1) * S + K, cols_in = (kPixels - 1) * S + K;
+  Vec<A> sum[kRows][kPixels];
+  const A* taps = weights.taps + c;
+  const Vec<A> bias = load(taps + K * K * weights.stride);
+  unrolled<kRows>(
+      [&](auto r) DFM_INLINE { unrolled<kPixels>([&](auto p) DFM_INLINE { sum[r][p] = bias; }); });
+  auto add_row = [&](auto i) DFM_INLINE {
+    if (edge && !row[i]) return;
+    Vec<A> x[cols_in];
+    const From* from = row[i] + c + col * pixel;
+    unrolled<cols_in>([&](auto j) DFM_INLINE {
+      const bool outside = edge && static_cast<uint64_t>(col + j) >= static_cast<uint64_t>(width);
+      x[j] = outside ? Vec<A>{} : load(from + j * pixel, count);
+    });
+    unrolled<kRows>([&](auto r) DFM_INLINE {
+      const int a = i - r * S;
+      if (a < 0 || a >= K) return;
+      unrolled<K>([&](auto b) DFM_INLINE {
+        const Vec<A> w = load(taps + (a * K + b) * weights.stride);
+        unrolled<kPixels>([&](auto p) DFM_INLINE { sum[r][p] += w * x[p * S + b]; });
+      });
+    });
+  };
+  if constexpr (K == 3)
+    unrolled<rows_in>(add_row);
+  else
+    for (int i = 0; i < rows_in; ++i) add_row(i);
+  unrolled<kRows>([&](auto r) DFM_INLINE {
+    unrolled<kPixels>([&](auto p) DFM_INLINE {
+      if (!edge || (r < rows && p < cols))
+        store(to.at + r * to.row + p * to.pixel + c, sum[r][p], count);
+    });
+  });
+}
+
+// Up to kRows rows of output.
+template <int K, int S, class From, class A, class To>
+void convolve_rows(const Window& g, const From* const* row, int64_t pixel, int64_t channels,
+                   const Weights<A>& weights, const Rows<To>& to, int rows) {
+  constexpr int rows_in = (kRows - 1) * S + K, cols_in = (kPixels - 1) * S + K;
+  bool whole = rows == kRows;
+  for (int i = 0; i < rows_in; ++i) whole &= row[i] != nullptr;
+  for (int64_t at = 0; at < g.out_width; at += kPixels) {
+    const int64_t col = at * S - g.pad_w, left = g.out_width - at;
+    const int cols = static_cast<int>(std::min<int64_t>(left, kPixels));
+    const bool inside = whole && col >= 0 && col + cols_in <= g.width && cols == kPixels;
+    const Rows<To> here = {to.at + at * to.pixel, to.row, to.pixel};
+    for_vectors<A>(channels, [&](int64_t c, auto count) DFM_INLINE {
+      if constexpr (std::is_same_v<decltype(count), Whole<A>>)
+        if (inside)
+          return convolve_tile<K, S, false>(row, c, pixel, col, g.width, weights, here, rows, cols,
+                                            count);
+      convolve_tile<K, S, true>(row, c, pixel, col, g.width, weights, here, rows, cols, count);
+    });
+  }
+}
+
+// Rows [first, end) of output; row_of(i) is row i of the input, its pixels `pixel` apart.
+template <int K, int S, class A, class RowOf, class To>
+void convolve_band(const Window& g, int64_t first, int64_t end, RowOf&& row_of, int64_t pixel,
+                   int64_t channels, const Weights<A>& weights, Rows<To> to) {
+  constexpr int rows_in = (kRows - 1) * S + K;
+  using From = std::remove_const_t<std::remove_pointer_t<decltype(row_of(0))>>;
+  for (int64_t out = first; out < end; out += kRows, to.at += kRows * to.row) {
+    const int rows = static_cast<int>(std::min<int64_t>(end - out, kRows));
+    const From* row[rows_in];
+    for (int i = 0; i < rows_in; ++i) {
+      const int64_t in = out * S - g.pad_h + i;
+      const bool wanted = i < (rows - 1) * S + K && in >= 0 && in < g.height;
+      row[i] = wanted ? row_of(in) : nullptr;
+    }
+    convolve_rows<K, S>(g, row, pixel, channels, weights, to, rows);
+  }
+}
+
+// Floats of scratch that `norm_silu_convolve_band` needs.
+template <int K, int S>
+int64_t ring_size(const Window& g, int64_t channels) {
+  return ((kRows - 1) * S + K) * g.width * channels;
+}
+
+// The same of silu(norm(x)): x [height, width, stride] and everything else begin at the first of
+// `channels` channels; `scratch` has ring_size.
+template <int K, int S, class T, class A, class To>
+void norm_silu_convolve_band(const Window& g, int64_t first, int64_t end, const T* x,
+                             int64_t stride, const Affine<A>& norm, int64_t channels,
+                             const Weights<A>& weights, const Rows<To>& to, A* scratch) {
+  const int64_t slots = (kRows - 1) * S + K, start = std::max<int64_t>(first * S - g.pad_h, 0);
+  Ring ring{scratch, slots, g.width * channels, start, [&](int64_t i, A* row) {
+              const T* from = x + i * g.width * stride;
+              norm_silu_pixels(from, stride, g.width, norm, channels, row, channels);
+            }};
+  convolve_band<K, S>(g, first, end, ring, channels, channels, weights, to);
+}
+
+// --- contiguous ---
+
+constexpr int64_t kLead = 16;  // elements before a padded row: column 0 is aligned
+
+// Vec of x[0], x[S], x[2 S] ...
+template <int S, class A>
+DFM_INLINE inline Vec<A> every(const A* x) {
+  if constexpr (S == 1) return load(x);
+  return unzip<A>(load(x), load(x + kLanes<A>)).even;
+}
+
+// Elements of a padded row.
+template <class A>
+int64_t padded_row(const Window& g, int kernel, int stride) {
+  const int64_t out = (g.out_width + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  const int64_t seen = std::max(out * stride + kernel + kLanes<A>, g.width);
+  return kLead + (seen + kLead - 1) / kLead * kLead;
+}
+
+// Up to kPlaneRows rows of output of a plane; row[i] + kLead is column 0 of a padded row.
+template <int K, int S, class A, class To>
+void convolve_plane_rows(const Window& g, const A* const* row, const A* weights, A bias, To* to,
+                         int rows) {
+  constexpr int rows_in = (kPlaneRows - 1) * S + K;
+  for_vectors<A>(g.out_width, [&](int64_t at, auto count) DFM_INLINE {
+    Vec<A> sum[kPlaneRows];
+    unrolled<kPlaneRows>([&](auto r) DFM_INLINE { sum[r] = Vec<A>{} + bias; });
+    auto add_row = [&](auto i) DFM_INLINE {
+      const A* from = row[i] + kLead + at * S - g.pad_w;
+      unrolled<K>([&](auto b) DFM_INLINE {
+        const Vec<A> x = every<S>(from + b);
+        unrolled<kPlaneRows>([&](auto r) DFM_INLINE {
+          const int a = i - r * S;
+          if (a >= 0 && a < K) sum[r] += weights[a * K + b] * x;
+        });
+      });
+    };
+    if constexpr (K == 3)
+      unrolled<rows_in>(add_row);
+    else
+      for (int i = 0; i < rows_in; ++i) add_row(i);
+    unrolled<kPlaneRows>([&](auto r) DFM_INLINE {
+      if (r < rows) store(to + r * g.out_width + at, sum[r], count);
+    });
+  });
+}
+
+}  // namespace dfm_fast
