@@ -8,6 +8,8 @@
 // oneDNN's, K = 512: a third).
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -135,6 +137,56 @@ template <class A, class T>
 void pack_panel(int64_t K, int64_t columns, const T* b, int64_t ld, A* panel) {
   if (columns < kPanel<A>) std::fill(panel, panel + K * kPanel<A>, A(0));
   transpose_rows(b, ld, std::min(columns, kPanel<A>), K, panel, kPanel<A>);
+}
+
+// --- Whole matrices ---
+
+// [rows, columns], rows `ld` apart; or, turned, the transpose of that in memory.
+template <class T>
+struct Matrix {
+  const T* at;
+  int64_t rows, columns, ld;
+  bool turned;
+
+  Matrix transpose() const { return {at, columns, rows, ld, !turned}; }
+};
+
+// c [rows of a, columns of b] (+)= a b. A task is some rows times a panel; which changes no sum.
+template <class T>
+void multiply(const Matrix<T>& a, const Matrix<T>& b, bool add, acc_t<T>* c) {
+  using A = acc_t<T>;
+  constexpr int64_t some = 16 * kTileRows;
+  const int64_t M = a.rows, K = a.columns, N = b.columns, panels = panels_of(N, kPanel<A>);
+  const int64_t parts = panels < at::get_num_threads() ? panels_of(M, some) : 1;
+  const int64_t part = (M + parts - 1) / parts;
+  at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> panel(K * kPanel<A>), left(some * K), tile(some * kPanel<A>);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / parts * kPanel<A>, columns = std::min(N - first, kPanel<A>);
+      if (b.turned)
+        pack_panel(K, columns, b.at + first * b.ld, b.ld, panel.data());
+      else
+        for (int64_t k = 0; k < K; ++k)
+          convert_row(&panel[k * kPanel<A>], b.at + k * b.ld + first, columns);
+      const int64_t stop = std::min((i % parts + 1) * part, M);
+      for (int64_t row = i % parts * part; row < stop; row += some) {
+        const int64_t rows = std::min(some, stop - row);
+        if (a.turned)
+          transpose_rows(a.at + row, a.ld, K, rows, left.data(), K);
+        else
+          for (int64_t r = 0; r < rows; ++r) convert_row(&left[r * K], a.at + (row + r) * a.ld, K);
+        multiply_panel(rows, K, left.data(), K, panel.data(), tile.data(), kPanel<A>);
+        for (int64_t r = 0; r < rows; ++r) {
+          A* to = c + (row + r) * N + first;
+          const A* from = &tile[r * kPanel<A>];
+          for_vectors<A>(columns, [=](int64_t j, auto count) DFM_INLINE {
+            Vec<A> v = load(from + j, count);
+            store(to + j, add ? v + load(to + j, count) : v, count);
+          });
+        }
+      }
+    }
+  });
 }
 
 }  // namespace dfm_fast

@@ -6,6 +6,7 @@ from dfm_fast.nn.noises import PerScaleNoise
 from dfm_fast.nn.norms import AdaLayerNorm, RMSNorm
 from dfm_fast.nn.pyramids import LaplacianPyramid
 from dfm_fast.nn.rotaries import QKNormRotary
+from dfm_fast.nn.separables import SeparableConv2d, SeparableConvBlock, UpsampleConv2d
 from dfm_fast.ops.rotaries import rope_2d, rope_3d
 
 __all__ = [
@@ -16,6 +17,9 @@ __all__ = [
     "LaplacianPyramid",
     "PerScaleNoise",
     "QKNormRotary",
+    "SeparableConv2d",
+    "SeparableConvBlock",
+    "UpsampleConv2d",
     "RMSNorm",
     "rope_2d",
     "rope_3d",

@@ -8,6 +8,7 @@ from cases import (
     norms,
     pyramids,
     rotaries,
+    separables,
     steps,
     upsamples,
 )
@@ -20,6 +21,7 @@ FAMILIES = (
     norms,
     pyramids,
     rotaries,
+    separables,
     steps,
     upsamples,
 )
