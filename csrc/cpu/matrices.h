@@ -13,6 +13,10 @@
 #include <algorithm>
 #include <vector>
 
+#if defined(__AVX512F__)
+#include <cpuid.h>
+#endif
+
 #include "tensors.h"
 
 namespace dfm_fast {
@@ -27,13 +31,9 @@ constexpr int64_t kPanel = kPanelVectors * kLanes<A>;
 inline int64_t panels_of(int64_t columns, int64_t panel) { return (columns + panel - 1) / panel; }
 
 // c (+)= a b for one tile; ldc is a multiple of kPanel, and whole vectors are written.
-template <class A, int rows, bool add>
+template <int rows, bool add, class A>
 void multiply_tile(int64_t K, const A* a, int64_t lda, const A* panel, A* c, int64_t ldc) {
-  Vec<A> sum[rows][kPanelVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = Vec<A>{};
+  Vec<A> sum[rows][kPanelVectors] = {};
   for (int64_t k = 0; k < K; ++k, panel += kPanel<A>) {
     Vec<A> b[kPanelVectors];
 #pragma GCC unroll 8
@@ -54,30 +54,80 @@ void multiply_tile(int64_t K, const A* a, int64_t lda, const A* panel, A* c, int
     }
 }
 
-// Tiles of the last rows, of which there are fewer.
-template <class A, bool add, int most = kTileRows - 1>
-void multiply_rest(int64_t rows, int64_t K, const A* a, int64_t lda, const A* panel, A* c,
-                   int64_t ldc) {
-  if (rows == most) return multiply_tile<A, most, add>(K, a, lda, panel, c, ldc);
-  if constexpr (most > 1) multiply_rest<A, add, most - 1>(rows, K, a, lda, panel, c, ldc);
+#if defined(__AVX512F__)
+// bfloat16 without being widened: pairs of numbers, of which an instruction adds up the products. K
+// is even, and a panel has pairs side by side: [K / 2, kPanel, 2].
+template <int rows, bool add>
+__attribute__((target("avx512bf16"))) void multiply_tile(int64_t K, const bf16* a, int64_t lda,
+                                                         const bf16* panel, float* c, int64_t ldc) {
+  constexpr int lanes = kLanes<float>;
+  __m512 sum[rows][kPanelVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < K; k += 2, panel += 2 * kPanel<float>) {
+    __m512i b[kPanelVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVectors; ++v) b[v] = _mm512_loadu_si512(panel + 2 * v * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      int pair;
+      std::memcpy(&pair, a + r * lda + k, sizeof pair);
+      const __m512i left = _mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+      for (int v = 0; v < kPanelVectors; ++v)
+        sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)left, (__m512bh)b[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kPanelVectors; ++v) {
+      float* to = c + r * ldc + v * lanes;
+      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[r][v]) : sum[r][v]);
+    }
+}
+#endif
+
+// Whether this CPU multiplies bfloat16 as above. One with AMX leaves it to oneDNN, which is faster.
+inline bool multiplies_bf16() {
+#if defined(__AVX512F__)
+  static const bool found = [] {
+    unsigned a, b, c, d, amx_bf16 = 1u << 22, avx512_bf16 = 1u << 5;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16)) return false;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16);
+  }();
+  return found;
+#else
+  return false;
+#endif
 }
 
-template <class A, bool add>
-void multiply_chain(int64_t rows, int64_t K, const A* a, int64_t lda, const A* panel, A* c,
+// Tiles of the last rows, of which there are fewer.
+template <bool add, int most, class E, class A>
+void multiply_rest(int64_t rows, int64_t K, const E* a, int64_t lda, const E* panel, A* c,
+                   int64_t ldc) {
+  if (rows == most) return multiply_tile<most, add>(K, a, lda, panel, c, ldc);
+  if constexpr (most > 1) multiply_rest<add, most - 1>(rows, K, a, lda, panel, c, ldc);
+}
+
+template <bool add, class E, class A>
+void multiply_chain(int64_t rows, int64_t K, const E* a, int64_t lda, const E* panel, A* c,
                     int64_t ldc) {
   for (; rows >= kTileRows; rows -= kTileRows, a += kTileRows * lda, c += kTileRows * ldc)
-    multiply_tile<A, kTileRows, add>(K, a, lda, panel, c, ldc);
-  multiply_rest<A, add>(rows, K, a, lda, panel, c, ldc);
+    multiply_tile<kTileRows, add>(K, a, lda, panel, c, ldc);
+  multiply_rest<add, kTileRows - 1>(rows, K, a, lda, panel, c, ldc);
 }
 
-// c [rows, kPanel] = a [rows, K] panel [K, kPanel]
-template <class A>
-void multiply_panel(int64_t rows, int64_t K, const A* a, int64_t lda, const A* panel, A* c,
+// c [rows, kPanel] = a [rows, K] panel [K, kPanel], of numbers of type A, or bf16.
+template <class E, class A>
+void multiply_panel(int64_t rows, int64_t K, const E* a, int64_t lda, const E* panel, A* c,
                     int64_t ldc) {
-  multiply_chain<A, false>(rows, std::min(K, kChainOf), a, lda, panel, c, ldc);
+  multiply_chain<false>(rows, std::min(K, kChainOf), a, lda, panel, c, ldc);
   for (int64_t k = kChainOf; k < K; k += kChainOf)
-    multiply_chain<A, true>(rows, std::min(K - k, kChainOf), a + k, lda, panel + k * kPanel<A>, c,
-                            ldc);
+    multiply_chain<true>(rows, std::min(K - k, kChainOf), a + k, lda, panel + k * kPanel<A>, c,
+                         ldc);
 }
 
 // --- Transposition ---
@@ -137,6 +187,20 @@ template <class A, class T>
 void pack_panel(int64_t K, int64_t columns, const T* b, int64_t ld, A* panel) {
   if (columns < kPanel<A>) std::fill(panel, panel + K * kPanel<A>, A(0));
   transpose_rows(b, ld, std::min(columns, kPanel<A>), K, panel, kPanel<A>);
+}
+
+// The same for products of bfloat16, K even: pairs of numbers move as one. Where K is odd in b it is
+// one less there.
+inline void pack_pairs(int64_t K, int64_t columns, const bf16* b, int64_t ld, bf16* panel) {
+  std::vector<bf16> even;
+  columns = std::min(columns, kPanel<float>);
+  if (ld % 2) {
+    even.resize(columns * K);
+    for (int64_t j = 0; j < columns; ++j) std::copy_n(b + j * ld, ld, &even[j * K]);
+    b = even.data(), ld = K;
+  }
+  pack_panel(K / 2, columns, reinterpret_cast<const float*>(b), ld / 2,
+             reinterpret_cast<float*>(panel));
 }
 
 // --- Whole matrices ---

@@ -1,13 +1,13 @@
 // CPU operators of the family `separables`; the definition is dfm_fast/ops/separables.py.
 //
 // Versions, SnapGen's blocks (C = 256 at 64², 512 at 32², 896 at 16²), two cores with AVX-512:
-//   1. norm, SiLU, depthwise convolution in one pass, oneDNN's product, statistics: what bfloat16
-//      does where oneDNN has products for it. Bands of rows instead of whole maps lose: oneDNN packs
-//      the weights anew in every call, and the third-level cache holds the map anyway.
+//   1. norm, SiLU and depthwise convolution in one pass, oneDNN's product, statistics: bfloat16 on
+//      CPUs with AMX, whose products are oneDNN's. Bands of rows instead of whole maps lose there:
+//      it packs the weights anew in every call. In fp32 its sums are chains of C products, whose
+//      error is over the budget from C = 512 on.
 //   2. bands of rows, through a product of our own that ends in the sums with bias, shift and
-//      residual and in the statistics, while the band is in the second-level cache: float. As fast
-//      as oneDNN's product alone, twice as fast as MKL's on AMD processors; its sums are shorter
-//      and so more exact.
+//      residual and in the statistics, while the band is in the second-level cache: all else. As
+//      fast as oneDNN's product alone, twice as fast as MKL's on AMD processors.
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -34,6 +34,7 @@ struct Sizes {
   bool last;
 
   int64_t pixels() const { return window.height * window.width; }
+  int64_t terms() const { return (channels + 1) / 2 * 2; }  // of a sum, zeros among them
   int64_t band() const { return std::max<int64_t>(1, kBandPixels / window.width / kRows) * kRows; }
   int64_t bands() const { return (window.height + band() - 1) / band(); }
 };
@@ -170,37 +171,41 @@ struct BandMoments {
   }
 };
 
-template <class T>
-std::vector<acc_t<T>> packed(const Sizes& s, const Tensor& weight) {
+// Numbers that are multiplied: A, or bf16 as they are.
+template <class E, class T>
+std::vector<E> packed(const Sizes& s, const Tensor& weight) {
   using A = acc_t<T>;
-  const int64_t C = s.channels, panels = panels_of(s.outputs, kPanel<A>);
-  std::vector<A> to(panels * C * kPanel<A>);
+  const int64_t C = s.channels, K = s.terms(), panels = panels_of(s.outputs, kPanel<A>);
+  std::vector<E> to(panels * K * kPanel<A>);
   parallel(panels, C * kPanel<A>, [&](int64_t p) {
     const int64_t first = p * kPanel<A>;
-    pack_panel(C, s.outputs - first, data<T>(weight) + first * C, C, &to[first * C]);
+    const T* from = data<T>(weight) + first * C;
+    if constexpr (std::is_same_v<E, A>)
+      pack_panel(C, s.outputs - first, from, C, &to[first * K]);
+    else
+      pack_pairs(K, s.outputs - first, from, C, &to[first * K]);
   });
   return to;
 }
 
-template <int K, class T>
+template <int K, class E, class T>
 void in_bands(const Sizes& s, const Arguments<T>& given, const Map& map, acc_t<T>* mean,
               acc_t<T>* m2) {
   using A = acc_t<T>;
-  const int64_t C = s.channels, O = s.outputs, W = s.window.width, ld = leading(s);
-  const std::vector<A> panels = packed<T>(s, given.pointwise);
+  const int64_t O = s.outputs, W = s.window.width, ld = leading(s), terms = s.terms();
+  const std::vector<E> panels = packed<E, T>(s, given.pointwise);
   Map panel_map = map;  // of a tile, for its moments
   panel_map.channels = kPanel<A>;
   const bool inside = mean && s.last;
   const int64_t padded = panels_of(O, kPanel<A>) * kPanel<A>;
   BandMoments moments{padded, std::vector<double>(inside ? s.samples * s.bands() * 2 * padded : 0)};
-  auto own = [](int64_t, int64_t, A* place) { return place; };
-  for_bands<K, T, A>(s, given, own, ld, [&](int64_t n, int64_t band, int64_t first, int64_t end,
-                                            const A* a) {
+  auto own = [](int64_t, int64_t, E* place) { return place; };
+  for_bands<K, T, E>(s, given, own, ld, [&](int64_t n, int64_t band, int64_t first, int64_t end,
+                                            const E* a) {
     const int64_t pixels = (end - first) * W;
-    thread_local std::vector<A> tile;
-    tile.resize(pixels * kPanel<A>);
+    std::vector<A> tile(pixels * kPanel<A>);
     for (int64_t o = 0; o < O; o += kPanel<A>) {
-      multiply_panel(pixels, C, a, ld, &panels[o * C], tile.data(), kPanel<A>);
+      multiply_panel(pixels, terms, a, ld, &panels[o * terms], tile.data(), kPanel<A>);
       if (!s.last) {
         finish_planes(s, given, n, first * W, pixels, o, std::min(O - o, kPanel<A>), tile.data(),
                       kPanel<A>, given.constant + n * O + o);
@@ -361,10 +366,14 @@ std::tuple<Tensor, Tensor, Tensor> separable_conv2d_cpu(
     A* to_m2 = with_statistics ? mutable_data<A>(found_m2) : nullptr;
     const Map map(y, 1);
     with_side(s.kernel, [&](auto k) {
-      if constexpr (std::is_same_v<T, bf16>)
+      if constexpr (std::is_same_v<T, bf16>) {
+#if defined(__AVX512F__)
+        if (multiplies_bf16()) return in_bands<k, bf16>(s, given, map, to_mean, to_m2);
+#endif
         if (onednn_multiplies(at::kBFloat16))
           return by_onednn<k>(s, given, residual, map, y, to_mean, to_m2);
-      in_bands<k>(s, given, map, to_mean, to_m2);
+      }
+      in_bands<k, A>(s, given, map, to_mean, to_m2);
     });
   });
   return {y, found_mean, found_m2};

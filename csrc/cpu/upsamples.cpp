@@ -11,14 +11,19 @@
 // Versions, against interpolate + conv2d (2x256x64², float / bf16): one 2x2 convolution of 4 O
 // channels by oneDNN and a copy that interleaves its phases 1.7 / 2.0; nine products by oneDNN 2.9 /
 // 1.6, whose error is 1.5 to 2 times the budget; these, in bands, within it.
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/einsum.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "channel_maps.h"
 #include "matrices.h"
+#include "products.h"
 
 namespace dfm_fast {
 namespace {
@@ -262,7 +267,77 @@ Tensor upsample_conv2d_cpu(const Tensor& x, const Tensor& weight, const MaybeTen
   return y;
 }
 
-TORCH_LIBRARY_IMPL(dfm_fast, CPU, m) { m.impl("upsample_conv2d", upsample_conv2d_cpu); }
+// --- Backward ---
+
+// dy [N, O, 2H, 2W] -> [N, 4 O, H + 1, W + 1] in channels_last: what a 2x2 convolution with padding
+// 1 gives for four phases, 0 where no output comes from.
+template <class T>
+void split_phases(const Sizes& s, int64_t samples, const T* dy, T* to) {
+  const int64_t O = s.outputs, H = s.height, W = s.width;
+  parallel(samples * (H + 1), (W + 1) * 4 * O, [&](int64_t line) {
+    const int64_t n = line / (H + 1), i = line % (H + 1);
+    const T* sample = dy + n * O * 4 * H * W;
+    T* row = to + line * (W + 1) * 4 * O;
+    for (int64_t k = 0; k < 4; ++k) {
+      const int64_t y = 2 * i - k / 2;  // of phase a = k / 2: row 2 (i - a) + a
+      for (int64_t j = 0; j <= W; ++j) {
+        const int64_t x = 2 * j - k % 2;
+        T* pixel = row + (j * 4 + k) * O;
+        if (y < 0 || y >= 2 * H || x < 0 || x >= 2 * W)
+          std::fill(pixel, pixel + O, T{});
+        else if (s.last)
+          std::copy_n(sample + (y * 2 * W + x) * O, O, pixel);
+        else
+          for (int64_t o = 0; o < O; ++o) pixel[o] = sample[(o * 2 * H + y) * 2 * W + x];
+      }
+    }
+  });
+}
+
+// By oneDNN's gradients of a 2x2 convolution with 4 O outputs, of float where it has none for half
+// precision.
+std::tuple<Tensor, Tensor, Tensor> upsample_conv2d_backward_cpu(const Tensor& dy, const Tensor& x,
+                                                                const Tensor& weight, bool need_dx,
+                                                                bool need_dweight) {
+  PlainCalls plain;
+  const auto layout = layout_of(x), last = at::MemoryFormat::ChannelsLast;
+  TORCH_CHECK(x.dim() == 4 && x.is_contiguous(layout) && dy.is_contiguous(layout) &&
+                  dy.scalar_type() == x.scalar_type(),
+              "upsample_conv2d_backward: expected dy and x alike");
+  const bool own = x.scalar_type() == at::kDouble || onednn_multiplies(x.scalar_type());
+  const auto wide = accumulation(x), dtype = own ? x.scalar_type() : wide;
+  const auto options = x.options().dtype(wide);
+  Tensor dx = need_dx ? at::empty(x.sizes(), x.options(), layout) : at::empty({0}, x.options());
+  Tensor dweight = need_dweight ? at::empty(weight.sizes(), options) : at::empty({0}, options);
+  Tensor dbias = dy.sum({0, 2, 3}, false, wide);
+  if (!x.numel()) return {dx, dweight.zero_(), dbias};
+  const Sizes s{x.size(1), x.size(2), x.size(3), weight.size(0),
+                layout != at::MemoryFormat::Contiguous};
+  Tensor phases = at::empty({x.size(0), 4 * s.outputs, s.height + 1, s.width + 1}, x.options(), last);
+  dispatch(x.scalar_type(), "upsample_conv2d_backward", [&](auto t) {
+    using T = decltype(t);
+    split_phases(s, x.size(0), data<T>(dy), mutable_data<T>(phases));
+  });
+  // [a, p, k]: output 2 i + a sees pixel i + a - 1 + p under tap k
+  const Tensor taps = at::tensor({1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1}, options).view({2, 2, 3});
+  const Tensor sums = at::einsum("apk,bql,ockl->abocpq", {taps, taps, weight.to(wide)});
+  const Tensor kernels = sums.reshape({4 * s.outputs, s.channels, 2, 2}).to(dtype).contiguous(last);
+  auto grads = at::convolution_backward(phases.to(dtype), x.to(dtype).contiguous(last), kernels,
+                                        std::nullopt, {1, 1}, {1, 1}, {1, 1}, false, {0, 0}, 1,
+                                        {need_dx, need_dweight, false});
+  if (need_dx) dx.copy_(std::get<0>(grads));
+  if (need_dweight) {
+    Tensor d = std::get<1>(grads).to(wide).contiguous().view(
+        {2, 2, s.outputs, s.channels, 2, 2});
+    dweight.copy_(at::einsum("apk,bql,abocpq->ockl", {taps, taps, d}));
+  }
+  return {dx, dweight, dbias};
+}
+
+TORCH_LIBRARY_IMPL(dfm_fast, CPU, m) {
+  m.impl("upsample_conv2d", upsample_conv2d_cpu);
+  m.impl("upsample_conv2d_backward", upsample_conv2d_backward_cpu);
+}
 
 }  // namespace
 }  // namespace dfm_fast

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from dfm_fast import _checks
 from dfm_fast._library import define, differentiable, operator
 from dfm_fast.ops._layouts import dense, empty_in, lay_out, memory_format
+from dfm_fast.ops.group_norms import wide_dtype
 from dfm_fast.ops.pyramids import nbytes
 
 _ops = torch.ops.dfm_fast
@@ -43,13 +44,9 @@ _ops = torch.ops.dfm_fast
 # --- Reference ------------------------------------------------------------------------------------
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def upsample_conv2d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Defines `upsample_conv2d`."""
-    wide = _wide(x)
+    wide = wide_dtype(x)
     up = F.interpolate(x.to(wide), scale_factor=2.0, mode="nearest")
     y = F.conv2d(up, weight.to(wide), None if bias is None else bias.to(wide), padding=1)
     return lay_out(y.to(x.dtype), memory_format(x))
@@ -62,7 +59,7 @@ _TAPS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
 
 
 def _taps(x: Tensor) -> Tensor:
-    return torch.tensor(_TAPS, dtype=_wide(x), device=x.device)
+    return torch.tensor(_TAPS, dtype=wide_dtype(x), device=x.device)
 
 
 def phase_weights(weight: Tensor) -> Tensor:
@@ -92,19 +89,24 @@ def split_phases(dy: Tensor) -> Tensor:
     return phases
 
 
-def phases_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
-) -> tuple[Tensor, Tensor]:
-    """(dx, dweight in wide precision) by torch's convolution of the phases."""
-    layout, kernels = memory_format(x), phase_weights(weight).flatten(0, 1)
-    mask = (need_dx, need_dweight, False)
+def gradients_of_phases(
+    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias) by torch's convolution of the phases in `dtype`."""
+    found = _fake_backward(dy, x, weight, need_dx=need_dx, need_dweight=need_dweight)
+    torch.sum(dy, (0, 2, 3), dtype=wide_dtype(x), out=found[2])
+    if not x.numel():
+        return found[0], found[1].zero_(), found[2]
+    phases, kernels = split_phases(dy.to(dtype)), phase_weights(weight.to(dtype)).flatten(0, 1)
     dx, dphases, _ = torch.ops.aten.convolution_backward(
-        split_phases(dy), x, kernels, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
-    )
-    dx = lay_out(dx, layout) if need_dx else x.new_empty(0)
-    if not need_dweight:
-        return dx, x.new_empty(0, dtype=_wide(x))
-    return dx, tap_gradients(dphases.unflatten(0, (4, -1)))
+        phases, x.to(dtype), kernels, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+        (need_dx, need_dweight, False),
+    )  # fmt: skip
+    if need_dx:
+        found[0].copy_(dx)
+    if need_dweight:
+        found[1].copy_(tap_gradients(dphases.unflatten(0, (4, -1))))
+    return found
 
 
 # --- Raw operators, in torch ----------------------------------------------------------------------
@@ -113,18 +115,7 @@ def phases_backward(
 def _upsample_conv2d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = _fake_backward(dy, x, weight, need_dx=need_dx, need_dweight=need_dweight)
-    if x.numel():
-        wide = _wide(x)
-        dx, dweight = phases_backward(
-            dy.to(wide), x.to(wide), weight.to(wide), need_dx, need_dweight
-        )
-        found[0].copy_(dx)
-        found[1].copy_(dweight)
-    else:
-        found[1].zero_()
-    found[2].copy_(dy.sum((0, 2, 3), dtype=_wide(x)))
-    return found
+    return gradients_of_phases(dy, x, weight, need_dx, need_dweight, wide_dtype(x))
 
 
 # --- Registration ---------------------------------------------------------------------------------
@@ -140,8 +131,8 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of parameters are in wide precision: they are sums over the batch."""
     dx = empty_in(memory_format(x), x, x.shape) if need_dx else x.new_empty(0)
-    dweight = x.new_empty(weight.shape if need_dweight else (0,), dtype=_wide(x))
-    return dx, dweight, x.new_empty(weight.shape[0], dtype=_wide(x))
+    dweight = x.new_empty(weight.shape if need_dweight else (0,), dtype=wide_dtype(x))
+    return dx, dweight, x.new_empty(weight.shape[0], dtype=wide_dtype(x))
 
 
 def _flops(x: Any, weight: Any) -> int:

@@ -3,8 +3,8 @@ from helpers import Bad, Case, Shape
 
 from dfm_fast.ops import ChannelStatistics
 
-# name: (shape of x, outputs, side of the kernel, of bias, shift, residual, norm weight and norm bias
-# those given, num_groups)
+# name: (shape of x, outputs, side of the kernel, of bias, shift, residual, norm's weight (n) and bias
+# (w) those given, num_groups)
 CONVOLUTIONS = {
     "block_in": ((2, 32, 6, 8), 64, 3, "snw", 8),
     "block_out": ((2, 64, 6, 8), 32, 3, "rnw", 8),
@@ -71,7 +71,8 @@ BAD = [
     *_bad(_W, TypeError, _call(depthwise_weight=None)),
     *_bad(_W, ValueError, _call(depthwise_weight=_x(6, 1, 4, 4))),
     *_bad(_W, ValueError, _call(depthwise_weight=_x(5, 1, 3, 3))),
-    *_bad(_P, TypeError, _call(pointwise_weight=1.0), _call(pointwise_weight=_x(5, 6, 1, 1).half())),
+    *_bad(_P, TypeError, _call(pointwise_weight=1.0)),
+    *_bad(_P, TypeError, _call(pointwise_weight=_x(5, 6, 1, 1).half())),
     *_bad(_P, ValueError, _call(pointwise_weight=_x(5, 6))),
     *_bad(_P, ValueError, _call(pointwise_weight=_x(5, 7, 1, 1))),
     *_bad(_P, ValueError, _call(pointwise_weight=_x(5, 6, 1, 1).to("meta"))),
