@@ -11,7 +11,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <vector>
+#include <memory>
+#include <new>
 
 #if defined(__AVX512F__)
 #include <cpuid.h>
@@ -29,6 +30,22 @@ template <class A>
 constexpr int64_t kPanel = kPanelVectors * kLanes<A>;
 
 inline int64_t panels_of(int64_t columns, int64_t panel) { return (columns + panel - 1) / panel; }
+
+// Scratch that begins with a line of the caches, and is not zeroed: large ones would take longer to
+// zero than to fill.
+template <class T>
+class Aligned {
+ public:
+  explicit Aligned(int64_t n) : memory(new (std::align_val_t(64)) T[n]) {}
+  T* data() const { return memory.get(); }
+  T& operator[](int64_t i) const { return memory[i]; }
+
+ private:
+  struct Delete {
+    void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T[], Delete> memory;
+};
 
 // c (+)= a b for one tile; ldc is a multiple of kPanel, and whole vectors are written.
 template <int rows, bool add, class A>
@@ -192,11 +209,13 @@ void pack_panel(int64_t K, int64_t columns, const T* b, int64_t ld, A* panel) {
 // The same for products of bfloat16, K even: pairs of numbers move as one. Where K is odd in b it is
 // one less there.
 inline void pack_pairs(int64_t K, int64_t columns, const bf16* b, int64_t ld, bf16* panel) {
-  std::vector<bf16> even;
   columns = std::min(columns, kPanel<float>);
+  Aligned<bf16> even(ld % 2 ? columns * K : 0);
   if (ld % 2) {
-    even.resize(columns * K);
-    for (int64_t j = 0; j < columns; ++j) std::copy_n(b + j * ld, ld, &even[j * K]);
+    for (int64_t j = 0; j < columns; ++j) {
+      std::copy_n(b + j * ld, ld, &even[j * K]);
+      even[j * K + ld] = bf16{};
+    }
     b = even.data(), ld = K;
   }
   pack_panel(K / 2, columns, reinterpret_cast<const float*>(b), ld / 2,
@@ -224,7 +243,7 @@ void multiply(const Matrix<T>& a, const Matrix<T>& b, bool add, acc_t<T>* c) {
   const int64_t parts = panels < at::get_num_threads() ? panels_of(M, some) : 1;
   const int64_t part = (M + parts - 1) / parts;
   at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> panel(K * kPanel<A>), left(some * K), tile(some * kPanel<A>);
+    Aligned<A> panel(K * kPanel<A>), left(some * K), tile(some * kPanel<A>);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / parts * kPanel<A>, columns = std::min(N - first, kPanel<A>);
       if (b.turned)

@@ -84,8 +84,10 @@ void for_bands(const Sizes& s, const Arguments<T>& given, PlaceOf place_of, int6
   const int64_t size = g.width * leading(s);
   const PackedWeights<A> weights(given.depthwise, nullptr, s.channels, K, false);
   at::parallel_for(0, s.samples * bands, 1, [&](int64_t begin, int64_t end) {
-    Scratch<A> scratch(slots * size);
-    Scratch<To> own(rows * g.width * ld);
+    const Aligned<A> scratch(slots * size);
+    const Aligned<To> own(rows * g.width * ld);
+    for (int64_t p = 0; p < rows * g.width; ++p)  // one term more than channels
+      for (int64_t c = s.channels; c < std::min(s.terms(), ld); ++c) own[p * ld + c] = To{};
     int64_t n = 0;
     Ring ring{scratch.data(), slots, size, 0,
               [&](int64_t i, A* row) { make_row(s, given, n, i, row); }};
@@ -173,17 +175,19 @@ struct BandMoments {
 
 // Numbers that are multiplied: A, or bf16 as they are.
 template <class E, class T>
-std::vector<E> packed(const Sizes& s, const Tensor& weight) {
+Aligned<E> packed(const Sizes& s, const Tensor& weight) {
   using A = acc_t<T>;
   const int64_t C = s.channels, K = s.terms(), panels = panels_of(s.outputs, kPanel<A>);
-  std::vector<E> to(panels * K * kPanel<A>);
+  Aligned<E> to(panels * K * kPanel<A>);
   parallel(panels, C * kPanel<A>, [&](int64_t p) {
     const int64_t first = p * kPanel<A>;
     const T* from = data<T>(weight) + first * C;
-    if constexpr (std::is_same_v<E, A>)
+    if constexpr (std::is_same_v<E, A>) {
       pack_panel(C, s.outputs - first, from, C, &to[first * K]);
-    else
+      std::fill(&to[first * K + C * kPanel<A>], &to[first * K] + K * kPanel<A>, A(0));
+    } else {
       pack_pairs(K, s.outputs - first, from, C, &to[first * K]);
+    }
   });
   return to;
 }
@@ -193,7 +197,7 @@ void in_bands(const Sizes& s, const Arguments<T>& given, const Map& map, acc_t<T
               acc_t<T>* m2) {
   using A = acc_t<T>;
   const int64_t O = s.outputs, W = s.window.width, ld = leading(s), terms = s.terms();
-  const std::vector<E> panels = packed<E, T>(s, given.pointwise);
+  const Aligned<E> panels = packed<E, T>(s, given.pointwise);
   Map panel_map = map;  // of a tile, for its moments
   panel_map.channels = kPanel<A>;
   const bool inside = mean && s.last;
@@ -203,7 +207,7 @@ void in_bands(const Sizes& s, const Arguments<T>& given, const Map& map, acc_t<T
   for_bands<K, T, E>(s, given, own, ld, [&](int64_t n, int64_t band, int64_t first, int64_t end,
                                             const E* a) {
     const int64_t pixels = (end - first) * W;
-    std::vector<A> tile(pixels * kPanel<A>);
+    const Aligned<A> tile(pixels * kPanel<A>);
     for (int64_t o = 0; o < O; o += kPanel<A>) {
       multiply_panel(pixels, terms, a, ld, &panels[o * terms], tile.data(), kPanel<A>);
       if (!s.last) {
@@ -387,7 +391,7 @@ void pointwise_backward(const Tensor& dy, const Tensor& a, const Tensor& weight,
   const int64_t C = a.size(1), O = dy.size(1), P = a.size(2) * a.size(3);
   const bool last = layout_of(a) != at::MemoryFormat::Contiguous;
   const Matrix<T> w = {data<T>(weight), O, C, C, false};
-  std::vector<A> wide(da ? P * C : 0);
+  const Aligned<A> wide(da ? P * C : 0);
   for (int64_t n = 0; n < a.size(0); ++n) {
     const T *dy_n = data<T>(dy) + n * O * P, *a_n = data<T>(a) + n * C * P;
     const Matrix<T> d = last ? Matrix<T>{dy_n, P, O, O, false} : Matrix<T>{dy_n, O, P, P, false};

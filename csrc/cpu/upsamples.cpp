@@ -61,7 +61,7 @@ void pack_weights(const Sizes& s, const Tensor& weight, acc_t<T>* panels) {
   const bool last = layout_of(weight) != at::MemoryFormat::Contiguous;
   const int64_t tap = (last ? some : 1) * kPanel<A>, channel = (last ? 1 : 9) * kPanel<A>;
   at::parallel_for(0, panels_of(O, kPanel<A>), 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> taps(9 * some * kPanel<A>);
+    const Aligned<A> taps(9 * some * kPanel<A>);
     for (int64_t i = begin * C; i < end * C; i += std::min(some, C - i % C)) {
       const int64_t first = i / C * kPanel<A>, c = i % C, n = std::min(some, C - c);
       const T* from = data<T>(weight) + first * 9 * C;
@@ -89,8 +89,8 @@ void pack_weights(const Sizes& s, const Tensor& weight, acc_t<T>* panels) {
 template <class A>
 struct Maps {
   int64_t first, rows, ld;
-  std::vector<A> lines;  // rows first - 1 and on, one above the other: [2, width + 2, ld]
-  std::vector<A> xx, xd, dx, dd;
+  Aligned<A> lines;  // rows first - 1 and on, one above the other: [2, width + 2, ld]
+  Aligned<A> xx, xd, dx, dd;
 
   Maps(const Sizes& s, int64_t most)
       : first(0),
@@ -148,7 +148,7 @@ void make_maps(const Sizes& s, const T* x, Maps<acc_t<T>>& m) {
 template <class A>
 struct Tiles {
   int64_t size;
-  std::vector<A> memory;
+  Aligned<A> memory;
 
   Tiles(const Sizes& s, int64_t most)
       : size(most * (s.width + 1) * kPanel<A>), memory(9 * size) {}
@@ -228,7 +228,7 @@ void forward(const Sizes& s, const Tensor& x, const acc_t<T>* panels, const acc_
   at::parallel_for(0, x.size(0) * bands, 1, [&](int64_t begin, int64_t end) {
     Maps<A> maps(s, most);
     Tiles<A> tiles(s, most);
-    std::vector<A> row(2 * W * kPanel<A>);
+    const Aligned<A> row(2 * W * kPanel<A>);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / bands;
       T* to = y + n * s.outputs * 4 * H * W;
