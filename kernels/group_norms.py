@@ -485,6 +485,25 @@ def group_norm_silu_backward(
     return dx, dweight, dbias, dshift
 
 
+def applied_norm(
+    x: Tensor,
+    mean: Tensor | None,
+    m2: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    """(scale, offset, centre) [N, C] for kernels that apply the norm of given statistics to what
+    they read; None where there are none."""
+    if mean is None or m2 is None:
+        return None, None, None
+    affine, size = _per_channel(x, 4), x.shape[1] // num_groups
+    _merge(x, _plan(x), (None, None), (mean, m2), size, (weight, bias, shift), affine, eps)
+    return affine[:3]
+
+
 # --- Ahead of time --------------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kRingBytes = 1 << 16;   // of a thread's ring of activated rows
-constexpr int64_t kPlaneBytes = 3 << 13;  // of a thread's padded rows of a plane
+constexpr int64_t kPlaneBytes = 1 << 15;  // of a thread's padded rows of a plane
+constexpr int64_t kCached = 1 << 21;      // a map that need not be asked for ahead
 
 // A map and what is done to it on the way into the convolution.
 template <class T>
@@ -48,13 +49,15 @@ void forward_direct(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights
   using A = acc_t<T>;
   const Window& g = s.window;
   const int64_t C = s.channels, bands = (g.out_height + kRows - 1) / kRows;
+  const int64_t bytes = s.samples * s.in_pixels() * C * sizeof(T);
+  const int64_t ahead = bytes > kCached ? g.width * C : 0;
   parallel(s.samples * bands, kRows * g.out_width * C, [&](int64_t i) {
     const int64_t n = i / bands, first = i % bands * kRows;
     const T* sample = x + n * s.in_pixels() * C;
     auto row_of = [&](int64_t row) { return sample + row * g.width * C; };
     const Rows<T> to = {y + (n * g.out_height + first) * g.out_width * C, g.out_width * C, C};
-    convolve_band<K, S, A>(g, first, std::min(first + kRows, g.out_height), row_of, C, C, weights,
-                           to);
+    convolve_band<K, S, A>(g, first, std::min(first + kRows, g.out_height), row_of, C, ahead, C,
+                           weights, to);
   });
 }
 
@@ -123,7 +126,7 @@ void forward_spread(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights
                   fill};
         const Rows<T> to = {y + (n * g.out_height + first) * g.out_width * C + c, g.out_width * C,
                             C};
-        convolve_band<K, 1, A>(g, first, end, ring, channels, channels, weights.from(c), to);
+        convolve_band<K, 1, A>(g, first, end, ring, channels, 0, channels, weights.from(c), to);
       });
 }
 
@@ -141,6 +144,9 @@ void pad_row(const Sizes& s, const Input<T>& in, int64_t plane, int64_t i, acc_t
     return;
   }
   const T* from = in.x + (plane * s.window.height + i) * W;
+  // The next plane, while this one is convolved: there is nothing else to wait for it behind.
+  for (int64_t j = 0; j < W; j += 64 / sizeof(T))
+    __builtin_prefetch(from + s.in_pixels() + j, 0, 2);
   if (!in.norms) return convert_row(to, from, W);
   const Affine<A> norm = in.norms->of(0, plane);
   const Vec<A> scale = Vec<A>{} + *norm.scale, offset = Vec<A>{} + *norm.offset;
@@ -164,7 +170,7 @@ struct PaddedRows {
 
 // f(plane, first row of output, end, PaddedRows) for all planes, in blocks whose padded rows fit in
 // the first-level cache. The rows that two blocks share move up.
-template <class T, class F>
+template <bool split = true, class T, class F>
 void parallel_planes(const Sizes& s, const Input<T>& in, F f) {
   using A = acc_t<T>;
   const Window& g = s.window;
@@ -172,9 +178,9 @@ void parallel_planes(const Sizes& s, const Input<T>& in, F f) {
   const int64_t fit = (kPlaneBytes / static_cast<int64_t>(sizeof(A)) / size - seen) / s.stride;
   const int64_t block = std::min(std::max(fit / kPlaneRows, int64_t(1)) * kPlaneRows,
                                  (g.out_height + kPlaneRows - 1) / kPlaneRows * kPlaneRows);
-  // Threads that have fewer planes than that take parts of one.
+  // Threads that have fewer planes than that take parts of one, where nothing is summed.
   const int64_t planes = s.samples * s.channels, blocks = (g.out_height + block - 1) / block;
-  const int64_t bands = planes < 4 * at::get_num_threads() ? parts(blocks, 1, 16) : 1;
+  const int64_t bands = split && planes < 4 * at::get_num_threads() ? parts(blocks, 1, 16) : 1;
   const int64_t band = (blocks + bands - 1) / bands * block;
   const int64_t rows = block * s.stride + std::max<int64_t>(seen, 0);
   at::parallel_for(
@@ -196,7 +202,7 @@ void parallel_planes(const Sizes& s, const Input<T>& in, F f) {
               std::copy_n(scratch + (row - from + moved) * size, size,
                           scratch + (row - from) * size);
             for (; next < std::min(until, g.height); ++next)
-              pad_row(s, in, plane, next, scratch + (next - from) * size + kLead);
+              pad_row(s, in, plane, next, scratch + (next - from) * size + g.pad_w);
             have = next;
             f(plane, first, last, PaddedRows<A>{memory.data(), scratch, from, size, g.height});
           }
@@ -222,7 +228,9 @@ void forward_planes(const Sizes& s, const Input<T>& in, const acc_t<T>* weight,
         row[i] = wanted ? padded(out * S - g.pad_h + i) : padded.zeros;
       }
       T* to = y + (plane * g.out_height + out) * g.out_width;
-      convolve_plane_rows<K, S>(g, row, taps, bias ? bias[c] : A(0), to, rows);
+      const A b = bias ? bias[c] : A(0);
+      rows == kPlaneRows ? convolve_plane_rows<K, S, true>(g, row, taps, b, to, rows)
+                         : convolve_plane_rows<K, S, false>(g, row, taps, b, to, rows);
     }
   });
 }
@@ -253,6 +261,174 @@ void convolve(const Sizes& s, const Input<T>& in, const acc_t<T>* weight, const 
     if (in.norms) return forward_norm<k, stride>(s, in, weights, y);
     if (!in.spread) return forward_direct<k, stride, T>(s, in.x, weights, y);
     if constexpr (stride == 1) forward_spread<k, T>(s, in.x, weights, y);
+  });
+}
+
+// --- Gradients of weight and bias ---
+
+// Sums of products and of dy, [parts, K K + 1, padded channels] in double, that are added in order.
+struct Partials {
+  int64_t parts, taps, stride;
+  std::vector<double> sums;
+
+  Partials(int64_t parts, int kernel, int64_t channels)
+      : parts(parts),
+        taps(kernel * kernel + 1),
+        stride((channels + 15) / 16 * 16),
+        sums(parts * taps * stride) {}
+  double* at(int64_t part, int64_t tap, int64_t c) {
+    return &sums[(part * taps + tap) * stride + c];
+  }
+  template <class A>
+  void total(int64_t channels, A* dweight, A* dbias) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t t = 0; t < taps; ++t) {
+        double sum = 0;
+        for (int64_t part = 0; part < parts; ++part) sum += *at(part, t, c);
+        (t == taps - 1 ? dbias[c] : dweight[c * (taps - 1) + t]) = sum;
+      }
+  }
+};
+
+template <class A>
+DFM_INLINE inline void add_lanes(double* to, Vec<A> v, int64_t stride = 1) {
+  for (int i = 0; i < kLanes<A>; ++i) to[i * stride] += v[i];
+}
+
+// One row of dy and the K rows of u that it saw, null outside, for one vector of channels: taps
+// [a, a + most) of all columns, and the bias with the first.
+template <int K, int S, int most, class From, class T, class Count>
+DFM_INLINE inline void row_products(const Window& g, const From* const* row, int64_t pixel,
+                                    const T* dy, int64_t dy_pixel, int a, double* to,
+                                    int64_t to_stride, Count count) {
+  using A = acc_t<T>;
+  Vec<A> sum[most][K] = {}, bias = {};
+  for (int64_t at = 0; at < g.out_width; at += kPixels) {
+    constexpr int cols_in = (kPixels - 1) * S + K;
+    const int64_t col = at * S - g.pad_w;
+    Vec<A> d[kPixels];
+    unrolled<kPixels>([&](auto p) DFM_INLINE {
+      d[p] = at + p < g.out_width ? load(dy + (at + p) * dy_pixel, count) : Vec<A>{};
+      bias += d[p];
+    });
+    unrolled<most>([&](auto i) DFM_INLINE {
+      if (!row[a + i]) return;
+      Vec<A> x[cols_in];
+      unrolled<cols_in>([&](auto j) DFM_INLINE {
+        const bool outside = static_cast<uint64_t>(col + j) >= static_cast<uint64_t>(g.width);
+        x[j] = outside ? Vec<A>{} : load(row[a + i] + (col + j) * pixel, count);
+      });
+      unrolled<K>([&](auto b) DFM_INLINE {
+        unrolled<kPixels>([&](auto p) DFM_INLINE { sum[i][b] += d[p] * x[p * S + b]; });
+      });
+    });
+  }
+  for (int i = 0; i < most; ++i)
+    for (int b = 0; b < K; ++b) add_lanes<A>(to + ((a + i) * K + b) * to_stride, sum[i][b]);
+  if (a == 0) add_lanes<A>(to + K * K * to_stride, bias);
+}
+
+// Samples and bands of rows are parts; channels are independent of one another.
+template <int K, int S, class T>
+void gradient_last(const Sizes& s, const Input<T>& in, const T* dy, acc_t<T>* dweight,
+                   acc_t<T>* dbias) {
+  using A = acc_t<T>;
+  constexpr int most = K == 3 ? K : 1;
+  const Window& g = s.window;
+  const int64_t C = s.channels, block = ring_channels<A>(K * g.width, C);
+  const int64_t blocks = (C + block - 1) / block;
+  const int64_t bands = parts(g.out_height * g.out_width, 1 << 12, 16);
+  const int64_t band = (g.out_height + bands - 1) / bands;
+  Partials partials(s.samples * bands, K, C);
+  auto run = [&](int64_t i, A* scratch) {
+    const int64_t c = i % blocks * block, part = i / blocks, n = part / bands;
+    const int64_t first = part % bands * band, end = std::min(first + band, g.out_height);
+    const int64_t channels = std::min(block, C - c);
+    const T* sample = in.x + n * s.in_pixels() * C + c;
+    auto rows = [&](auto row_of, int64_t pixel) {
+      for (int64_t out = first; out < end; ++out) {
+        std::remove_pointer_t<decltype(row_of(0))>* row[K];
+        for (int a = 0; a < K; ++a) {
+          const int64_t at = out * S - g.pad_h + a;
+          row[a] = at >= 0 && at < g.height ? row_of(at) : nullptr;
+        }
+        const T* d = dy + (n * g.out_height + out) * g.out_width * C + c;
+        for_vectors<A>(channels, [&](int64_t v, auto count) DFM_INLINE {
+          std::remove_pointer_t<decltype(row_of(0))>* here[K];
+          for (int a = 0; a < K; ++a) here[a] = row[a] ? row[a] + v : nullptr;
+          for (int a = 0; a < K; a += most)
+            row_products<K, S, most>(g, here, pixel, d + v, C, a, partials.at(part, 0, c + v),
+                                     partials.stride, count);
+        });
+      }
+    };
+    if (!in.norms)
+      return rows([&](int64_t row) -> const T* { return sample + row * g.width * C; }, C);
+    const Affine<A> norm = in.norms->of(n, c);
+    const int64_t start = std::max<int64_t>(first * S - g.pad_h, 0);
+    Ring ring{scratch, K, g.width * channels, start, [&](int64_t row, A* to) {
+                norm_silu_pixels(sample + row * g.width * C, C, g.width, norm, channels, to,
+                                 channels);
+              }};
+    rows(ring, channels);
+  };
+  const int64_t work = band * g.out_width * block;
+  at::parallel_for(0, partials.parts * blocks,
+                   std::max<int64_t>(1, kTask / std::max<int64_t>(work, 1)),
+                   [&](int64_t begin, int64_t end) {
+                     Scratch<A> memory(in.norms ? K * g.width * block : 0);
+                     for (int64_t i = begin; i < end; ++i) run(i, memory.data());
+                   });
+  partials.total(C, dweight, dbias);
+}
+
+// Rows [first, end) of a plane: taps [a, a + most) of all columns, and the bias with the first.
+template <int K, int S, int most, class T, class RowOf>
+void plane_products(const Window& g, const RowOf& row_of, const T* dy, int64_t first, int64_t end,
+                    int a, double* to, int64_t to_stride) {
+  using A = acc_t<T>;
+  Vec<A> sum[most][K] = {}, bias = {};
+  for (int64_t out = first; out < end; ++out)
+    for_vectors<A>(g.out_width, [&](int64_t at, auto count) DFM_INLINE {
+      const Vec<A> d = load(dy + out * g.out_width + at, count);  // 0 over the end
+      bias += d;
+      unrolled<most>([&](auto i) DFM_INLINE {
+        Vec<A> x[K];
+        load_taps<K, S>(row_of(out * S - g.pad_h + a + i) + at * S, x);
+        unrolled<K>([&](auto b) DFM_INLINE { sum[i][b] += d * x[b]; });
+      });
+    });
+  auto add = [&](int tap, Vec<A> v) {
+    for (int i = 0; i < kLanes<A>; ++i) to[tap * to_stride] += v[i];
+  };
+  for (int i = 0; i < most; ++i)
+    for (int b = 0; b < K; ++b) add((a + i) * K + b, sum[i][b]);
+  if (a == 0) add(K * K, bias);
+}
+
+template <int K, int S, class T>
+void gradient_planes(const Sizes& s, const Input<T>& in, const T* dy, acc_t<T>* dweight,
+                     acc_t<T>* dbias) {
+  constexpr int most = K == 3 ? K : 1;
+  const Window& g = s.window;
+  Partials partials(s.samples, K, s.channels);
+  parallel_planes<false>(s, in, [&](int64_t plane, int64_t first, int64_t end, const auto& padded) {
+    double* to = partials.at(plane / s.channels, 0, plane % s.channels);
+    const T* d = dy + plane * s.out_pixels();
+    // Few rows at a time, so that no chain of sums is long.
+    for (int64_t out = first; out < end; out += 16)
+      for (int a = 0; a < K; a += most)
+        plane_products<K, S, most>(g, padded, d, out, std::min(out + 16, end), a, to,
+                                   partials.stride);
+  });
+  partials.total(s.channels, dweight, dbias);
+}
+
+template <class T>
+void gradient(const Sizes& s, const Input<T>& in, const T* dy, acc_t<T>* dweight, acc_t<T>* dbias) {
+  with_kernel(s.kernel, s.stride, [&](auto k, auto stride) {
+    s.last ? gradient_last<k, stride>(s, in, dy, dweight, dbias)
+           : gradient_planes<k, stride>(s, in, dy, dweight, dbias);
   });
 }
 
@@ -343,7 +519,51 @@ Tensor depthwise_conv2d_cpu(const Tensor& x, const Tensor& weight, const MaybeTe
   return y;
 }
 
-TORCH_LIBRARY_IMPL(dfm_fast, CPU, m) { m.impl("depthwise_conv2d", depthwise_conv2d_cpu); }
+// The window in which dy is convolved with the weights turned around.
+Sizes turned(const Sizes& s) {
+  const Window& g = s.window;
+  const int64_t k = s.kernel - 1, h = (g.out_height - 1) * s.stride + 1;
+  const int64_t w = (g.out_width - 1) * s.stride + 1;
+  return {s.samples, s.channels, {h, w, g.height, g.width, k - g.pad_h, k - g.pad_w},
+          s.kernel,  1,          s.last};
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward_cpu(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const MaybeTensor& mean,
+    const MaybeTensor& m2, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
+    const MaybeTensor& shift, int64_t num_groups, double eps, int64_t stride,
+    at::IntArrayRef padding, bool need_du, bool need_dweight) {
+  const char* op = "depthwise_conv2d_backward";
+  const Norm norm = {mean, m2, norm_weight, norm_bias, shift, num_groups, eps};
+  const Sizes s = check(op, x, weight, norm, stride, padding);
+  const int64_t sizes[] = {s.samples, s.channels, s.window.out_height, s.window.out_width};
+  TORCH_CHECK(dy.sizes() == at::IntArrayRef(sizes) && dy.scalar_type() == x.scalar_type() &&
+                  dy.is_contiguous(layout_of(x)),
+              op, ": expected dy like y, got ", dy.sizes(), " with strides ", dy.strides());
+  Tensor du =
+      need_du ? at::empty(x.sizes(), x.options(), layout_of(x)) : at::empty({0}, x.options());
+  const auto wide = x.options().dtype(accumulation(x));
+  Tensor dweight = need_dweight ? at::empty(weight.sizes(), wide) : at::empty({0}, wide);
+  Tensor dbias = need_dweight ? at::empty({s.channels}, wide) : at::empty({0}, wide);
+  const Tensor w = widened(weight, x);
+  with_input(op, x, norm, [&](const auto& in) {
+    using T = std::remove_const_t<std::remove_reference_t<decltype(*in.x)>>;
+    using A = acc_t<T>;
+    if (need_du) {
+      const Input<T> from{data<T>(dy), nullptr, stride == 2};
+      convolve<T>(turned(s), from, data<A>(w), static_cast<const A*>(nullptr), true,
+                  mutable_data<T>(du));
+    }
+    if (need_dweight)
+      gradient<T>(s, in, data<T>(dy), mutable_data<A>(dweight), mutable_data<A>(dbias));
+  });
+  return {du, dweight, dbias};
+}
+
+TORCH_LIBRARY_IMPL(dfm_fast, CPU, m) {
+  m.impl("depthwise_conv2d", depthwise_conv2d_cpu);
+  m.impl("depthwise_conv2d_backward", depthwise_conv2d_backward_cpu);
+}
 
 }  // namespace
 }  // namespace dfm_fast

@@ -1,0 +1,460 @@
+"""Depthwise convolutions: see `dfm_fast.ops.convolutions` for what is computed.
+
+A lane owns COLS columns of the output and, in channels_last, VEC channels of them (16 bytes where
+the kernel is 3 wide); it walks down ROWS rows with the K rows of input that a row of output sees in
+registers, and all K K weights. So an input is loaded by COLS - 1 + K lanes at most, of which all
+but one find it in the first-level cache, and norm and SiLU are applied (COLS - 1 + K) / COLS times.
+The same kernel makes the gradient of the input, with the weights turned around; of stride 2 it sees
+dy spread out, with zeros between.
+
+The gradient of the weights goes through the pixels of the input once, which are then normalised
+once, with the K K pixels of dy that each one met. Every program leaves partial sums; a second
+kernel adds them in order, in float64.
+"""
+
+# ruff: noqa: RUF005 (Triton's tuples do not unpack)
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.group_norms import applied_norm
+from dfm_fast.kernels.resample import on_device
+from torch import Tensor
+
+from dfm_fast._library import INTERPRET
+from dfm_fast.ops._layouts import empty_in, memory_format
+from dfm_fast.ops.convolutions import out_sizes
+
+BLOCK = 1024 if INTERPRET else 128  # lanes; the interpreter's time is per operation
+ROWS = 8  # that a lane walks down
+COLS = 2  # of a lane where the kernel is 3 wide
+VECTORS = {3: 16, 5: 8, 7: 4}  # bytes of channels of a lane: K K weights of each are in registers
+STEPS = 32  # pixels that a lane sums one after the other
+MERGED = 256  # sums of a program of the second kernel
+
+# --- Parts ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _activate(x, inside, norm, NORM: tl.constexpr):
+    """u: 0 outside."""
+    if NORM:
+        z = (x - norm[2]) * norm[0] + norm[1]
+        return tl.where(inside, z / (1.0 + tl.exp(-z)), 0.0)
+    else:
+        return x
+
+
+@triton.jit
+def _norm_of(scale_ptr, offset_ptr, centre_ptr, plane, kept):
+    """(scale, offset, centre) of channels, `plane` among [N, C]."""
+    if scale_ptr is not None:
+        return (
+            tl.load(scale_ptr + plane, kept, 0),
+            tl.load(offset_ptr + plane, kept, 0),
+            tl.load(centre_ptr + plane, kept, 0),
+        )
+    else:
+        return ()
+
+
+@triton.jit
+def _load_row(
+    x_ptr, base, step, norm, kept, h, w, H, W,
+    N: tl.constexpr, SPREAD: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Row h of the input, columns w to w + N - 1, as a tuple."""
+    row = ()
+    width = (W + 1) // 2 if SPREAD else W
+    for j in tl.static_range(N):
+        inside = kept & (h >= 0) & (h < H) & (w + j >= 0) & (w + j < W)
+        if SPREAD:
+            inside = inside & (h % 2 == 0) & ((w + j) % 2 == 0)
+            offs = base + (h // 2 * width + (w + j) // 2) * step
+        else:
+            offs = base + (h * width + w + j) * step
+        x = tl.load(x_ptr + offs, inside, 0).to(ACC)
+        row = row + (_activate(x, inside, norm, NORM),)
+    return row
+
+
+# --- Forward, and the gradient of the input -------------------------------------------------------
+
+
+@triton.jit
+def _depthwise_kernel(
+    x_ptr, y_ptr,  # [N, C, H, W] or [N, H, W, C]
+    weight_ptr,  # [C, K, K]
+    bias_ptr,  # [C] or None
+    scale_ptr, offset_ptr, centre_ptr,  # [N, C] or None
+    planes, CV, H, W, OH, OW, PH, PW,
+    K: tl.constexpr, S: tl.constexpr, TURNED: tl.constexpr, SPREAD: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
+    TC: tl.constexpr, TW: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    NC: tl.constexpr = (COLS - 1) * S + K
+    NORM: tl.constexpr = scale_ptr is not None
+    lane = tl.arange(0, TC * TW)[:, None]
+    pid = tl.program_id(0)
+    channel_blocks = tl.cdiv(CV, TC) if LAST else tl.cdiv(planes, TC)
+    col_blocks, bands = tl.cdiv(tl.cdiv(OW, COLS), TW), tl.cdiv(OH, ROWS)
+    if LAST:
+        group = pid % channel_blocks * TC + lane % TC
+        col = (pid // channel_blocks % col_blocks * TW + lane // TC) * COLS
+        first = pid // (channel_blocks * col_blocks) % bands * ROWS
+        n = pid // (channel_blocks * col_blocks * bands)
+        c = group * VEC + tl.arange(0, VEC)[None, :]
+        kept, plane, step = group < CV, n * (CV * VEC) + c, CV * VEC
+        if WIDE:
+            n = n.to(tl.int64)
+        rows_in = (H + 1) // 2 * ((W + 1) // 2) if SPREAD else H * W
+        base, out = n * rows_in * step + c, n * (OH * OW) * step + c
+    else:
+        col = (pid % col_blocks * TW + lane % TW) * COLS
+        first = pid // col_blocks % bands * ROWS
+        plane = pid // (col_blocks * bands) * TC + lane // TW
+        kept, c, step = plane < planes, plane % CV, 1
+        rows_in = (H + 1) // 2 * ((W + 1) // 2) if SPREAD else H * W
+        place = plane.to(tl.int64) if WIDE else plane
+        base, out = place * rows_in, place * (OH * OW)
+    norm = _norm_of(scale_ptr, offset_ptr, centre_ptr, plane, kept)
+    weights = ()
+    for t in tl.static_range(K * K):
+        tap = K * K - 1 - t if TURNED else t
+        weights = weights + (tl.load(weight_ptr + c * (K * K) + tap, kept, 0).to(ACC),)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + c, kept, 0).to(ACC)
+    h, w = first * S - PH, col * S - PW
+    window = ()
+    for i in tl.static_range(K - S):
+        window = window + _load_row(
+            x_ptr, base, step, norm, kept, h + i, w, H, W, NC, SPREAD, NORM, ACC
+        )
+    for r in range(ROWS):
+        rows = window
+        for i in tl.static_range(K - S, K):
+            rows = rows + _load_row(
+                x_ptr, base, step, norm, kept, h + i, w, H, W, NC, SPREAD, NORM, ACC
+            )
+        for p in tl.static_range(COLS):
+            y = weights[0] * rows[p * S]
+            if bias_ptr is not None:
+                y += bias
+            for t in tl.static_range(1, K * K):
+                y += weights[t] * rows[t // K * NC + p * S + t % K]
+            mask = kept & (first + r < OH) & (col + p < OW)
+            offs = out + ((first + r) * OW + col + p) * step
+            tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask)
+        window = ()
+        for k in tl.static_range(S * NC, K * NC):
+            window = window + (rows[k],)
+        h += S
+
+
+# --- Gradients of weight and bias -----------------------------------------------------------------
+
+
+@triton.jit
+def _products_kernel(
+    dy_ptr, x_ptr,
+    scale_ptr, offset_ptr, centre_ptr,  # [N, C] or None
+    part_ptr,  # [N, parts, K K + 1, C]: sums of dy u of every tap, and of dy
+    CV, H, W, OH, OW, PH, PW, DW, pixels, parts,
+    K: tl.constexpr, S: tl.constexpr, LAST: tl.constexpr, STEPS: tl.constexpr,
+    VEC: tl.constexpr, TC: tl.constexpr, TP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Pixels are those of a map that holds both x and dy, DW wide."""
+    NORM: tl.constexpr = scale_ptr is not None
+    pid = tl.program_id(0)
+    lane = tl.arange(0, TP)[:, None, None]
+    group = pid % tl.cdiv(CV, TC) * TC + tl.arange(0, TC)[None, :, None]
+    part = pid // tl.cdiv(CV, TC) % parts
+    n = pid // (tl.cdiv(CV, TC) * parts)
+    C, kept = CV * VEC, group < CV
+    c = group * VEC + tl.arange(0, VEC)[None, None, :]
+    place = n.to(tl.int64) if WIDE else n
+    if LAST:
+        base, dbase, step = place * (H * W) * C + c, place * (OH * OW) * C + c, C
+    else:
+        base, dbase, step = (place * C + c) * (H * W), (place * C + c) * (OH * OW), 1
+    norm = _norm_of(scale_ptr, offset_ptr, centre_ptr, n * C + c, kept)
+    sums = ()
+    for _ in tl.static_range(K * K + 1):
+        sums = sums + (tl.zeros([TP, TC, VEC], ACC),)
+    for k in range(STEPS):
+        pixel = (part * STEPS + k) * TP + lane
+        i, j = pixel // DW, pixel % DW
+        valid = kept & (pixel < pixels)
+        inside = valid & (i < H) & (j < W)
+        u = tl.load(x_ptr + base + (i * W + j) * step, inside, 0).to(ACC)
+        u = _activate(u, inside, norm, NORM)
+        new = ()
+        for t in tl.static_range(K * K):
+            a, b = i + PH - t // K, j + PW - t % K
+            met = inside & (a >= 0) & (b >= 0) & (a < S * OH) & (b < S * OW)
+            if S == 2:
+                met = met & (a % 2 == 0) & (b % 2 == 0)
+            offs = dbase + (a // S * OW + b // S) * step
+            new = new + (sums[t] + u * tl.load(dy_ptr + offs, met, 0).to(ACC),)
+        d = tl.load(dy_ptr + dbase + (i * OW + j) * step, valid & (i < OH) & (j < OW), 0).to(ACC)
+        sums = new + (sums[K * K] + d,)
+    for t in tl.static_range(K * K + 1):
+        offs = ((place * parts + part) * (K * K + 1) + t) * C + c
+        tl.store(part_ptr + offs, tl.sum(sums[t], 0, keep_dims=True), kept)
+
+
+@triton.jit
+def _merge_products_kernel(
+    part_ptr,  # [parts, K K + 1, C]
+    dweight_ptr, dbias_ptr,  # [C, K K], [C]
+    parts, C, KK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < (KK + 1) * C
+    total = tl.zeros([BLOCK], tl.float64)
+    for part in range(parts):
+        offs = tl.cast(part, tl.int64) * ((KK + 1) * C) + i
+        total += tl.load(part_ptr + offs, valid, 0).to(tl.float64)
+    t, c = i // C, i % C
+    kind = dweight_ptr.dtype.element_ty
+    tl.store(dweight_ptr + c * KK + t, total.to(kind), valid & (t < KK))
+    tl.store(dbias_ptr + c, total.to(kind), valid & (t == KK))
+
+
+# --- Launching ------------------------------------------------------------------------------------
+
+
+class Tiles(NamedTuple):
+    """How lanes cover a map."""
+
+    programs: int
+    groups: int  # of VEC channels; all C where it is contiguous
+    constants: dict[str, Any]
+
+
+def _is_last(x: Tensor) -> bool:
+    return memory_format(x) != torch.contiguous_format
+
+
+def _vector(channels: int, last: bool, size: int, itemsize: int) -> int:
+    return math.gcd(max(1, size // itemsize), channels) if last else 1
+
+
+def _power(n: int, most: int) -> int:
+    return min(triton.next_power_of_2(max(n, 1)), most)
+
+
+def plan(
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    last: bool,
+    kernel: int,
+    stride: int,
+    itemsize: int,
+) -> Tiles:
+    """Of `_depthwise_kernel`: from `shape` to [N, C, *sizes]."""
+    n, channels = shape[:2]
+    vec = _vector(channels, last, VECTORS[kernel], itemsize)
+    groups, cols = channels // vec, COLS if kernel == 3 and stride == 1 else 1
+    strips, rows = triton.cdiv(sizes[1], cols), _power(sizes[0], ROWS)
+    if last:
+        tc = _power(groups, 32)
+        tw = _power(strips, BLOCK // tc)
+        programs = n * triton.cdiv(groups, tc)
+    else:
+        tw = _power(strips, BLOCK)
+        tc = _power(n * channels, BLOCK // tw)
+        programs = triton.cdiv(n * channels, tc)
+    wide = max(math.prod(shape), n * channels * math.prod(sizes)) >= 2**31 - 2**16
+    constants = {"LAST": last, "ROWS": rows, "COLS": cols, "VEC": vec}
+    constants |= {"TC": tc, "TW": tw, "WIDE": wide}
+    return Tiles(programs * triton.cdiv(strips, tw) * triton.cdiv(sizes[0], rows), groups, constants)
+
+
+class Parts(NamedTuple):
+    """How `_products_kernel` cuts up a map."""
+
+    programs: int
+    parts: int  # of a sample
+    sizes: tuple[int, ...]  # CV, H, W, OH, OW
+    domain: tuple[int, ...]  # its width, pixels, parts
+    constants: dict[str, Any]
+
+
+def plan_products(
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    last: bool,
+    kernel: int,
+    stride: int,
+    itemsize: int,
+) -> Parts:
+    n, channels, height, width = shape
+    vec = _vector(channels, last, VECTORS[kernel] // stride, itemsize)  # registers, again
+    groups = channels // vec
+    tc = _power(groups, 16) if last else 1
+    across, down = max(width, sizes[1]), max(height, sizes[0])
+    tp = _power(across * down, 128 // tc)
+    parts = triton.cdiv(across * down, tp * STEPS)
+    wide = n * channels * across * down >= 2**31 - 2**16
+    constants = {"LAST": last, "STEPS": STEPS, "VEC": vec, "TC": tc, "TP": tp, "WIDE": wide}
+    programs = n * parts * triton.cdiv(groups, tc)
+    domain = across, across * down, parts
+    return Parts(programs, parts, (groups, height, width, *sizes), domain, constants)
+
+
+def _acc(x: Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    m2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    stride: int,
+    padding: tuple[int, int],
+) -> Tensor:
+    kernel = weight.shape[-1]
+    sizes = out_sizes(x, kernel, stride, padding)
+    y = empty_in(memory_format(x), x, (*x.shape[:2], *sizes))
+    if not x.numel():
+        return y
+    tiles = plan(tuple(x.shape), sizes, _is_last(x), kernel, stride, x.element_size())
+    with on_device(x):
+        norm = applied_norm(x, mean, m2, norm_weight, norm_bias, shift, num_groups, eps)
+        _depthwise_kernel[(tiles.programs,)](
+            x, y, weight, bias, *norm,
+            x.shape[0] * x.shape[1], tiles.groups, *x.shape[2:], *sizes, *padding,
+            K=kernel, S=stride, TURNED=False, SPREAD=False, ACC=_acc(x), **tiles.constants,
+        )  # fmt: skip
+    return y
+
+
+def _input_gradient(
+    dy: Tensor, du: Tensor, weight: Tensor, stride: int, padding: tuple[int, int]
+) -> None:
+    kernel, sizes = weight.shape[-1], tuple(du.shape[2:])
+    tiles = plan(tuple(dy.shape), sizes, _is_last(du), kernel, 1, dy.element_size())
+    seen = (stride * (n - 1) + 1 for n in dy.shape[2:])  # spread out
+    _depthwise_kernel[(tiles.programs,)](
+        dy, du, weight, None, None, None, None,
+        dy.shape[0] * dy.shape[1], tiles.groups, *seen, *sizes, *(kernel - 1 - p for p in padding),
+        K=kernel, S=1, TURNED=True, SPREAD=stride == 2, ACC=_acc(dy), **tiles.constants,
+    )  # fmt: skip
+
+
+def depthwise_conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    m2: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    stride: int,
+    padding: tuple[int, int],
+    *,
+    need_du: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    du = empty_in(memory_format(x), x, x.shape) if need_du else x.new_empty(0)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shapes = (weight.shape, weight.shape[:1]) if need_dweight else (0, 0)
+    dweight, dbias = (torch.zeros(s, dtype=wide, device=x.device) for s in shapes)
+    if not x.numel():
+        return du, dweight, dbias
+    kernel, channels = weight.shape[-1], x.shape[1]
+    with on_device(x):
+        if need_du:
+            _input_gradient(dy, du, weight, stride, padding)
+        if need_dweight:
+            norm = applied_norm(x, mean, m2, norm_weight, norm_bias, shift, num_groups, eps)
+            sizes, itemsize = tuple(dy.shape[2:]), x.element_size()
+            cut = plan_products(tuple(x.shape), sizes, _is_last(x), kernel, stride, itemsize)
+            count, taps = x.shape[0] * cut.parts, kernel**2 + 1
+            partials = dweight.new_empty((count, taps, channels))
+            _products_kernel[(cut.programs,)](
+                dy, x, *norm, partials, *cut.sizes, *padding, *cut.domain,
+                K=kernel, S=stride, ACC=_acc(x), **cut.constants,
+            )  # fmt: skip
+            _merge_products_kernel[(triton.cdiv(taps * channels, MERGED),)](
+                partials, dweight, dbias, count, channels, KK=kernel**2, BLOCK=MERGED
+            )
+    return du, dweight, dbias
+
+
+# --- Ahead of time --------------------------------------------------------------------------------
+
+
+def specialisations() -> Iterator[Specialisation]:
+    for dtype, last, norm in itertools.product(ITEMSIZES, (True, False), (False, True)):
+        yield from _compiled(dtype, last, 3, 1, norm)
+    # The same code but for its sizes.
+    for kernel, stride in ((3, 2), (5, 1), (5, 2), (7, 1), (7, 2)):
+        yield from _compiled("bf16", True, kernel, stride, kernel < 7)
+        yield from _compiled("fp32", kernel > 3, kernel, stride, False)
+
+
+ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+
+
+def _compiled(
+    dtype: str, last: bool, kernel: int, stride: int, norm: bool
+) -> Iterator[Specialisation]:
+    """Forward and gradients. The gradient of the input is forward's code where the stride is 1."""
+    shape, sizes, itemsize = (2, 256, 64, 64), (64 // stride, 64 // stride), ITEMSIZES[dtype]
+    name = f"{kernel}x{kernel}/{stride} {'NHWC' if last else 'NCHW'}{' norm' * norm}"
+    given = last, kernel
+    tiles = plan(shape, sizes, *given, stride, itemsize).constants
+    cut = plan_products(shape, sizes, *given, stride, itemsize).constants
+    same = {"S": stride, "TURNED": False, "SPREAD": False}
+    ways = {"depthwise": (_depthwise_kernel, {**same, **tiles})}
+    ways["depthwise weight gradient"] = _products_kernel, {"S": stride, **cut}
+    if stride == 2:
+        back = plan((*shape[:2], *sizes), shape[2:], *given, 1, itemsize).constants
+        spread = {"S": 1, "TURNED": True, "SPREAD": True, **back}
+        ways["depthwise input gradient"] = _depthwise_kernel, spread
+    for what, (function, options) in ways.items():
+        affine = norm and options.get("TURNED") is not True
+        acc = tl.float64 if dtype == "fp64" else tl.float32
+        constants = {"K": kernel, "ACC": acc, **options}
+        yield Specialisation(
+            f"{what} {name}",
+            function,
+            dtype,
+            _arguments(function, dtype, affine, constants),
+            constants,
+            load_bits=8 * itemsize * options["VEC"],
+        )
+
+
+def _arguments(
+    function: triton.JITFunction, dtype: str, norm: bool, constants: dict[str, Any]
+) -> dict[str, str | None]:
+    small = "*fp64" if dtype == "fp64" else "*fp32"
+    pointers = dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "weight_ptr"), "*")
+    pointers |= {"bias_ptr": None, "part_ptr": small}
+    pointers |= dict.fromkeys(("scale_ptr", "offset_ptr", "centre_ptr"), small if norm else None)
+    return {
+        a: pointers[a] if a.endswith("_ptr") else "i32"
+        for a in function.arg_names
+        if a not in constants
+    }
