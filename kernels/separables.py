@@ -40,14 +40,23 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By bytes an element. Those of 2 bytes are products of tensor cores (wgmma on sm_90); float32 in
-# TF32 too where torch's convolutions are allowed to.
-TILES = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 2), 8: Tile(32, 32, 16, 4, 1)}
+# By bytes an element, and whether in channels_last: planes take more registers, as their tiles are
+# not loaded in vectors where the number of pixels is any. Those of 2 bytes are products of tensor
+# cores (wgmma on sm_90); float32 in TF32 too where torch's convolutions are allowed to.
+TILES = {
+    (2, True): Tile(128, 128, 64, 8, 3),
+    (2, False): Tile(128, 64, 32, 8, 3),
+    (4, True): Tile(64, 64, 32, 4, 2),
+    (4, False): Tile(64, 64, 32, 4, 2),
+    (8, True): Tile(16, 16, 16, 4, 1),
+    (8, False): Tile(16, 16, 16, 4, 1),
+}
 
 
-def tile_of(itemsize: int) -> Tile:
+def tile_of(x: Tensor) -> Tile:
     """The interpreter's time is per operation: there large ones."""
-    return Tile(256, 256, 256, 4, 1) if INTERPRET else TILES[itemsize]
+    last = memory_format(x) != torch.contiguous_format
+    return Tile(256, 256, 256, 4, 1) if INTERPRET else TILES[x.element_size(), last]
 
 
 def precision(x: Tensor) -> str:
@@ -70,10 +79,10 @@ def _pointwise_kernel(
     bias_ptr, shift_ptr,  # [O], [N, O] or None
     residual_ptr, y_ptr,  # [N, P, O], or [N, O, P]; residual or None
     mean_ptr, m2_ptr,  # [N, blocks, O] or None
-    P, C: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    P, C: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    columns, blocks = tl.cdiv(O, BN), tl.cdiv(P, BM)
+    columns, blocks = tl.cdiv(OUT, BN), tl.cdiv(P, BM)
     pid = tl.program_id(0)
     block = pid // columns % blocks
     n = pid // (columns * blocks)
@@ -89,18 +98,18 @@ def _pointwise_kernel(
             a = tl.load(a_ptr + (n * P + p[:, None]) * C + c[None, :], inside, 0)
         else:
             a = tl.load(a_ptr + (n * C + c[None, :]) * P + p[:, None], inside, 0)
-        kept = (c < C)[:, None] & (o < O)[None, :]
+        kept = (c < C)[:, None] & (o < OUT)[None, :]
         w = tl.load(weight_ptr + o[None, :] * C + c[:, None], kept, 0)
         acc = multiply_step(a, w, acc, PRECISION)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o, o < O, 0).to(ACC)[None, :]
+        acc += tl.load(bias_ptr + o, o < OUT, 0).to(ACC)[None, :]
     if shift_ptr is not None:
-        acc += tl.load(shift_ptr + n * O + o, o < O, 0).to(ACC)[None, :]
-    mask = (p < P)[:, None] & (o < O)[None, :]
+        acc += tl.load(shift_ptr + n * OUT + o, o < OUT, 0).to(ACC)[None, :]
+    mask = (p < P)[:, None] & (o < OUT)[None, :]
     if LAST:
-        at = (n * P + p[:, None]) * O + o[None, :]
+        at = (n * P + p[:, None]) * OUT + o[None, :]
     else:
-        at = (n * O + o[None, :]) * P + p[:, None]
+        at = (n * OUT + o[None, :]) * P + p[:, None]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + at, mask, 0).to(ACC)
     y = acc.to(y_ptr.dtype.element_ty)
@@ -112,9 +121,9 @@ def _pointwise_kernel(
         d = tl.where(mask, v - centre[None, :], 0.0)
         rest = tl.sum(d, 0)
         m2 = tl.maximum(tl.sum(d * d, 0) - rest * (rest / pixels), 0.0)
-        partial = (n * blocks + block) * O + o
-        tl.store(mean_ptr + partial, centre + rest / pixels, o < O)
-        tl.store(m2_ptr + partial, m2, o < O)
+        partial = (n * blocks + block) * OUT + o
+        tl.store(mean_ptr + partial, centre + rest / pixels, o < OUT)
+        tl.store(m2_ptr + partial, m2, o < OUT)
 
 
 def _acc(x: Tensor) -> tl.dtype:
@@ -147,7 +156,7 @@ def separable_conv2d(
     norm = mean, m2, norm_weight, norm_bias, None, num_groups, eps
     padding = [depthwise_weight.shape[-1] // 2] * 2
     a = depthwise_conv2d(x, depthwise_weight, None, *norm, 1, padding)
-    tile = tile_of(x.element_size())
+    tile = tile_of(x)
     blocks = triton.cdiv(pixels, tile.BM)
     partials: tuple[Tensor | None, ...] = (None, None)
     if with_statistics:
@@ -177,9 +186,9 @@ SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 
 def specialisations() -> Iterator[Specialisation]:
-    shape = {"C": 512, "O": 1024}
+    shape = {"C": 512, "OUT": 1024}
     for dtype, last in itertools.product(SIZES, (True, False)):
-        tile, wide = TILES[SIZES[dtype]], "*fp64" if dtype == "fp64" else "*fp32"
+        tile, wide = TILES[SIZES[dtype], last], "*fp64" if dtype == "fp64" else "*fp32"
         acc = tl.float64 if dtype == "fp64" else tl.float32
         blocks = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
         constants: dict[str, Any] = {**shape, **blocks, "ACC": acc, "LAST": last, "WIDE": False}

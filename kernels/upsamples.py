@@ -34,10 +34,10 @@ def _upsample_kernel(
     weight_ptr,  # [phases 2a + b, taps 2p + q, O, C]
     bias_ptr,  # [O] or None
     y_ptr,  # [N, 2H, 2W, O], or [N, O, 2H, 2W]
-    H, W, C: tl.constexpr, O: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    H, W, C: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    columns, blocks = tl.cdiv(O, BN), tl.cdiv(H * W, BM)
+    columns, blocks = tl.cdiv(OUT, BN), tl.cdiv(H * W, BM)
     pid = tl.program_id(0)
     block = pid // columns % blocks
     phase = pid // (columns * blocks) % 4
@@ -59,18 +59,18 @@ def _upsample_kernel(
         else:
             at = (n * C + c)[None, :] * (H * W) + (row * W + col)[:, None]
             x = tl.load(x_ptr + at, mask, 0)
-        kept = (c < C)[:, None] & (o < O)[None, :]
-        matrix = (phase * 4 + tap) * O
+        kept = (c < C)[:, None] & (o < OUT)[None, :]
+        matrix = (phase * 4 + tap) * OUT
         w = tl.load(weight_ptr + (matrix + o)[None, :] * C + c[:, None], kept, 0)
         acc = multiply_step(x, w, acc, PRECISION)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o, o < O, 0).to(ACC)[None, :]
+        acc += tl.load(bias_ptr + o, o < OUT, 0).to(ACC)[None, :]
     row, col = 2 * i + phase // 2, 2 * j + phase % 2
-    mask = (pixel < H * W)[:, None] & (o < O)[None, :]
+    mask = (pixel < H * W)[:, None] & (o < OUT)[None, :]
     if LAST:
-        at = ((n * 2 * H + row) * 2 * W + col)[:, None] * O + o[None, :]
+        at = ((n * 2 * H + row) * 2 * W + col)[:, None] * OUT + o[None, :]
     else:
-        at = (n * O + o)[None, :] * (4 * H * W) + (row * 2 * W + col)[:, None]
+        at = (n * OUT + o)[None, :] * (4 * H * W) + (row * 2 * W + col)[:, None]
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask)
 
 
@@ -81,7 +81,7 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not y.numel():
         return y
     phases = phase_weights(weight).permute(0, 3, 4, 1, 2).contiguous()
-    tile = tile_of(x.element_size())
+    tile = tile_of(x)
     programs = n * 4 * triton.cdiv(height * width, tile.BM) * triton.cdiv(outputs, tile.BN)
     with on_device(x):
         _upsample_kernel[(programs,)](
@@ -105,10 +105,10 @@ def upsample_conv2d_backward(
 
 def specialisations() -> Iterator[Specialisation]:
     for dtype, last in itertools.product(SIZES, (True, False)):
-        tile = TILES[SIZES[dtype]]
+        tile = TILES[SIZES[dtype], last]
         acc = tl.float64 if dtype == "fp64" else tl.float32
         blocks = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
-        constants: dict[str, Any] = {"C": 512, "O": 512, **blocks, "ACC": acc, "LAST": last}
+        constants: dict[str, Any] = {"C": 512, "OUT": 512, **blocks, "ACC": acc, "LAST": last}
         pointers = [name for name in _upsample_kernel.arg_names if name.endswith("_ptr")]
         yield Specialisation(
             f"upsample_conv2d {'NHWC' if last else 'NCHW'}",

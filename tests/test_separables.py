@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dfm_fast
+from dfm_fast._library import INTERPRET
 from dfm_fast.nn import SeparableConv2d, SeparableConvBlock
 from dfm_fast.ops.group_norms import channel_statistics_ref
 from dfm_fast.ops.separables import separable_conv2d_ref
@@ -108,7 +109,7 @@ def test_module_refuses_other_kernels():
         SeparableConv2d(4, 8, 4)
 
 
-# --- The block, against diffusers' -----------------------------------------------------------------
+# --- The block, against diffusers' ----------------------------------------------------------------
 
 
 def blocks(in_channels, out_channels, device="cpu", dtype=torch.float32):
@@ -207,3 +208,15 @@ def test_block_compiles():
     compiled = torch.compile(ours, fullgraph=True)
     for got, want in zip(results(compiled, *given), results(ours, *given), strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("kernel", ["pointwise NHWC", "upsample_conv2d NHWC"])
+def test_products_are_those_of_tensor_cores(kernel):
+    pytest.importorskip("triton")
+    from dfm_fast.kernels import _aot
+
+    specs = [s for s in _aot.specialisations() if s.name == kernel and s.dtype in ("bf16", "fp16")]
+    assert len(specs) == 2
+    for spec in specs:
+        assert "wgmma.mma_async" in _aot._compile(spec, _aot.TARGETS["sm_90"][0]).asm["ptx"]

@@ -36,7 +36,7 @@ def test_tap_gradients_are_the_adjoint_of_phase_weights():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_whole_numbers_are_exact(device):
-    """Sums and differences of small whole numbers are not rounded: every product is in its place."""
+    """Sums and differences of small whole numbers are not rounded."""
     sizes = (2, 7, 9, 6), (70, 7, 3, 3), (70,)
     x, weight, bias = (torch.round(3 * v).to(device) for v in values(*sizes))
     want = upsample_conv2d_ref(x.double(), weight.double(), bias.double()).float()

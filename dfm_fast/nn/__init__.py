@@ -17,10 +17,10 @@ __all__ = [
     "LaplacianPyramid",
     "PerScaleNoise",
     "QKNormRotary",
+    "RMSNorm",
     "SeparableConv2d",
     "SeparableConvBlock",
     "UpsampleConv2d",
-    "RMSNorm",
     "rope_2d",
     "rope_3d",
 ]

@@ -4,7 +4,7 @@ r"""Separable convolutions: depthwise, then pointwise, with what stands around t
     a[n, c] = depthwise_weight[c] * u[n, c]              k x k, padding k // 2
     y[n, o] = sum over c of pointwise_weight[o, c] a[n, c] + bias[o] + shift[n, o] + residual[n, o]
 
-x [N, C, H, W], y [N, O, H, W]. The norm is `group_norm_silu`'s, from the statistics of x's channels;
+x [N, C, H, W], y [N, O, H, W]. The norm is `group_norm_silu`'s, from statistics of x's channels;
 y's own can be handed on to the next norm (bias, shift and residual included), as count, mean and
 centred M2. So SnapGen's residual block (arXiv 2412.09619) is two calls, and no activated map, no
 sum with the time embedding and no sum with the shortcut is written.

@@ -3,8 +3,8 @@ from helpers import Bad, Case, Shape
 
 from dfm_fast.ops import ChannelStatistics
 
-# name: (shape of x, outputs, side of the kernel, of bias, shift, residual, norm's weight (n) and bias
-# (w) those given, num_groups)
+# name: (shape of x, outputs, side of the kernel, of bias, shift, residual, norm's weight (n) and
+# bias (w) those given, num_groups)
 CONVOLUTIONS = {
     "block_in": ((2, 32, 6, 8), 64, 3, "snw", 8),
     "block_out": ((2, 64, 6, 8), 32, 3, "rnw", 8),
