@@ -206,8 +206,8 @@ void pack_panel(int64_t K, int64_t columns, const T* b, int64_t ld, A* panel) {
   transpose_rows(b, ld, std::min(columns, kPanel<A>), K, panel, kPanel<A>);
 }
 
-// The same for products of bfloat16, K even: pairs of numbers move as one. Where K is odd in b it is
-// one less there.
+// The same for products of bfloat16, K even: pairs of numbers move as one. Where K is odd in b it
+// is one less there.
 inline void pack_pairs(int64_t K, int64_t columns, const bf16* b, int64_t ld, bf16* panel) {
   columns = std::min(columns, kPanel<float>);
   Aligned<bf16> even(ld % 2 ? columns * K : 0);

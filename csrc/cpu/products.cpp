@@ -1,10 +1,10 @@
 // Products by oneDNN, through the operators that Inductor calls.
+#include "products.h"
+
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/linear.h>
-
-#include "products.h"
 
 namespace dfm_fast {
 namespace {

@@ -96,7 +96,7 @@ void for_bands(const Sizes& s, const Arguments<T>& given, PlaceOf place_of, int6
       const int64_t first = i % bands * rows, stop = std::min(first + rows, g.height);
       if (i == begin || first == 0) ring.next = std::max<int64_t>(first - g.pad_h, 0);
       To* a = place_of(n, first, own.data());
-      convolve_band<K, 1, A>(g, first, stop, ring, leading(s), s.channels, weights,
+      convolve_band<K, 1, A>(g, first, stop, ring, leading(s), 0, s.channels, weights,
                              Rows<To>{a, g.width * ld, ld});
       f(n, i % bands, first, stop, a);
     }
@@ -204,26 +204,26 @@ void in_bands(const Sizes& s, const Arguments<T>& given, const Map& map, acc_t<T
   const int64_t padded = panels_of(O, kPanel<A>) * kPanel<A>;
   BandMoments moments{padded, std::vector<double>(inside ? s.samples * s.bands() * 2 * padded : 0)};
   auto own = [](int64_t, int64_t, E* place) { return place; };
-  for_bands<K, T, E>(s, given, own, ld, [&](int64_t n, int64_t band, int64_t first, int64_t end,
-                                            const E* a) {
-    const int64_t pixels = (end - first) * W;
-    const Aligned<A> tile(pixels * kPanel<A>);
-    for (int64_t o = 0; o < O; o += kPanel<A>) {
-      multiply_panel(pixels, terms, a, ld, &panels[o * terms], tile.data(), kPanel<A>);
-      if (!s.last) {
-        finish_planes(s, given, n, first * W, pixels, o, std::min(O - o, kPanel<A>), tile.data(),
-                      kPanel<A>, given.constant + n * O + o);
-        continue;
-      }
-      finish_last(s, given, n, first * W, pixels, o, inside, tile.data());
-      if (!inside) continue;
-      std::vector<double> found(2 * panel_map.padded());
-      pixel_moments(panel_map, tile.data(), 0, pixels, found.data());
-      double* to = moments.at(s, n, band) + o;
-      std::copy_n(found.data(), kPanel<A>, to);
-      std::copy_n(found.data() + panel_map.padded(), kPanel<A>, to + padded);
-    }
-  });
+  for_bands<K, T, E>(
+      s, given, own, ld, [&](int64_t n, int64_t band, int64_t first, int64_t end, const E* a) {
+        const int64_t pixels = (end - first) * W;
+        const Aligned<A> tile(pixels * kPanel<A>);
+        for (int64_t o = 0; o < O; o += kPanel<A>) {
+          multiply_panel(pixels, terms, a, ld, &panels[o * terms], tile.data(), kPanel<A>);
+          if (!s.last) {
+            finish_planes(s, given, n, first * W, pixels, o, std::min(O - o, kPanel<A>),
+                          tile.data(), kPanel<A>, given.constant + n * O + o);
+            continue;
+          }
+          finish_last(s, given, n, first * W, pixels, o, inside, tile.data());
+          if (!inside) continue;
+          std::vector<double> found(2 * panel_map.padded());
+          pixel_moments(panel_map, tile.data(), 0, pixels, found.data());
+          double* to = moments.at(s, n, band) + o;
+          std::copy_n(found.data(), kPanel<A>, to);
+          std::copy_n(found.data() + panel_map.padded(), kPanel<A>, to + padded);
+        }
+      });
   if (inside) moments.merge(s, mean, m2);
   if (mean && !inside) statistics(map, given.y, mean, m2);
 }
@@ -251,8 +251,7 @@ void copy_sums(const Sizes& s, const Arguments<T>& given, int64_t n, const T* su
   parallel((P + kBandPixels - 1) / kBandPixels, kBandPixels * O, [&](int64_t i) {
     const int64_t first = i * kBandPixels, pixels = std::min(kBandPixels, P - first);
     const T* from = sums + first * O;
-    if (!s.last)
-      return finish_planes<T>(s, given, n, first, pixels, 0, O, from, O, constant);
+    if (!s.last) return finish_planes<T>(s, given, n, first, pixels, 0, O, from, O, constant);
     T* to = given.y + (n * P + first) * O;
     if (!constant) return void(std::copy_n(from, pixels * O, to));
     for (int64_t p = 0; p < pixels; ++p)
@@ -314,13 +313,13 @@ Sizes check(const Tensor& x, const Tensor& depthwise, const Tensor& pointwise,
   TORCH_CHECK(pointwise.sizes() == at::IntArrayRef({O, C, 1, 1}) &&
                   pointwise.scalar_type() == x.scalar_type(),
               op, ": expected pointwise_weight [O, C, 1, 1] like x, got ", pointwise.sizes());
-  TORCH_CHECK(!residual || (residual->sizes() == at::IntArrayRef({x.size(0), O, x.size(2),
-                                                                  x.size(3)}) &&
-                            residual->is_contiguous(layout_of(x))),
-              op, ": expected a residual like the output");
+  TORCH_CHECK(
+      !residual || (residual->sizes() == at::IntArrayRef({x.size(0), O, x.size(2), x.size(3)}) &&
+                    residual->is_contiguous(layout_of(x))),
+      op, ": expected a residual like the output");
   TORCH_CHECK(!mean || (groups > 0 && C % groups == 0), op, ": expected ", groups, " groups");
-  return {x.size(0), C,      O,
-          {x.size(2), x.size(3), x.size(2), x.size(3), k / 2, k / 2},
+  return {x.size(0), C,
+          O,         {x.size(2), x.size(3), x.size(2), x.size(3), k / 2, k / 2},
           int(k),    layout_of(x) != at::MemoryFormat::Contiguous};
 }
 
@@ -351,8 +350,8 @@ std::tuple<Tensor, Tensor, Tensor> separable_conv2d_cpu(
   const Window& g = s.window;
   Tensor y = at::empty({s.samples, s.outputs, g.height, g.width}, x.options(), layout_of(x));
   const auto wide = x.options().dtype(accumulation(x));
-  const std::vector<int64_t> size = with_statistics ? std::vector<int64_t>{s.samples, s.outputs}
-                                                    : std::vector<int64_t>{0};
+  const std::vector<int64_t> size =
+      with_statistics ? std::vector<int64_t>{s.samples, s.outputs} : std::vector<int64_t>{0};
   Tensor found_mean = at::empty(size, wide), found_m2 = at::empty(size, wide);
   const Tensor taps = widened(depthwise, x), constant = constants_of(s, x, bias, shift);
   const Tensor weight = widened(norm_weight, x), beta = widened(norm_bias, x);
@@ -363,7 +362,8 @@ std::tuple<Tensor, Tensor, Tensor> separable_conv2d_cpu(
     std::optional<Affines<A>> norms;
     const NormParameters<A> parameters = {maybe<A>(weight), maybe<A>(beta), nullptr};
     if (mean) norms.emplace(Map(x, num_groups), data<A>(means), data<A>(squares), parameters, eps);
-    const Arguments<T> given = {data<T>(x), norms ? &*norms : nullptr, data<A>(taps), pointwise,
+    const Arguments<T> given = {data<T>(x),        norms ? &*norms : nullptr,
+                                data<A>(taps),     pointwise,
                                 data<A>(constant), residual ? data<T>(*residual) : nullptr,
                                 mutable_data<T>(y)};
     A* to_mean = with_statistics ? mutable_data<A>(found_mean) : nullptr;

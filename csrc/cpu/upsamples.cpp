@@ -5,12 +5,13 @@
 //
 //   y[2i] = s x[i] - k0 d[i],  y[2i+1] = s x[i] + k2 d[i+1]
 //
-// so there are four maps (x or d of rows, x or d of columns) for 1, 2, 2 and 4 matrices. A task is a
-// band of rows: its maps, then for every panel of output channels the nine products and their sums.
+// so there are four maps (x or d of rows, x or d of columns) for 1, 2, 2 and 4 matrices. A task is
+// a band of rows: its maps, then for every panel of output channels the nine products and their
+// sums.
 //
 // Versions, against interpolate + conv2d (2x256x64², float / bf16): one 2x2 convolution of 4 O
-// channels by oneDNN and a copy that interleaves its phases 1.7 / 2.0; nine products by oneDNN 2.9 /
-// 1.6, whose error is 1.5 to 2 times the budget; these, in bands, within it.
+// channels by oneDNN and a copy that interleaves its phases 1.7 / 2.0; nine products by oneDNN 2.9
+// / 1.6, whose error is 1.5 to 2 times the budget; these, in bands, within it.
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/einsum.h>
 #include <ATen/ops/empty.h>
@@ -150,8 +151,7 @@ struct Tiles {
   int64_t size;
   Aligned<A> memory;
 
-  Tiles(const Sizes& s, int64_t most)
-      : size(most * (s.width + 1) * kPanel<A>), memory(9 * size) {}
+  Tiles(const Sizes& s, int64_t most) : size(most * (s.width + 1) * kPanel<A>), memory(9 * size) {}
   A* operator[](int q) { return memory.data() + q * size; }
 };
 
@@ -168,7 +168,8 @@ void multiply(const Sizes& s, const Maps<A>& m, const A* panel, Tiles<A>& tiles)
     for (int b = 0; b < 2; ++b) one(5 + 2 * a + b, m.dd.data() + a * (W + 1) * m.ld, W + 1);
 }
 
-// f(i, even, odd, count) for the two outputs of pixel j of a row: vectors of a panel from channel i.
+// f(i, even, odd, count) for the two outputs of pixel j of a row: vectors of a panel from channel
+// i.
 template <class A, class F>
 DFM_INLINE inline void combine(const Sizes& s, Tiles<A>& tiles, const A* bias, int64_t columns,
                                int64_t row, int64_t a, int64_t j, F f) {
@@ -252,15 +253,16 @@ Tensor upsample_conv2d_cpu(const Tensor& x, const Tensor& weight, const MaybeTen
               " and ", weight.sizes());
   const Sizes s{x.size(1), x.size(2), x.size(3), weight.size(0),
                 layout_of(x) != at::MemoryFormat::Contiguous};
-  Tensor y = at::empty({x.size(0), s.outputs, 2 * s.height, 2 * s.width}, x.options(), layout_of(x));
+  Tensor y =
+      at::empty({x.size(0), s.outputs, 2 * s.height, 2 * s.width}, x.options(), layout_of(x));
   dispatch(x.scalar_type(), "upsample_conv2d", [&](auto t) {
     using T = decltype(t);
     using A = acc_t<T>;
     const int64_t panels = panels_of(s.outputs, kPanel<A>);
     std::vector<A> biases(s.outputs);
     if (bias) convert_row(biases.data(), data<T>(*bias), s.outputs);
-    Tensor packed = at::empty({panels * 9 * s.channels * kPanel<A>},
-                              x.options().dtype(accumulation(x)));
+    Tensor packed =
+        at::empty({panels * 9 * s.channels * kPanel<A>}, x.options().dtype(accumulation(x)));
     pack_weights<T>(s, weight, mutable_data<A>(packed));
     forward<T>(s, x, data<A>(packed), biases.data(), mutable_data<T>(y));
   });
@@ -313,7 +315,8 @@ std::tuple<Tensor, Tensor, Tensor> upsample_conv2d_backward_cpu(const Tensor& dy
   if (!x.numel()) return {dx, dweight.zero_(), dbias};
   const Sizes s{x.size(1), x.size(2), x.size(3), weight.size(0),
                 layout != at::MemoryFormat::Contiguous};
-  Tensor phases = at::empty({x.size(0), 4 * s.outputs, s.height + 1, s.width + 1}, x.options(), last);
+  Tensor phases =
+      at::empty({x.size(0), 4 * s.outputs, s.height + 1, s.width + 1}, x.options(), last);
   dispatch(x.scalar_type(), "upsample_conv2d_backward", [&](auto t) {
     using T = decltype(t);
     split_phases(s, x.size(0), data<T>(dy), mutable_data<T>(phases));
@@ -327,8 +330,7 @@ std::tuple<Tensor, Tensor, Tensor> upsample_conv2d_backward_cpu(const Tensor& dy
                                         {need_dx, need_dweight, false});
   if (need_dx) dx.copy_(std::get<0>(grads));
   if (need_dweight) {
-    Tensor d = std::get<1>(grads).to(wide).contiguous().view(
-        {2, 2, s.outputs, s.channels, 2, 2});
+    Tensor d = std::get<1>(grads).to(wide).contiguous().view({2, 2, s.outputs, s.channels, 2, 2});
     dweight.copy_(at::einsum("apk,bql,abocpq->ockl", {taps, taps, d}));
   }
   return {dx, dweight, dbias};
