@@ -25,7 +25,8 @@ namespace {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t kBandPixels = 128;  // of a band, whose depthwise map a thread's cache then holds
+constexpr int64_t kBandPixels = 128;    // of a band, whose depthwise map a thread's cache then holds
+constexpr int64_t kBandNumbers = 1 << 17;  // of it, where the map is large enough for longer bands
 
 struct Sizes {
   int64_t samples, channels, outputs;
@@ -35,7 +36,12 @@ struct Sizes {
 
   int64_t pixels() const { return window.height * window.width; }
   int64_t terms() const { return (channels + 1) / 2 * 2; }  // of a sum, zeros among them
-  int64_t band() const { return std::max<int64_t>(1, kBandPixels / window.width / kRows) * kRows; }
+  // Rows of a band. Twice as many where that leaves enough bands: tiles of the product fit better.
+  int64_t band() const {
+    const bool twice = pixels() >= 32 * kBandPixels && 2 * kBandPixels * channels <= kBandNumbers;
+    const int64_t wanted = twice ? 2 * kBandPixels : kBandPixels;
+    return std::max<int64_t>(1, wanted / window.width / kRows) * kRows;
+  }
   int64_t bands() const { return (window.height + band() - 1) / band(); }
 };
 
