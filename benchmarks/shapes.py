@@ -85,6 +85,32 @@ MAPS = {
 }
 
 
+class Block(NamedTuple):
+    """A residual block as SnapGen's UNet has it."""
+
+    shape: tuple[int, int, int, int]  # [N, C, H, W]
+    outputs: int
+
+
+BLOCKS = {
+    "block_256_64": Block((1, 256, 64, 64), 256),  # its three stages at 512 px
+    "block_512_32": Block((1, 512, 32, 32), 512),
+    "block_896_16": Block((1, 896, 16, 16), 896),
+    "block_1408_32": Block((1, 1408, 32, 32), 512),  # going up, beside what came down
+    "large_block_256": Block((8, 256, 128, 128), 256),  # at 1024 px; larger than any cache
+    "large_block_512": Block((8, 512, 64, 64), 512),
+    "large_block_896": Block((8, 896, 32, 32), 896),
+}
+
+# Maps that SnapGen's UNet upsamples.
+UPSAMPLES = {
+    "up_256_64": (2, 256, 64, 64),
+    "up_512_32": (2, 512, 32, 32),
+    "up_896_16": (1, 896, 16, 16),
+    "large_up_512": (8, 512, 64, 64),  # at 1024 px; GPU only
+}
+
+
 class Goal(NamedTuple):
     """Shown beside what was measured; a missed one is shown too, and fails nothing."""
 
@@ -142,6 +168,24 @@ GOALS = (
     Goal("cuda", "depthwise_conv2d-3x3-*-forward", "eager", 1.3),
     Goal("cuda", "depthwise_conv2d-3x3-*-forward", "other layout", 1.3),
     Goal("cuda", "depthwise_conv2d-3x3-*-forward", "compiled", 1.3),
+    *(
+        Goal("cpu", f"separable_conv_block-{case}-*-forward", against, at_least)
+        for against in ("eager", "compiled", "diffusers", "contiguous")
+        for case, at_least in (
+            ("block_256_64-bfloat16", 1.25),
+            ("block_512_32-bfloat16", 1.15),
+            ("block_896_16-bfloat16", 1.25),
+            ("block_256_64-float32", 1.15),
+            ("block_512_32-float32", 1.15),
+            ("block_896_16-float32", 1.0),
+            ("block_1408_32", 1.0),
+        )
+    ),
+    Goal("cuda", "separable_conv_block-large_block_256-*-forward", "compiled", 1.6),
+    Goal("cuda", "separable_conv_block-large_block_512-*-forward", "compiled", 1.2),
+    Goal("cuda", "separable_conv_block-large_block_896-*-forward", "compiled", 1.0),
+    Goal("cpu", "upsample_conv2d-*-forward", "eager", 1.6),
+    Goal("*", "upsample_conv2d-*-forward", "compiled", 1.0),
     Goal("cuda", "add_noise-*-large_latents-*", "copy", 0.75),
     Goal("cuda", "add_noise-*-large_latents-*", "compiled", 1.5),
     # 700e9 normals a second, 2 bytes each, against 4.3e12 bytes a second of an H200's copy.

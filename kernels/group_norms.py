@@ -140,13 +140,19 @@ def _merge(
     )  # fmt: skip
 
 
+def merge_moments(
+    x: Tensor, tiles: Plan, partials: tuple[Tensor, ...], statistics: tuple[Tensor, ...]
+) -> None:
+    """Those of blocks of pixels [N, blocks, C] into those of x's channels [N, C]."""
+    _merge(x, tiles, partials, statistics, min(x.shape[1], CHANNELS))
+
+
 def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, m2 = (torch.empty_like(v) for v in _per_channel(x, 2))
     if x.numel():
         tiles = _plan(x)
         with on_device(x):
-            size = min(x.shape[1], CHANNELS)
-            _merge(x, tiles, _partials(x, tiles), (mean, m2), size)
+            merge_moments(x, tiles, _partials(x, tiles), (mean, m2))
     return mean, m2
 
 

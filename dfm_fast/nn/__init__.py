@@ -13,6 +13,7 @@ from dfm_fast.nn.noises import PerScaleNoise
 from dfm_fast.nn.norms import AdaLayerNorm, RMSNorm
 from dfm_fast.nn.pyramids import LaplacianPyramid
 from dfm_fast.nn.rotaries import QKNormRotary
+from dfm_fast.nn.separables import SeparableConv2d, SeparableConvBlock, UpsampleConv2d
 from dfm_fast.ops.rotaries import rope_2d, rope_3d
 
 __all__ = [
@@ -28,7 +29,10 @@ __all__ = [
     "PerScaleNoise",
     "QKNormRotary",
     "RMSNorm",
+    "SeparableConv2d",
     "SeparableConvAttention",
+    "SeparableConvBlock",
+    "UpsampleConv2d",
     "rope_2d",
     "rope_3d",
 ]

@@ -19,7 +19,9 @@ from dfm_fast.ops.pyramids import (
     laplacian_collapse,
 )
 from dfm_fast.ops.rotaries import qk_norm_rope, rope_2d, rope_3d
+from dfm_fast.ops.separables import separable_conv2d
 from dfm_fast.ops.steps import cfg_euler_step, heun_step
+from dfm_fast.ops.upsamples import upsample_conv2d
 
 __all__ = [
     "ChannelStatistics",
@@ -46,6 +48,8 @@ __all__ = [
     "rms_norm",
     "rope_2d",
     "rope_3d",
+    "separable_conv2d",
     "swiglu",
+    "upsample_conv2d",
     "velocity_loss",
 ]

@@ -9,7 +9,9 @@ from cases import (
     norms,
     pyramids,
     rotaries,
+    separables,
     steps,
+    upsamples,
 )
 
 FAMILIES = (
@@ -21,7 +23,9 @@ FAMILIES = (
     norms,
     pyramids,
     rotaries,
+    separables,
     steps,
+    upsamples,
 )
 CASES = [case for family in FAMILIES for case in family.CASES]
 BAD = [bad for family in FAMILIES for bad in family.BAD]

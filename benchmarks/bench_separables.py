@@ -1,0 +1,192 @@
+"""Separable convolutions and SnapGen's residual block of them: rows only; the measuring is in
+harness.py.
+
+What a user writes is diffusers' block without its division by one; diffusers' own is a rival, and
+so is what is written out in the other memory format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import dfm_fast
+from benchmarks.harness import Rival, Row
+from benchmarks.shapes import BLOCKS
+from dfm_fast.ops import separables
+from dfm_fast.ops.group_norms import channel_statistics_ref
+
+F32, BF16 = torch.float32, torch.bfloat16
+GROUPS, TIME = 32, 1024
+
+
+def convolve(x: Tensor, depthwise: Tensor, pointwise: Tensor) -> Tensor:
+    return F.conv2d(F.conv2d(x, depthwise, padding=1, groups=x.shape[1]), pointwise)
+
+
+def norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, GROUPS, weight, bias))
+
+
+# --- One separable convolution: norm, SiLU, both convolutions, time embedding ---------------------
+
+
+def written_out(x, depthwise, pointwise, shift, weight, bias):
+    return convolve(norm_silu(x, weight, bias), depthwise, pointwise) + shift[:, :, None, None]
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    def call(x, depthwise, pointwise, shift, weight, bias):
+        return function(x, depthwise, pointwise, None, shift, None, weight, bias, num_groups=GROUPS)
+
+    return call
+
+
+def scaled(inputs: list[Tensor], norms: tuple[int, ...]) -> list[Tensor]:
+    """Weights of a trained network's size: so are all maps."""
+    inputs = [w / math.sqrt(w[0].numel()) if i and w.ndim == 4 else w for i, w in enumerate(inputs)]
+    return [1 + 0.1 * v if i in norms else v for i, v in enumerate(inputs)]
+
+
+def convolution_row(name: str, layout: str, dtype: torch.dtype, **options: Any) -> Row:
+    shape, (n, c, h, w) = BLOCKS[name].shape, BLOCKS[name].shape
+    hidden = 2 * BLOCKS[name].outputs
+    shapes = shape, (c, 1, 3, 3), (hidden, c, 1, 1), (n, hidden), (c,), (c,)
+    maps = n * h * w * (c + hidden) * (2 if options.get("direction") == "training" else 1)
+    return Row(
+        op="separable_conv2d",
+        variant="",
+        case=name,
+        shapes=shapes,
+        ours=fused(dfm_fast.separable_conv2d),
+        reference=fused(separables.separable_conv2d_ref),
+        least_bytes=(maps + sum(map(math.prod, shapes[1:]))) * dtype.itemsize,
+        eager=written_out,
+        compiled={"written out": written_out},
+        dtype=dtype,
+        layout=layout,
+        adapt=lambda inputs: scaled(inputs, (4,)),
+        **options,
+    )
+
+
+# --- The block ------------------------------------------------------------------------------------
+
+NAMES = ("norm1.weight", "norm1.bias", "conv1.depthwise.weight", "conv1.pointwise.weight")
+NAMES += ("time_emb_proj.weight", "time_emb_proj.bias", "norm2.weight", "norm2.bias")
+NAMES += ("conv2.depthwise.weight", "conv2.pointwise.weight", "conv_shortcut.weight")
+NAMES += ("conv_shortcut.bias",)
+
+
+def block(x, temb, w1, b1, depthwise1, pointwise1, wt, bt, w2, b2, depthwise2, pointwise2, *short):
+    shift = F.linear(F.silu(temb), wt, bt)
+    h = convolve(norm_silu(x, w1, b1), depthwise1, pointwise1) + shift[:, :, None, None]
+    y = convolve(norm_silu(h, w2, b2), depthwise2, pointwise2)
+    return (F.conv2d(x, *short) if short else x) + y
+
+
+def fused_block(function: Callable[..., Any], statistics: Callable[..., Any]) -> Any:
+    def call(x, temb, w1, b1, depthwise1, pointwise1, wt, bt, w2, b2, depthwise2, pointwise2, *sc):
+        shift = F.linear(F.silu(temb), wt, bt)
+        norm = {"num_groups": GROUPS, "statistics": statistics(x.detach())}
+        given = depthwise1, pointwise1, None, shift, None, w1, b1
+        h, found = function(x, *given, **norm, with_statistics=True)
+        shortcut = F.conv2d(x, *sc) if sc else x
+        given = depthwise2, pointwise2, None, None, shortcut, w2, b2
+        return function(h, *given, num_groups=GROUPS, statistics=found)
+
+    return call
+
+
+def of_diffusers(*inputs: Tensor) -> Callable[[], Tensor]:
+    from diffusers.models.unets.unet_dreamlite import ResnetBlock2DDreamLite
+
+    x, temb, *weights = inputs
+    theirs = ResnetBlock2DDreamLite(
+        in_channels=x.shape[1],
+        out_channels=weights[9].shape[0],
+        temb_channels=TIME,
+        eps=1e-5,
+        use_sep_conv=True,
+    ).to(x.device, x.dtype)
+    theirs.load_state_dict(dict(zip(NAMES, weights, strict=False)))
+    layout = torch.channels_last if not x.is_contiguous() else torch.contiguous_format
+    theirs = theirs.eval().to(memory_format=layout)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return theirs(x, temb)
+
+    return call
+
+
+def in_planes(*inputs: Tensor) -> Callable[[], Tensor]:
+    given = [v.contiguous() for v in inputs]
+    return lambda: block(*given)
+
+
+def block_row(name: str, layout: str, dtype: torch.dtype, **options: Any) -> Row:
+    case = BLOCKS[name]
+    (n, c, h, w), o = case.shape, case.outputs
+    i, j = (c,), (2 * o,)
+    weights = [i, i, (c, 1, 3, 3), (2 * o, c, 1, 1), (2 * o, TIME), j, j, j, (2 * o, 1, 3, 3)]
+    weights += [(o, 2 * o, 1, 1), *([(o, c, 1, 1), (o,)] if c != o else [])]
+    training = options.get("direction") == "training"
+    rivals = {}
+    if not training:
+        rivals["diffusers"] = Rival(of_diffusers, package="diffusers")
+        if layout == "channels_last":
+            rivals["contiguous"] = Rival(in_planes)
+    maps = n * h * w * (2 * c + 5 * o) * (3 if training else 1)
+    return Row(
+        op="separable_conv_block",
+        variant="",
+        case=name,
+        shapes=(case.shape, (n, TIME), *weights),
+        ours=fused_block(dfm_fast.separable_conv2d, dfm_fast.channel_statistics),
+        reference=fused_block(separables.separable_conv2d_ref, channel_statistics_ref),
+        least_bytes=(maps + sum(map(math.prod, weights))) * dtype.itemsize,
+        eager=block,
+        compiled={"written out": block},
+        rivals=rivals,
+        dtype=dtype,
+        layout=layout,
+        adapt=lambda inputs: scaled_block(inputs),
+        **options,
+    )
+
+
+def scaled_block(inputs: list[Tensor]) -> list[Tensor]:
+    inputs = scaled(inputs, (2, 8))
+    inputs[6] = inputs[6] / math.sqrt(TIME)
+    return inputs
+
+
+def rows() -> Iterator[Row]:
+    for dtype in (F32, BF16):
+        yield block_row("block_256_64", "channels_last", dtype, quick=True)
+        for name in ("block_256_64", "block_512_32", "block_896_16"):
+            yield convolution_row(name, "channels_last", dtype)
+            if name != "block_256_64":
+                yield block_row(name, "channels_last", dtype)
+            yield block_row(name, "contiguous", dtype)
+        yield block_row("block_1408_32", "channels_last", dtype)
+    yield block_row("block_256_64", "channels_last", F32, direction="training")
+    for name in ("large_block_256", "large_block_512", "large_block_896"):
+        options = {"device": "cuda", "quick": name == "large_block_256"}
+        yield block_row(name, "channels_last", BF16, **options)
+        yield block_row(name, "channels_last", BF16, device="cuda", direction="training")
+
+
+ROWS = {r.id: r for r in rows()}
+
+
+@pytest.mark.parametrize("row", [pytest.param(r, id=r.id) for r in ROWS.values()])
+def test_separables(row: Row, measure: Callable[[Row], None]) -> None:
+    measure(row)

@@ -1,0 +1,147 @@
+"""Separable convolutions and SnapGen's residual block of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfm_fast import _checks
+from dfm_fast.ops import ChannelStatistics, channel_statistics, separable_conv2d, upsample_conv2d
+
+
+class SeparableConv2d(nn.Module):
+    """`dfm_fast.separable_conv2d` with the parameters of two `torch.nn.Conv2d`: `depthwise.weight`
+    [C, 1, k, k] and `pointwise.weight` [O, C, 1, 1], `pointwise.bias` where there is one.
+
+    Args:
+        in_channels, out_channels: C, O.
+        kernel_size: 3, 5 or 7; stride 1, padding kernel_size // 2.
+        bias: whether the pointwise convolution has one.
+
+    Raises:
+        ValueError: a kernel_size that is none of these.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel_size not in (3, 5, 7):
+            _checks.fail("SeparableConv2d", "kernel_size", "3, 5 or 7", kernel_size)
+        options = {"device": device, "dtype": dtype}
+        half, groups = kernel_size // 2, in_channels
+        self.depthwise = nn.Conv2d(
+            in_channels, in_channels, kernel_size, 1, half, groups=groups, bias=False, **options
+        )
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=bias, **options)
+
+    def forward(
+        self,
+        x: Tensor,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        norm: nn.GroupNorm | None = None,
+        statistics: ChannelStatistics | None = None,
+        with_statistics: bool = False,
+    ) -> Tensor | tuple[Tensor, ChannelStatistics]:
+        """x [N, C, H, W] -> [N, O, H, W]; with SiLU(norm(x)) in x's place where a norm is given,
+        whose statistics may be; other arguments as `separable_conv2d`."""
+        options = {} if norm is None else {"num_groups": norm.num_groups, "eps": norm.eps}
+        return separable_conv2d(
+            x,
+            self.depthwise.weight,
+            self.pointwise.weight,
+            self.pointwise.bias,
+            shift,
+            residual,
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
+            statistics=statistics,
+            with_statistics=with_statistics,
+            **options,
+        )
+
+
+class SeparableConvBlock(nn.Module):
+    """SnapGen's residual block; state_dict and results of diffusers' `ResnetBlock2DDreamLite` with
+    `use_sep_conv=True`, whose weights load as they are:
+
+        h = conv1(silu(norm1(x))) + time_emb_proj(silu(temb))
+        y = conv2(silu(norm2(h))) + (x, or conv_shortcut(x) where widths differ)
+
+    Two fused calls and one pass for the statistics of x: h is written once and comes with its own
+    statistics; neither an activated map nor a sum is written.
+
+    Args:
+        in_channels, out_channels: of x and y.
+        time_channels: of temb.
+        expansion: h has expansion * out_channels channels.
+        groups, eps: of both norms.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_channels: int = 1024,
+        *,
+        expansion: int = 2,
+        groups: int = 32,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        options = {"device": device, "dtype": dtype}
+        hidden = expansion * out_channels
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps, **options)
+        self.conv1 = SeparableConv2d(in_channels, hidden, **options)
+        self.time_emb_proj = nn.Linear(time_channels, hidden, **options)
+        self.norm2 = nn.GroupNorm(groups, hidden, eps, **options)
+        self.conv2 = SeparableConv2d(hidden, out_channels, **options)
+        self.conv_shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1, **options)
+            if in_channels != out_channels
+            else None
+        )
+
+    def forward(
+        self, x: Tensor, temb: Tensor, statistics: ChannelStatistics | None = None
+    ) -> Tensor:
+        """x [N, C, H, W], temb [N, time_channels], `channel_statistics(x)` or None ->
+        [N, out_channels, H, W] in the memory format of x."""
+        statistics = channel_statistics(x.detach()) if statistics is None else statistics
+        shift = self.time_emb_proj(F.silu(temb))
+        h, found = self.conv1(x, shift, None, self.norm1, statistics, with_statistics=True)
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return self.conv2(h, None, shortcut, self.norm2, found)
+
+
+class UpsampleConv2d(nn.Conv2d):
+    """`dfm_fast.upsample_conv2d`: nearest upsampling by 2, then this 3x3 convolution.
+
+    Parameters and state_dict of `torch.nn.Conv2d(in_channels, out_channels, 3, padding=1)`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, 3, padding=1, bias=bias, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W] -> [N, O, 2H, 2W]."""
+        return upsample_conv2d(x, self.weight, self.bias)

@@ -1,0 +1,122 @@
+"""Nearest upsampling and a 3x3 convolution: see `dfm_fast.ops.upsamples` for what is computed.
+
+Four 2x2 phases, as one implicit product: a program has a tile of pixels of x of one phase and walks
+through its four taps and all channels; it writes its outputs where they belong, so that no map of
+phases is written. Tensor cores round what they multiply, so the nine products of differences are
+not for them; phase weights are summed in float32 and rounded once.
+
+The gradients are torch's (cuDNN's) convolution of dy's phases.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dfm_fast._library import INTERPRET
+from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.resample import on_device
+from dfm_fast.kernels.separables import SIZES, TILES, multiply_step, precision, tile_of
+from dfm_fast.ops._layouts import empty_in, memory_format
+from dfm_fast.ops.group_norms import wide_dtype
+from dfm_fast.ops.upsamples import gradients_of_phases, phase_weights
+
+
+@triton.jit
+def _upsample_kernel(
+    x_ptr,  # [N, H, W, C], or [N, C, H, W]
+    weight_ptr,  # [phases 2a + b, taps 2p + q, O, C]
+    bias_ptr,  # [O] or None
+    y_ptr,  # [N, 2H, 2W, O], or [N, O, 2H, 2W]
+    H, W, C: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    columns, blocks = tl.cdiv(OUT, BN), tl.cdiv(H * W, BM)
+    pid = tl.program_id(0)
+    block = pid // columns % blocks
+    phase = pid // (columns * blocks) % 4
+    n = pid // (columns * blocks * 4)
+    if WIDE:
+        n = n.to(tl.int64)
+    pixel = block * BM + tl.arange(0, BM)
+    i, j = pixel // W, pixel % W
+    o = pid % columns * BN + tl.arange(0, BN)
+    acc = tl.zeros([BM, BN], ACC)
+    steps = tl.cdiv(C, BK)
+    for step in range(0, 4 * steps):
+        tap, c = step // steps, step % steps * BK + tl.arange(0, BK)
+        row, col = i + phase // 2 - 1 + tap // 2, j + phase % 2 - 1 + tap % 2
+        inside = (row >= 0) & (row < H) & (col >= 0) & (col < W)
+        mask = inside[:, None] & (c < C)[None, :]
+        if LAST:
+            x = tl.load(x_ptr + ((n * H + row) * W + col)[:, None] * C + c[None, :], mask, 0)
+        else:
+            at = (n * C + c)[None, :] * (H * W) + (row * W + col)[:, None]
+            x = tl.load(x_ptr + at, mask, 0)
+        kept = (c < C)[:, None] & (o < OUT)[None, :]
+        matrix = (phase * 4 + tap) * OUT
+        w = tl.load(weight_ptr + (matrix + o)[None, :] * C + c[:, None], kept, 0)
+        acc = multiply_step(x, w, acc, PRECISION)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + o, o < OUT, 0).to(ACC)[None, :]
+    row, col = 2 * i + phase // 2, 2 * j + phase % 2
+    mask = (pixel < H * W)[:, None] & (o < OUT)[None, :]
+    if LAST:
+        at = ((n * 2 * H + row) * 2 * W + col)[:, None] * OUT + o[None, :]
+    else:
+        at = (n * OUT + o)[None, :] * (4 * H * W) + (row * 2 * W + col)[:, None]
+    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask)
+
+
+def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    n, channels, height, width = x.shape
+    outputs = weight.shape[0]
+    y = empty_in(memory_format(x), x, (n, outputs, 2 * height, 2 * width))
+    if not y.numel():
+        return y
+    phases = phase_weights(weight).permute(0, 3, 4, 1, 2).contiguous()
+    tile = tile_of(x)
+    programs = n * 4 * triton.cdiv(height * width, tile.BM) * triton.cdiv(outputs, tile.BN)
+    with on_device(x):
+        _upsample_kernel[(programs,)](
+            x, phases, bias, y, height, width, channels, outputs,
+            ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, PRECISION=precision(x),
+            LAST=memory_format(x) != torch.contiguous_format, BM=tile.BM, BN=tile.BN, BK=tile.BK,
+            WIDE=max(x.numel(), y.numel()) >= 2**31, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return y
+
+
+def upsample_conv2d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, *, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = wide_dtype(x) if INTERPRET else x.dtype
+    return gradients_of_phases(dy, x, weight, need_dx, need_dweight, dtype)
+
+
+# --- Ahead of time --------------------------------------------------------------------------------
+
+
+def specialisations() -> Iterator[Specialisation]:
+    for dtype, last in itertools.product(SIZES, (True, False)):
+        tile = TILES[SIZES[dtype], last]
+        acc = tl.float64 if dtype == "fp64" else tl.float32
+        blocks = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
+        constants: dict[str, Any] = {"C": 512, "OUT": 512, **blocks, "ACC": acc, "LAST": last}
+        pointers = [name for name in _upsample_kernel.arg_names if name.endswith("_ptr")]
+        yield Specialisation(
+            f"upsample_conv2d {'NHWC' if last else 'NCHW'}",
+            _upsample_kernel,
+            dtype,
+            {**dict.fromkeys(pointers, "*"), "H": "i32", "W": "i32"},
+            {**constants, "PRECISION": "ieee", "WIDE": False},
+            warps=tile.warps,
+            load_bits=128,
+            options={"num_stages": tile.stages},
+        )

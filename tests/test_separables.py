@@ -1,0 +1,222 @@
+"""Separable convolutions and SnapGen's residual block, beyond the shared suite."""
+
+import pytest
+import torch
+from helpers import DEVICES, assert_within_budget, dtypes, relayout
+from torch import nn
+from torch.nn import functional as F
+
+import dfm_fast
+from dfm_fast._library import INTERPRET
+from dfm_fast.nn import SeparableConv2d, SeparableConvBlock
+from dfm_fast.ops.group_norms import channel_statistics_ref
+from dfm_fast.ops.separables import separable_conv2d_ref
+
+SHAPE, OUTPUTS, GROUPS = (2, 24, 13, 9), 40, 4
+
+
+def inputs(device="cpu", dtype=torch.float32, layout="contiguous", shape=SHAPE, outputs=OUTPUTS):
+    """x, depthwise and pointwise weight, bias, shift, residual, norm weight and bias"""
+    generator = torch.Generator().manual_seed(0)
+    n, c, h, w = shape
+    vectors = (outputs,), (n, outputs), (n, outputs, h, w), (c,), (c,)
+    sizes = shape, (c, 1, 3, 3), (outputs, c, 1, 1), *vectors
+    values = [torch.randn(size, generator=generator) for size in sizes]
+    values[2] /= c**0.5
+    return [relayout(v.to(device, dtype), layout) for v in values]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_hands_on_the_statistics_of_what_it_gives(device, layout):
+    for dtype in dtypes(device):
+        given = inputs(device, dtype, layout)
+        y, found = dfm_fast.separable_conv2d(*given, num_groups=GROUPS, with_statistics=True)
+        assert torch.equal(y, dfm_fast.separable_conv2d(*given, num_groups=GROUPS))
+        want = channel_statistics_ref(y)
+        assert found.count == want.count == 13 * 9
+        assert found.mean.dtype == want.mean.dtype
+        tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+        torch.testing.assert_close(found.mean, want.mean, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(found.m2, want.m2, atol=0, rtol=5 * tolerance)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_statistics_do_not_cancel(device, layout):
+    """A shift of 1e4 moves the mean; E[x²] - m² in float32 would lose M2 altogether."""
+    given = inputs(device, layout=layout, shape=(1, 16, 33, 20))
+    given[4] += 1e4
+    y, found = dfm_fast.separable_conv2d(*given, num_groups=GROUPS, with_statistics=True)
+    want = channel_statistics_ref(y.double())
+    assert (found.m2.double() / want.m2 - 1).abs().max() < 1e-5
+    assert (found.mean - want.mean).abs().max() <= 1e4 * 2**-22
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_statistics_take_no_gradient_and_change_none(device):
+    given = [v.requires_grad_() for v in inputs(device)]
+    y, found = dfm_fast.separable_conv2d(*given, num_groups=GROUPS, with_statistics=True)
+    plain = dfm_fast.separable_conv2d(*given, num_groups=GROUPS)
+    assert not found.mean.requires_grad
+    assert not found.m2.requires_grad
+    dy = torch.randn_like(y)
+    a, b = (torch.autograd.grad(v, given, dy) for v in (y, plain))
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_given_statistics_are_used(device):
+    given = inputs(device)
+    statistics = dfm_fast.channel_statistics(given[0])
+    plain = dfm_fast.separable_conv2d(*given, num_groups=GROUPS)
+    cached = dfm_fast.separable_conv2d(*given, num_groups=GROUPS, statistics=statistics)
+    assert torch.equal(plain, cached)
+    other = dfm_fast.channel_statistics(2 * given[0] + 1)
+    assert not torch.equal(
+        plain, dfm_fast.separable_conv2d(*given, num_groups=GROUPS, statistics=other)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [512, 577])
+def test_long_sums_stay_within_the_budget(channels, layout, dtype):
+    """Where one chain of products per output would be over it; several bands, a rest of a panel."""
+    given = inputs("cpu", dtype, layout, (1, channels, 20, 12), 200)
+    got = dfm_fast.separable_conv2d(*given, num_groups=1)
+    plain = [v.contiguous() for v in given]
+    ref = separable_conv2d_ref(*plain, num_groups=1)
+    exact = separable_conv2d_ref(*(v.double() for v in plain), num_groups=1)
+    assert_within_budget(got, ref, exact, cap=64, what=f"{channels} {layout}", inputs=dtype)
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("device", DEVICES)
+def test_module_is_two_convolutions(device, bias, kernel):
+    x, norm = inputs(device)[0], nn.GroupNorm(GROUPS, SHAPE[1], device=device)
+    ours = SeparableConv2d(SHAPE[1], OUTPUTS, kernel, bias, device=device)
+    names = ["depthwise.weight", "pointwise.weight", *(["pointwise.bias"] if bias else [])]
+    assert list(ours.state_dict()) == names
+    torch.testing.assert_close(ours(x), ours.pointwise(ours.depthwise(x)), atol=1e-5, rtol=1e-5)
+    want = ours.pointwise(ours.depthwise(F.silu(norm(x))))
+    torch.testing.assert_close(ours(x, norm=norm), want, atol=1e-5, rtol=1e-5)
+
+
+def test_module_refuses_other_kernels():
+    with pytest.raises(ValueError, match="kernel_size: expected 3, 5 or 7, got 4"):
+        SeparableConv2d(4, 8, 4)
+
+
+# --- The block, against diffusers' ----------------------------------------------------------------
+
+
+def blocks(in_channels, out_channels, device="cpu", dtype=torch.float32):
+    """(diffusers', ours) with the same weights."""
+    unet = pytest.importorskip("diffusers.models.unets.unet_dreamlite")
+    torch.manual_seed(0)
+    theirs = unet.ResnetBlock2DDreamLite(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        temb_channels=64,
+        eps=1e-5,
+        use_sep_conv=True,
+    )
+    for norm in (theirs.norm1, theirs.norm2):
+        nn.init.normal_(norm.weight, 1, 0.2), nn.init.normal_(norm.bias, 0, 0.2)
+    ours = SeparableConvBlock(in_channels, out_channels, 64)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.to(device, dtype), ours.to(device, dtype)
+
+
+def block_inputs(in_channels, device="cpu", dtype=torch.float32, layout="contiguous"):
+    generator = torch.Generator().manual_seed(1)
+    sizes = (2, in_channels, 12, 10), (2, 64)
+    return [
+        relayout(torch.randn(s, generator=generator).to(device, dtype), layout).requires_grad_()
+        for s in sizes
+    ]
+
+
+def results(block, x, temb):
+    """Output, and gradients of x, temb and all parameters, in float64."""
+    y = block(x, temb)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
+    return [v.double() for v in (y, *torch.autograd.grad(y, [x, temb, *block.parameters()], dy))]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("widths", [(64, 64), (96, 32), (32, 64), (1408, 512)], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_block_is_that_of_diffusers(device, widths, layout):
+    theirs, ours = blocks(*widths, device)
+    given = block_inputs(widths[0], device, layout=layout)
+    y = ours(*given)
+    assert relayout(y.detach(), layout).stride() == y.stride()
+    for got, want in zip(results(ours, *given), results(theirs, *given), strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("widths", [(64, 64), (96, 32)], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_block_in_bfloat16_is_at_least_as_exact(device, widths, layout):
+    if torch.bfloat16 not in dtypes(device):
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+    low = torch.bfloat16
+    theirs, ours = blocks(*widths, device, low)
+    given = block_inputs(widths[0], device, low, layout)
+    got, ref = results(ours, *given), results(theirs, *given)
+    exact, _ = blocks(*widths, device, torch.float64)
+    exact.load_state_dict(theirs.state_dict())
+    wide = [v.detach().double().requires_grad_() for v in given]
+    for g, r, e in zip(got, ref, results(exact, *wide), strict=True):
+        assert (g - e).norm() <= 2 * (r - e).norm() + torch.finfo(low).eps / 2 * e.norm()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_block_takes_statistics_of_its_input(device):
+    _, ours = blocks(64, 32, device)
+    x, temb = block_inputs(64, device)
+    given = dfm_fast.channel_statistics(x.detach())
+    assert torch.equal(ours(x, temb), ours(x, temb, given))
+
+
+def test_block_keeps_for_backward_what_it_must():
+    """x, h, the shortcut's input and the small ones; neither activated maps nor sums."""
+    _, ours = blocks(64, 64)
+    x, temb = block_inputs(64)
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    parameters = {p.untyped_storage().data_ptr() for p in ours.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        ours(x, temb)
+    kept = sum(n for at, n in saved.items() if at not in parameters)
+    maps = (x.numel() + 2 * x.numel()) * 4  # x and h
+    assert maps <= kept <= 1.05 * maps
+
+
+def test_block_compiles():
+    _, ours = blocks(64, 32)
+    given = block_inputs(64)
+    compiled = torch.compile(ours, fullgraph=True)
+    for got, want in zip(results(compiled, *given), results(ours, *given), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("kernel", ["pointwise NHWC", "upsample_conv2d NHWC"])
+def test_products_are_those_of_tensor_cores(kernel):
+    pytest.importorskip("triton")
+    from dfm_fast.kernels import _aot
+
+    specs = [s for s in _aot.specialisations() if s.name == kernel and s.dtype in ("bf16", "fp16")]
+    assert len(specs) == 2
+    for spec in specs:
+        assert "wgmma.mma_async" in _aot._compile(spec, _aot.TARGETS["sm_90"][0]).asm["ptx"]
