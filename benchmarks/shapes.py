@@ -58,12 +58,15 @@ HEADS = {
     "large_heads": (16, 4096, 24, 24, 128),  # larger than any cache; GPU only
 }
 
-# Maps that a norm of SnapGen's UNet sees, a conditional and an unconditional sample at 1024 px.
+# Maps of SnapGen's UNet, of a conditional and an unconditional sample, at 1024 px and at 512.
 MAPS = {
     "unet_256_64": (2, 256, 64, 64),
     "unet_256_128": (2, 256, 128, 128),
+    "unet_512_32": (2, 512, 32, 32),
     "unet_512_64": (2, 512, 64, 64),
+    "unet_896_16": (2, 896, 16, 16),
     "unet_896_32": (2, 896, 32, 32),
+    "unet_1792_16": (2, 1792, 16, 16),
     "unet_1792_32": (2, 1792, 32, 32),
     "maps_past_l2": (16, 512, 128, 128),  # larger than any cache; GPU only
 }
@@ -156,6 +159,14 @@ GOALS = (
     Goal("cuda", "separable_conv_block-large_block_896-*-forward", "compiled", 1.0),
     Goal("cpu", "upsample_conv2d-*-forward", "eager", 1.6),
     Goal("*", "upsample_conv2d-*-forward", "compiled", 1.0),
+    Goal("cpu", "depthwise_conv2d-3x3-*-channels_last-forward", "eager", 1.5),
+    Goal("cpu", "depthwise_conv2d-3x3-*-contiguous-forward", "eager", 3.0),
+    Goal("cpu", "norm_silu_depthwise_conv2d-given-*-forward", "eager", 4.0),
+    Goal("cpu", "norm_silu_depthwise_conv2d-given-*-forward", "compiled", 3.0),
+    Goal("cuda", "*depthwise_conv2d-*-maps_past_l2-*-forward", "copy", 0.85),
+    Goal("cuda", "depthwise_conv2d-3x3-*-forward", "eager", 1.3),
+    Goal("cuda", "depthwise_conv2d-3x3-*-forward", "other layout", 1.3),
+    Goal("cuda", "depthwise_conv2d-3x3-*-forward", "compiled", 1.3),
     Goal("cuda", "add_noise-*-large_latents-*", "copy", 0.75),
     Goal("cuda", "add_noise-*-large_latents-*", "compiled", 1.5),
     # 700e9 normals a second, 2 bytes each, against 4.3e12 bytes a second of an H200's copy.

@@ -145,11 +145,13 @@ def _depthwise_kernel(
                 x_ptr, base, step, norm, kept, h + i, w, H, W, NC, SPREAD, NORM, ACC
             )
         for p in tl.static_range(COLS):
-            y = weights[0] * rows[p * S]
+            for a in tl.static_range(K):
+                some = weights[a * K] * rows[a * NC + p * S]
+                for b in tl.static_range(1, K):
+                    some += weights[a * K + b] * rows[a * NC + p * S + b]
+                y = some if a == 0 else y + some
             if bias_ptr is not None:
                 y += bias
-            for t in tl.static_range(1, K * K):
-                y += weights[t] * rows[t // K * NC + p * S + t % K]
             mask = kept & (first + r < OH) & (col + p < OW)
             offs = out + ((first + r) * OW + col + p) * step
             tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask)
@@ -375,8 +377,10 @@ def depthwise_conv2d_backward(
     need_du: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    du = empty_in(memory_format(x), x, x.shape) if need_du else x.new_empty(0)
     wide = torch.promote_types(x.dtype, torch.float32)
+    kind = {"dtype": x.dtype if mean is None else wide, "device": x.device}
+    layout = {"memory_format": memory_format(x)}
+    du = torch.empty(x.shape, **kind, **layout) if need_du else torch.empty(0, **kind)
     shapes = (weight.shape, weight.shape[:1]) if need_dweight else (0, 0)
     dweight, dbias = (torch.zeros(s, dtype=wide, device=x.device) for s in shapes)
     if not x.numel():

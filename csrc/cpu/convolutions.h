@@ -193,10 +193,13 @@ DFM_INLINE inline void convolve_tile(const From* const* row, int64_t c, int64_t 
     unrolled<kRows>([&](auto r) DFM_INLINE {
       const int a = i - r * S;
       if (a < 0 || a >= K) return;
+      Vec<A> some[kPixels] = {};
+      auto& to = K == 3 ? sum[r] : some;
       unrolled<K>([&](auto b) DFM_INLINE {
         const Vec<A> w = load(taps + (a * K + b) * weights.stride);
-        unrolled<kPixels>([&](auto p) DFM_INLINE { sum[r][p] += w * x[p * S + b]; });
+        unrolled<kPixels>([&](auto p) DFM_INLINE { to[p] += w * x[p * S + b]; });
       });
+      if constexpr (K > 3) unrolled<kPixels>([&](auto p) DFM_INLINE { sum[r][p] += some[p]; });
     });
   };
   if constexpr (K == 3)
@@ -330,15 +333,16 @@ void convolve_plane_rows(const Window& g, const A* const* row, const A* weights,
     auto add_row = [&](auto i) DFM_INLINE {
       Vec<A> x[K];
       load_taps<K, S>(row[i] + at * S, x);
-      unrolled<K>([&](auto b) DFM_INLINE {
-        unrolled<kPlaneRows>([&](auto r) DFM_INLINE {
-          const int a = i - r * S;
-          if (a < 0 || a >= K) return;
-          if constexpr (held)
-            sum[r] += w[a * K + b] * x[b];
-          else
-            sum[r] += weights[a * K + b] * x[b];
-        });
+      unrolled<kPlaneRows>([&](auto r) DFM_INLINE {
+        const int a = i - r * S;
+        if (a < 0 || a >= K) return;
+        if constexpr (held) {
+          unrolled<K>([&](auto b) DFM_INLINE { sum[r] += w[a * K + b] * x[b]; });
+        } else {
+          Vec<A> some = {};
+          unrolled<K>([&](auto b) DFM_INLINE { some += weights[a * K + b] * x[b]; });
+          sum[r] += some;
+        }
       });
     };
     if constexpr (K == 3)

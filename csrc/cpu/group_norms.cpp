@@ -118,11 +118,13 @@ inline V slope(V dy, V z) {
 template <class T>
 constexpr bool kStash = std::is_same_v<T, acc_t<T>>;
 
-// What a pass over a plane or over pixels needs; scale, offset and centre are of a sample.
-template <class T>
+// What a pass over a plane or over pixels needs; scale, offset and centre are of a sample. D is T,
+// or what it is computed with: a gradient that was not rounded on its way here.
+template <class T, class D>
 struct Backward {
   using A = acc_t<T>;
-  const T *dy, *x;
+  const D* dy;
+  const T* x;
   T* dx;  // null: not wanted
   const A *scale, *offset, *centre;
 
@@ -133,8 +135,8 @@ struct Backward {
 };
 
 // Sums of dz and dz (x - centre) of a plane.
-template <bool silu, class T>
-Sums<2, double> backward_plane_sums(const Backward<T>& b, int64_t begin, int64_t n, int64_t c) {
+template <bool silu, class T, class D>
+Sums<2, double> backward_plane_sums(const Backward<T, D>& b, int64_t begin, int64_t n, int64_t c) {
   using A = acc_t<T>;
   const Vec<A> scale = Vec<A>{} + b.scale[c], offset = Vec<A>{} + b.offset[c];
   const A centre = b.centre[c];
@@ -156,8 +158,8 @@ Sums<2, double> backward_plane_sums(const Backward<T>& b, int64_t begin, int64_t
 }
 
 // dx = scale dz + constant + slope (x - centre)
-template <bool silu, class T>
-void backward_plane(const Backward<T>& b, int64_t begin, int64_t n, int64_t c, acc_t<T> constant,
+template <bool silu, class T, class D>
+void backward_plane(const Backward<T, D>& b, int64_t begin, int64_t n, int64_t c, acc_t<T> constant,
                     acc_t<T> linear) {
   using A = acc_t<T>;
   const Vec<A> scale = Vec<A>{} + b.scale[c], offset = Vec<A>{} + b.offset[c];
@@ -173,8 +175,8 @@ void backward_plane(const Backward<T>& b, int64_t begin, int64_t n, int64_t c, a
 }
 
 // The same of pixels: adds to sums [2, padded]; constant and linear are of the sample's channels.
-template <bool silu, class T>
-void backward_pixel_sums(const Map& map, const Backward<T>& b, int64_t begin, int64_t pixels,
+template <bool silu, class T, class D>
+void backward_pixel_sums(const Map& map, const Backward<T, D>& b, int64_t begin, int64_t pixels,
                          double* sums) {
   using A = acc_t<T>;
   const int64_t C = map.channels;
@@ -205,8 +207,8 @@ void backward_pixel_sums(const Map& map, const Backward<T>& b, int64_t begin, in
   }
 }
 
-template <bool silu, class T>
-void backward_pixels(const Map& map, const Backward<T>& b, int64_t begin, int64_t pixels,
+template <bool silu, class T, class D>
+void backward_pixels(const Map& map, const Backward<T, D>& b, int64_t begin, int64_t pixels,
                      const acc_t<T>* constant, const acc_t<T>* linear) {
   using A = acc_t<T>;
   const int64_t C = map.channels;
@@ -271,15 +273,15 @@ struct Gradients {
   }
 };
 
-template <bool silu, class T>
-void backward_last(const Map& map, const T* dy, const T* x, T* dx, const Norms<acc_t<T>>& norms,
+template <bool silu, class T, class D>
+void backward_last(const Map& map, const D* dy, const T* x, T* dx, const Norms<acc_t<T>>& norms,
                    Gradients<acc_t<T>>& grads) {
   const int64_t stride = map.padded(), tasks = map.tasks(), C = map.channels;
   std::vector<double> sums(map.samples * tasks * 2 * stride);
   auto of = [&](int64_t n) {
     int64_t at = n * map.pixels * C, c = n * C;
-    return Backward<T>{dy + at,         x + at,           dx ? dx + at : dx,
-                       &norms.scale[c], &norms.offset[c], &norms.centre[c]};
+    return Backward<T, D>{dy + at,         x + at,           dx ? dx + at : dx,
+                          &norms.scale[c], &norms.offset[c], &norms.centre[c]};
   };
   parallel_pixels(map, [&](int64_t n, int64_t task, int64_t first, int64_t end) {
     double* to = sums.data() + (n * tasks + task) * 2 * stride;
@@ -302,8 +304,8 @@ void backward_last(const Map& map, const T* dy, const T* x, T* dx, const Norms<a
   });
 }
 
-template <bool silu, class T>
-void backward(const Map& map, const T* dy, const T* x, T* dx, Norms<acc_t<T>>& norms,
+template <bool silu, class T, class D>
+void backward(const Map& map, const D* dy, const T* x, T* dx, Norms<acc_t<T>>& norms,
               Gradients<acc_t<T>>& grads) {
   const int64_t groups = map.samples * map.groups, size = map.size(), pixels = map.pixels;
   auto prepare = [&](int64_t i) { norms.group(map, i); };
@@ -311,7 +313,7 @@ void backward(const Map& map, const T* dy, const T* x, T* dx, Norms<acc_t<T>>& n
     parallel(groups, size * 16, prepare);
     return backward_last<silu>(map, dy, x, dx, norms, grads);
   }
-  const Backward<T> b{dy, x, dx, norms.scale.data(), norms.offset.data(), norms.centre.data()};
+  const Backward<T, D> b{dy, x, dx, norms.scale.data(), norms.offset.data(), norms.centre.data()};
   auto sums = [&](int64_t at) {
     Sums<2, double> found = backward_plane_sums<silu>(b, at * pixels, pixels, at);
     grads.s[at] = found.of[0], grads.q[at] = found.of[1];
@@ -437,7 +439,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
     bool silu, bool need_dx) {
   const char* op = "group_norm_silu_backward";
   check_map(op, x, num_groups);
-  TORCH_CHECK(dy.sizes() == x.sizes() && dy.scalar_type() == x.scalar_type() &&
+  const bool wide = dy.scalar_type() == accumulation(x);
+  TORCH_CHECK(dy.sizes() == x.sizes() && (wide || dy.scalar_type() == x.scalar_type()) &&
                   dy.is_contiguous(layout_of(x)),
               op, ": expected dy like x, got ", dy.sizes(), " with strides ", dy.strides());
   Tensor dx = need_dx ? empty_like(x) : at::empty({0}, x.options());
@@ -451,8 +454,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward_cpu(
     Norms<A> norms(map, {data<A>(w), data<A>(b), data<A>(s)}, data<A>(mean), data<A>(m2), eps);
     Gradients<A> grads(map, data<A>(dweight), data<A>(dbias), data<A>(dshift));
     T* to = need_dx ? data<T>(dx) : nullptr;
-    silu ? backward<true>(map, data<const T>(dy), data<const T>(x), to, norms, grads)
-         : backward<false>(map, data<const T>(dy), data<const T>(x), to, norms, grads);
+    auto run = [&](auto* d) {
+      silu ? backward<true>(map, d, data<const T>(x), to, norms, grads)
+           : backward<false>(map, d, data<const T>(x), to, norms, grads);
+    };
+    wide ? run(data<const A>(dy)) : run(data<const T>(dy));
     grads.over_samples(map, norms);
   });
   return {dx, dweight, dbias, dshift};

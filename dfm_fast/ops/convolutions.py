@@ -13,10 +13,10 @@ the activated map: what is outside is 0, not silu(offset).
     dbias[c] = sum over n, i, j of dy
 
 and from du the gradients of the norm are those of `group_norm_silu`, the whole one for x: the
-statistics are a cached value. Sums in float32 (float64 for float64), rounded once; du is rounded to
-the dtype of x before the norm's backward. Saved for backward: x, weight, and statistics; norm and
-SiLU are computed again. Bytes an element at least: forward 2 (read, write), backward 3 (x and dy
-read, dx written), 5 with the norm, of the dtype's size.
+statistics are a cached value. Sums in float32 (float64 for float64), rounded once; du goes in
+float32 to the norm's backward. Saved for backward: x, weight, and statistics; norm and SiLU are
+computed again. Bytes an element at least: forward 2 (read, write), backward 3 (x and dy read, dx
+written), of the dtype's size.
 
 The block that these are for is that of SnapGen (arXiv 2412.09619).
 """
@@ -134,7 +134,8 @@ def _depthwise_conv2d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, *rest: Any, need_du: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     *norm, stride, padding = rest
-    du, dweight, dbias = _fake_backward(dy, x, weight, need_du=need_du, need_dweight=need_dweight)
+    needs = {"need_du": need_du, "need_dweight": need_dweight}
+    du, dweight, dbias = _fake_backward(dy, x, weight, *norm, **needs)
     wide, groups = dy.to(wide_dtype(x)).contiguous(), x.shape[1]
     w = weight.to(wide.dtype)
     if need_du:
@@ -156,9 +157,17 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) ->
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, *_: Any, need_du: bool, need_dweight: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    *_: Any,
+    need_du: bool,
+    need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    du = empty_in(memory_format(x), x, x.shape) if need_du else x.new_empty(0)
+    kind = {"dtype": x.dtype if mean is None else wide_dtype(x), "device": x.device}
+    layout = {"memory_format": memory_format(x)}
+    du = torch.empty(x.shape, **kind, **layout) if need_du else torch.empty(0, **kind)
     sizes = (weight.shape, weight.shape[:1]) if need_dweight else (0, 0)
     return du, *(torch.empty(n, dtype=wide_dtype(x), device=x.device) for n in sizes)
 
