@@ -12,7 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from dfm_fast import _checks
 from dfm_fast._library import differentiable
+from dfm_fast.nn.convolutions import DepthwiseConv2d
 from dfm_fast.ops import multi_query_attention, qk_norm_rope, rms_norm, rope_2d
+from dfm_fast.ops.convolutions import KERNEL_SIZES
 
 # --- Several linear layers as one -----------------------------------------------------------------
 #
@@ -248,7 +250,7 @@ class SeparableConvAttention(MultiQueryAttention):
     Args:
         dim: channels.
         num_heads, num_kv_heads: of queries; of keys and values.
-        kernel_size: odd. 1: no depthwise convolution, and no weight of one: SnapGen's
+        kernel_size: 1, 3, 5 or 7. 1: no depthwise convolution, and no weight of one: SnapGen's
             multi-query attention, with the `state_dict` of `MultiQueryAttention`.
         qk_norm, rope: whether there is either.
         base: of the rotary angles.
@@ -268,15 +270,15 @@ class SeparableConvAttention(MultiQueryAttention):
     ) -> None:
         super().__init__(dim, num_heads, num_kv_heads, qk_norm=qk_norm, **options)
         op = type(self).__name__
-        if _checks.integer(op, "kernel_size", kernel_size, 1) % 2 == 0:
-            _checks.fail(op, "kernel_size", "an odd number", kernel_size)
+        if _checks.integer(op, "kernel_size", kernel_size, 1) not in (1, *KERNEL_SIZES):
+            _checks.fail(op, "kernel_size", "1, 3, 5 or 7", kernel_size)
         if rope and self.head_dim % 4:
             _checks.fail(op, "rope", "a head dimension that 4 divides", self.head_dim)
         self.dim, self.kernel_size, self.rope, self.base = dim, kernel_size, rope, base
         options = {k: v for k, v in options.items() if k in ("device", "dtype")}
         if kernel_size > 1:
-            convolution = {"padding": kernel_size // 2, "groups": dim, "bias": False, **options}
-            self.depthwise = nn.Conv2d(dim, dim, kernel_size, **convolution)
+            convolution = {"padding": kernel_size // 2, "bias": False, **options}
+            self.depthwise = DepthwiseConv2d(dim, dim, kernel_size, **convolution)
         else:
             self.depthwise = None
 
