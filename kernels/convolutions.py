@@ -307,9 +307,10 @@ def plan_products(
     tc = _power(groups, 16) if last else 1
     across, down = max(width, sizes[1]), max(height, sizes[0])
     tp = _power(across * down, 128 // tc)
-    parts = triton.cdiv(across * down, tp * STEPS)
+    steps = _power(triton.cdiv(across * down, tp), STEPS)
+    parts = triton.cdiv(across * down, tp * steps)
     wide = n * channels * across * down >= 2**31 - 2**16
-    constants = {"LAST": last, "STEPS": STEPS, "VEC": vec, "TC": tc, "TP": tp, "WIDE": wide}
+    constants = {"LAST": last, "STEPS": steps, "VEC": vec, "TC": tc, "TP": tp, "WIDE": wide}
     programs = n * parts * triton.cdiv(groups, tc)
     domain = across, across * down, parts
     return Parts(programs, parts, (groups, height, width, *sizes), domain, constants)

@@ -20,19 +20,19 @@ CONVOLUTIONS = {
     "valid": ((2, 8, 12, 10), 3, False, {"padding": 0}),
     "full": ((1, 70, 4, 19), 3, False, {"padding": 2}),
     "wide": ((1, 2, 40, 133), 3, True, {}),
-    "tall": ((2, 48, 70, 21), 3, False, {}),
+    "tall": ((1, 20, 70, 21), 3, False, {}),
 }
 
 # name: (shape of x, num_groups, side of the kernel, of weight, bias and shift those given, others)
 NORMS = {
     "time": ((2, 24, 6, 8), 4, 3, "wbs", {}),
     "odd": ((3, 36, 7, 5), 9, 3, "wbs", {"eps": 1e-3}),
-    "pixel": ((3, 160, 1, 1), 32, 3, "wbs", {}),
+    "pixel": ((2, 96, 1, 1), 24, 3, "wbs", {}),
     "plain": ((2, 8, 9, 11), 2, 3, "", {}),
     "narrow": ((1, 96, 10, 2), 32, 5, "wb", {}),
     "half": ((2, 20, 11, 18), 5, 3, "b", {"stride": 2}),
     "seven": ((1, 18, 12, 20), 3, 7, "w", {"padding": (3, 1)}),
-    "tall": ((1, 70, 66, 19), 7, 3, "wbs", {}),
+    "tall": ((1, 35, 66, 19), 7, 3, "wbs", {}),
 }
 
 
