@@ -160,7 +160,6 @@ GOALS = (
     Goal("cuda", "group_norm_silu-*-maps_past_l2-*-forward", "copy", 0.85),
     Goal("cuda", "group_norm_silu-*-unet_*-forward", "compiled", 1.2),
     Goal("cuda", "group_norm_silu-*-unet_*-training", "compiled", 1.3),
-<<<<<<< HEAD
     Goal("cpu", "depthwise_conv2d-3x3-*-channels_last-forward", "eager", 1.5),
     Goal("cpu", "depthwise_conv2d-3x3-*-contiguous-forward", "eager", 3.0),
     Goal("cpu", "norm_silu_depthwise_conv2d-given-*-forward", "eager", 4.0),
@@ -169,8 +168,6 @@ GOALS = (
     Goal("cuda", "depthwise_conv2d-3x3-*-forward", "eager", 1.3),
     Goal("cuda", "depthwise_conv2d-3x3-*-forward", "other layout", 1.3),
     Goal("cuda", "depthwise_conv2d-3x3-*-forward", "compiled", 1.3),
-=======
->>>>>>> separable
     *(
         Goal("cpu", f"separable_conv_block-{case}-*-forward", against, at_least)
         for against in ("eager", "compiled", "diffusers", "contiguous")
@@ -189,17 +186,6 @@ GOALS = (
     Goal("cuda", "separable_conv_block-large_block_896-*-forward", "compiled", 1.0),
     Goal("cpu", "upsample_conv2d-*-forward", "eager", 1.6),
     Goal("*", "upsample_conv2d-*-forward", "compiled", 1.0),
-<<<<<<< HEAD
-=======
-    Goal("cpu", "depthwise_conv2d-3x3-*-channels_last-forward", "eager", 1.5),
-    Goal("cpu", "depthwise_conv2d-3x3-*-contiguous-forward", "eager", 3.0),
-    Goal("cpu", "norm_silu_depthwise_conv2d-given-*-forward", "eager", 4.0),
-    Goal("cpu", "norm_silu_depthwise_conv2d-given-*-forward", "compiled", 3.0),
-    Goal("cuda", "*depthwise_conv2d-*-maps_past_l2-*-forward", "copy", 0.85),
-    Goal("cuda", "depthwise_conv2d-3x3-*-forward", "eager", 1.3),
-    Goal("cuda", "depthwise_conv2d-3x3-*-forward", "other layout", 1.3),
-    Goal("cuda", "depthwise_conv2d-3x3-*-forward", "compiled", 1.3),
->>>>>>> separable
     Goal("cuda", "add_noise-*-large_latents-*", "copy", 0.75),
     Goal("cuda", "add_noise-*-large_latents-*", "compiled", 1.5),
     # 700e9 normals a second, 2 bytes each, against 4.3e12 bytes a second of an H200's copy.
