@@ -19,8 +19,8 @@ from torch.nn import functional as F
 import dfm_fast
 from benchmarks.harness import Rival, Row
 from benchmarks.shapes import BLOCKS
+from dfm_fast.nn import SeparableConvBlock
 from dfm_fast.ops import separables
-from dfm_fast.ops.group_norms import channel_statistics_ref
 
 F32, BF16 = torch.float32, torch.bfloat16
 GROUPS, TIME = 32, 1024
@@ -91,15 +91,21 @@ def block(x, temb, w1, b1, depthwise1, pointwise1, wt, bt, w2, b2, depthwise2, p
     return (F.conv2d(x, *short) if short else x) + y
 
 
-def fused_block(function: Callable[..., Any], statistics: Callable[..., Any]) -> Any:
-    def call(x, temb, w1, b1, depthwise1, pointwise1, wt, bt, w2, b2, depthwise2, pointwise2, *sc):
-        shift = F.linear(F.silu(temb), wt, bt)
-        norm = {"num_groups": GROUPS, "statistics": statistics(x.detach())}
-        given = depthwise1, pointwise1, None, shift, None, w1, b1
-        h, found = function(x, *given, **norm, with_statistics=True)
-        shortcut = F.conv2d(x, *sc) if sc else x
-        given = depthwise2, pointwise2, None, None, shortcut, w2, b2
-        return function(h, *given, num_groups=GROUPS, statistics=found)
+def reference_block(x, temb, w1, b1, d1, p1, wt, bt, w2, b2, d2, p2, *short):
+    shift, norm = F.linear(F.silu(temb), wt, bt), {"num_groups": GROUPS}
+    h = separables.separable_conv2d_ref(x, d1, p1, None, shift, None, w1, b1, **norm)
+    shortcut = F.conv2d(x, *short) if short else x
+    return separables.separable_conv2d_ref(h, d2, p2, None, None, shortcut, w2, b2, **norm)
+
+
+def module(inputs: int, outputs: int) -> Callable[..., Tensor]:
+    """Our layer, with the weights that it is given."""
+    with torch.device("meta"):
+        layer = SeparableConvBlock(inputs, outputs, TIME)
+
+    def call(x: Tensor, temb: Tensor, *weights: Tensor) -> Tensor:
+        given = dict(zip(NAMES, weights, strict=False))
+        return torch.func.functional_call(layer, given, (x, temb))
 
     return call
 
@@ -149,8 +155,8 @@ def block_row(name: str, layout: str, dtype: torch.dtype, **options: Any) -> Row
         variant="",
         case=name,
         shapes=(case.shape, (n, TIME), *weights),
-        ours=fused_block(dfm_fast.separable_conv2d, dfm_fast.channel_statistics),
-        reference=fused_block(separables.separable_conv2d_ref, channel_statistics_ref),
+        ours=module(c, o),
+        reference=reference_block,
         least_bytes=(maps + sum(map(math.prod, weights))) * dtype.itemsize,
         eager=block,
         compiled={"written out": block},
