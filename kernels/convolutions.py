@@ -264,7 +264,8 @@ def plan(
 ) -> Tiles:
     """Of `_depthwise_kernel`: from `shape` to [N, C, *sizes]."""
     n, channels = shape[:2]
-    vec = _vector(channels, last, VECTORS[kernel], itemsize)
+    size = VECTORS[kernel] // (stride if kernel > 3 else 1)
+    vec = _vector(channels, last, size, itemsize)
     groups, cols = channels // vec, COLS if kernel == 3 and stride == 1 else 1
     strips, rows = triton.cdiv(sizes[1], cols), _power(sizes[0], ROWS)
     if last:
