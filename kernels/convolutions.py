@@ -149,7 +149,10 @@ def _depthwise_kernel(
                 some = weights[a * K] * rows[a * NC + p * S]
                 for b in tl.static_range(1, K):
                     some += weights[a * K + b] * rows[a * NC + p * S + b]
-                y = some if a == 0 else y + some  # noqa: F821
+                if a == 0:
+                    y = some
+                else:
+                    y += some
             if bias_ptr is not None:
                 y += bias
             mask = kept & (first + r < OH) & (col + p < OW)
