@@ -1,7 +1,8 @@
 """Reference models on the library's kernels."""
 
 from dfm_fast.models.checkpoints import dit_state_dict, sit_state_dict
-from dfm_fast.models.dfm import DFM_B, DFM_L, DFM_S, DFM_XL, DFMTransformer, expand_to_dfm
+from dfm_fast.models.dfm import DFM_B, DFM_L, DFM_S, DFM_XL, DFMTransformer
+from dfm_fast.models.expansions import expand_to_dfm
 
 __all__ = [
     "DFM_B",
