@@ -35,6 +35,14 @@ def test_tap_gradients_are_the_adjoint_of_phase_weights():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_one_pixel(device):
+    """Whose neighbours are all zeros."""
+    x, weight, bias = (v.to(device) for v in values((2, 4, 1, 1), (3, 4, 3, 3), (3,)))
+    y = dfm_fast.upsample_conv2d(x, weight, bias)
+    torch.testing.assert_close(y, upsample_conv2d_ref(x, weight, bias), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_whole_numbers_are_exact(device):
     """Sums and differences of small whole numbers are not rounded."""
     sizes = (2, 7, 9, 6), (70, 7, 3, 3), (70,)

@@ -298,31 +298,36 @@ void split_phases(const Sizes& s, int64_t samples, const T* dy, T* to) {
   });
 }
 
-// By oneDNN's gradients of a 2x2 convolution with 4 O outputs, of float where it has none for half
-// precision.
-// Of the 2x2 convolution of the phases: {dx, _} or {_, dweight}.
-std::array<Tensor, 2> gradients(const Tensor& dy, const Tensor& x, const Tensor& kernels,
-                                bool of_x) {
-  auto found = at::convolution_backward(dy, x, kernels, std::nullopt, {1, 1}, {1, 1}, {1, 1}, false,
-                                        {0, 0}, 1, {of_x, !of_x, false});
-  return {std::get<0>(found), std::get<1>(found)};
-}
+// {dx, dweight} of the 2x2 convolution of the phases, those wanted.
+using Gradients = std::array<Tensor, 2>;
 
-// The input's gradient by four products of MKL, one for each tap of the phases. (oneDNN's
-// convolution has 2.6 times the budget's rounding error in float, 512 outputs: it adds up its 8192
-// products one after the other.)
-Tensor input_gradient(const Sizes& s, const Tensor& phases, const Tensor& kernels) {
+// By four products of MKL, one for each tap of the phases. (oneDNN's convolution adds up its
+// products one after the other: of 8192 floats, 512 outputs, the rounding error is 2.6 times the
+// budget. And its weights' gradient depends on the number of threads.)
+Gradients by_products(const Sizes& s, const Tensor& phases, const Tensor& x, const Tensor& kernels,
+                      bool need_dx, bool need_dweight) {
   const Tensor from = phases.permute({0, 2, 3, 1});  // [N, H + 1, W + 1, 4 O]
   const int64_t n = from.size(0), rows = n * s.height * s.width;
-  Tensor dx;
+  const Tensor pixels = x.permute({0, 2, 3, 1}).reshape({rows, s.channels});
+  Tensor dx, dweight = need_dweight ? at::empty(kernels.sizes(), kernels.options()) : Tensor();
   for (int64_t p = 0; p < 2; ++p)
     for (int64_t q = 0; q < 2; ++q) {
       const Tensor seen = from.narrow(1, 1 - p, s.height).narrow(2, 1 - q, s.width);
-      const Tensor left = seen.reshape({rows, from.size(3)});
-      const Tensor right = kernels.select(3, q).select(2, p);  // [4 O, C]
-      dx = dx.defined() ? dx.addmm_(left, right) : left.mm(right);
+      const Tensor dy = seen.reshape({rows, from.size(3)});
+      const Tensor kernel = kernels.select(3, q).select(2, p);  // [4 O, C]
+      if (need_dx) dx = dx.defined() ? dx.addmm_(dy, kernel) : dy.mm(kernel);
+      if (need_dweight) dweight.select(3, q).select(2, p).copy_(dy.t().mm(pixels));
     }
-  return dx.view({n, s.height, s.width, s.channels}).permute({0, 3, 1, 2});
+  if (need_dx) dx = dx.view({n, s.height, s.width, s.channels}).permute({0, 3, 1, 2});
+  return {dx, dweight};
+}
+
+// Half precision: oneDNN's, or torch's of float where it has none.
+Gradients by_convolution(const Tensor& phases, const Tensor& x, const Tensor& kernels, bool need_dx,
+                         bool need_dweight) {
+  auto found = at::convolution_backward(phases, x, kernels, std::nullopt, {1, 1}, {1, 1}, {1, 1},
+                                        false, {0, 0}, 1, {need_dx, need_dweight, false});
+  return {std::get<0>(found), std::get<1>(found)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> upsample_conv2d_backward_cpu(const Tensor& dy, const Tensor& x,
@@ -333,8 +338,8 @@ std::tuple<Tensor, Tensor, Tensor> upsample_conv2d_backward_cpu(const Tensor& dy
   TORCH_CHECK(x.dim() == 4 && x.is_contiguous(layout) && dy.is_contiguous(layout) &&
                   dy.scalar_type() == x.scalar_type(),
               "upsample_conv2d_backward: expected dy and x alike");
-  const bool own = x.scalar_type() == at::kDouble || onednn_multiplies(x.scalar_type());
-  const auto wide = accumulation(x), dtype = own ? x.scalar_type() : wide;
+  const auto wide = accumulation(x);
+  const auto dtype = onednn_multiplies(x.scalar_type()) ? x.scalar_type() : wide;
   const auto options = x.options().dtype(wide);
   Tensor dx = need_dx ? at::empty(x.sizes(), x.options(), layout) : at::empty({0}, x.options());
   Tensor dweight = need_dweight ? at::empty(weight.sizes(), options) : at::empty({0}, options);
@@ -354,14 +359,12 @@ std::tuple<Tensor, Tensor, Tensor> upsample_conv2d_backward_cpu(const Tensor& dy
   const Tensor kernels = sums.reshape({4 * s.outputs, s.channels, 2, 2}).to(dtype).contiguous(last);
   phases = phases.to(dtype);
   const Tensor given = x.to(dtype).contiguous(last);
-  if (need_dx) {
-    const bool wide_sums = x.scalar_type() == at::kFloat;
-    dx.copy_(wide_sums ? input_gradient(s, phases, kernels)
-                       : gradients(phases, given, kernels, true)[0]);
-  }
+  const auto found = x.scalar_type() == wide
+                         ? by_products(s, phases, given, kernels, need_dx, need_dweight)
+                         : by_convolution(phases, given, kernels, need_dx, need_dweight);
+  if (need_dx) dx.copy_(found[0]);
   if (need_dweight) {
-    Tensor d = gradients(phases, given, kernels, false)[1].to(wide).contiguous();
-    d = d.view({2, 2, s.outputs, s.channels, 2, 2});
+    Tensor d = found[1].to(wide).contiguous().view({2, 2, s.outputs, s.channels, 2, 2});
     dweight.copy_(at::einsum("apk,bql,abocpq->ockl", {taps, taps, d}));
   }
   return {dx, dweight, dbias};

@@ -115,7 +115,23 @@ def gradients_of_phases(
 def _upsample_conv2d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return gradients_of_phases(dy, x, weight, need_dx, need_dweight, wide_dtype(x))
+    """As the definition: what is upsampled is convolved, and its gradient summed again."""
+    found = _fake_backward(dy, x, weight, need_dx=need_dx, need_dweight=need_dweight)
+    torch.sum(dy, (0, 2, 3), dtype=wide_dtype(x), out=found[2])
+    if not x.numel():
+        return found[0], found[1].zero_(), found[2]
+    # Contiguous, as the rounding error of torch's convolutions on a CPU depends on the layout.
+    dy, x, weight = (v.to(wide_dtype(x)).contiguous() for v in (dy, x, weight))
+    up = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    dup, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, up, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+        (need_dx, need_dweight, False),
+    )  # fmt: skip
+    if need_dx:
+        found[0].copy_(dup.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).sum((3, 5)))
+    if need_dweight:
+        found[1].copy_(dweight)
+    return found
 
 
 # --- Registration ---------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from helpers import Bad, Case, Shape
 MAPS = {
     "square": ((2, 8, 6, 8), 16, True),
     "odd": ((3, 5, 7, 3), 9, True),
-    "pixel": ((2, 4, 1, 1), 3, True),
+    "pair": ((2, 4, 1, 2), 3, True),  # of one pixel no layout can be told
     "column": ((1, 3, 9, 1), 4, False),
     "row": ((1, 17, 1, 12), 33, False),
     "bands": ((1, 16, 40, 33), 24, True),  # more pixels than a band
