@@ -24,8 +24,11 @@ from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.resample import on_device
 from dfm_fast.kernels.separables import SIZES, TILES, multiply_step, precision, tile_of
 from dfm_fast.ops._layouts import empty_in, memory_format
-from dfm_fast.ops.group_norms import wide_dtype
-from dfm_fast.ops.upsamples import gradients_of_phases, phase_weights
+from dfm_fast.ops.upsamples import (
+    gradients_of_phases,
+    phase_weights,
+    upsample_conv2d_backward_ref,
+)
 
 
 @triton.jit
@@ -96,8 +99,9 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def upsample_conv2d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, *, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = wide_dtype(x) if INTERPRET else x.dtype
-    return gradients_of_phases(dy, x, weight, need_dx, need_dweight, dtype)
+    if INTERPRET:  # cuDNN's part, on a CPU
+        return upsample_conv2d_backward_ref(dy, x, weight, need_dx, need_dweight)
+    return gradients_of_phases(dy, x, weight, need_dx, need_dweight, x.dtype)
 
 
 # --- Ahead of time --------------------------------------------------------------------------------

@@ -73,30 +73,29 @@ alignas(64) inline constexpr float kPowers[32] = {
     1.83400810f, 1.87416768f, 1.91520655f, 1.95714414f,
 };
 
-// 2^(scale x) up to 1e-7 of it, |x| bounded. n is a multiple of 1/32, whose last five bits find 2
-// to its fraction in two registers, and what is left is a minimax polynomial of degree 2: half the
-// instructions of one polynomial. The product with the scale is not rounded.
-inline Vec<float> exp2_of(Vec<float> x, float scale = 1, float bound = 200) {
+// 2^x up to 2e-7 of it, |x| bounded by 200: n is a multiple of 1/32, whose last five bits find 2 to
+// its fraction in two registers, and what is left is a polynomial of degree 2. Half the
+// instructions of one polynomial.
+inline Vec<float> exp2_of(Vec<float> x) {
   using V = Vec<float>;
   x = detail::bits_as<V>(
-      _mm512_maskz_range_ps(0xffff, detail::bits_as<__m512>(x), _mm512_set1_ps(bound), 2));
+      _mm512_maskz_range_ps(0xffff, detail::bits_as<__m512>(x), _mm512_set1_ps(200), 2));
   constexpr float magic = 0x1.8p18f;  // adding it rounds to multiples of 1/32
-  V sum = x * scale + magic, n = sum - magic, f = x * scale - n;
+  V sum = x + magic, n = sum - magic, f = x - n;
   V power = detail::bits_as<V>(_mm512_permutex2var_ps(
       _mm512_load_ps(kPowers), detail::bits_as<__m512i>(sum), _mm512_load_ps(kPowers + 16)));
-  V p = power * f * (f * 0.240226507f + 0.693157341f) + power;
+  V p = power * f * (f * 0.240226507f + 0.693147181f) + power;
   return detail::bits_as<V>(
       _mm512_maskz_scalef_ps(0xffff, detail::bits_as<__m512>(p), detail::bits_as<__m512>(n)));
 }
 
 #else
 
-// 2^(scale x) up to 3e-7 of it, the product bounded by -126 from below: 2^n 2^f, n rounded to a
-// whole number, and a minimax polynomial.
-inline Vec<float> exp2_of(Vec<float> x, float scale = 1, float = 0) {
+// 2^x up to 3e-7 of it, x bounded by -126 from below: 2^n 2^f, n = round(x), and a minimax
+// polynomial.
+inline Vec<float> exp2_of(Vec<float> x) {
   using V = Vec<float>;
   using I = Vec<int32_t>;
-  x = x * scale;
   x = x > -126 ? x : V{} - 126;
   V n = x + 0x1.8p23f, f = x - (n - 0x1.8p23f);  // adding it rounds to a whole number
   V p = f * 1.5353362e-4f + 1.3398874e-3f;

@@ -31,7 +31,7 @@ struct Moments {
 
 // 1 + e^-z: its error, |z| e^-z 6e-8, is below one rounding of z / (1 + e^-z), and this is what the
 // passes wait for: half the time of `exp`, which is exact to the last place far from 0 as well.
-inline Vec<float> one_and_exp(Vec<float> z) { return 1 + exp2_of(z, -1.44269504f, 138); }
+inline Vec<float> one_and_exp(Vec<float> z) { return 1 + exp2_of(z * -1.44269504f); }
 inline Vec<double> one_and_exp(Vec<double> z) { return 1 + exp(-z); }
 
 // Whole vectors as they are, other lanes of the last one 0.

@@ -112,7 +112,7 @@ def gradients_of_phases(
 # --- Raw operators, in torch ----------------------------------------------------------------------
 
 
-def _upsample_conv2d_backward(
+def upsample_conv2d_backward_ref(
     dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the definition: what is upsampled is convolved, and its gradient summed again."""
@@ -166,7 +166,7 @@ define(
 define(
     "upsample_conv2d_backward(Tensor dy, Tensor x, Tensor weight, *, bool need_dx, "
     "bool need_dweight) -> (Tensor, Tensor, Tensor)",
-    reference=_upsample_conv2d_backward,
+    reference=upsample_conv2d_backward_ref,
     fake=_fake_backward,
     kernel="upsamples:upsample_conv2d_backward",
     flops=lambda dy, x, weight, *, need_dx, need_dweight: (

@@ -8,7 +8,7 @@ MAPS = {
     "pair": ((2, 4, 1, 2), 3, True),  # of one pixel no layout can be told
     "column": ((1, 3, 9, 1), 4, False),
     "row": ((1, 17, 1, 12), 33, False),
-    "bands": ((1, 16, 40, 33), 24, True),  # more pixels than a band
+    "bands": ((1, 16, 14, 33), 24, True),  # more pixels than a band
 }
 
 
