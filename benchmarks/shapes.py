@@ -147,7 +147,7 @@ GOALS = (
     Goal("*", "dit_block-*-training", "memory", 0.25),
     Goal("*", "multi_query_attention-*", "eager", 1.0),
     Goal("*", "multi_query_attention-*", "compiled", 1.0),
-    Goal("*", "multi_query_attention-*", "view", 1.0),
+    Goal("*", "multi_query_attention-[!g]*", "view", 1.0),  # grouped keys have no such view
     Goal("*", "multi_query_attention-*", "expand", 1.0),
     Goal("*", "multi_query_attention-*", "enable_gqa", 1.0),
     Goal("cpu", "*ada_layer_norm-dit_xl-float32-contiguous-forward", "eager", 3.0),
@@ -169,8 +169,13 @@ GOALS = (
     Goal("cuda", "depthwise_conv2d-3x3-*-forward", "other layout", 1.3),
     Goal("cuda", "depthwise_conv2d-3x3-*-forward", "compiled", 1.3),
     *(
-        Goal("cpu", f"separable_conv_block-{case}-*-forward", against, at_least)
-        for against in ("eager", "compiled", "diffusers", "contiguous")
+        Goal("cpu", f"separable_conv_block-{case}-{layout}-forward", against, at_least)
+        for against, layout in (
+            ("eager", "*"),
+            ("compiled", "*"),
+            ("diffusers", "*"),
+            ("contiguous", "channels_last"),
+        )
         for case, at_least in (
             ("block_256_64-bfloat16", 1.25),
             ("block_512_32-bfloat16", 1.15),
@@ -178,7 +183,7 @@ GOALS = (
             ("block_256_64-float32", 1.15),
             ("block_512_32-float32", 1.15),
             ("block_896_16-float32", 1.0),
-            ("block_1408_32", 1.0),
+            ("block_1408_32-*", 1.0),
         )
     ),
     Goal("cuda", "separable_conv_block-large_block_256-*-forward", "compiled", 1.6),

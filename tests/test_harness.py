@@ -228,12 +228,28 @@ def test_memory_is_everybodys_own_peak(monkeypatch):
     assert goal["met"] is True
 
 
-def test_every_goal_is_some_rows():
+def all_rows():
     files = Path(shapes.__file__).parent.glob("bench_*.py")
     families = [importlib.import_module(f"benchmarks.{file.stem}") for file in files]
-    ids = [row for family in families for row in family.ROWS]
+    return [row for family in families for row in family.ROWS.values()]
+
+
+def test_every_goal_is_some_rows():
+    rows = all_rows()
     for goal in shapes.GOALS:
-        assert any(harness.fnmatch(i, goal.row) for i in ids), goal
+        assert any(harness.fnmatch(row.id, goal.row) for row in rows), goal
+
+
+def test_goals_name_rivals_of_their_rows():
+    """Else a goal stays open for ever."""
+    for row in all_rows():
+        known = {"copy", "memory", "eager", *row.rivals}
+        known |= {"compiled"} if row.compiled else set()
+        known |= {"float32"} if row.dtype in (torch.bfloat16, torch.float16) else set()
+        for goal in shapes.GOALS:
+            here = "*" in (goal.device, row.device or "*") or goal.device == row.device
+            if here and harness.fnmatch(row.id, goal.row):
+                assert goal.against in known, f"{row.id}: {goal}"
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path):
