@@ -166,12 +166,16 @@ def peak_mib(call: Callable[[], Any], device: str) -> float:
 
 
 def _peak_mib_cpu(call: Callable[[], Any]) -> float:
-    """From the profiler's record of what torch's CPU allocator gave and took back."""
+    return max(itertools.accumulate(allocations(call)), default=0) / 2**20
+
+
+def allocations(call: Callable[[], Any]) -> list[int]:
+    """Bytes that torch's CPU allocator gave (taken back: negative) during one call, in order, from
+    the profiler's record. What the call returns is alive at the end."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         keep = call()
     del keep
     events = profile.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    sums = itertools.accumulate(nbytes for _, nbytes in sorted(changes))
-    return max(sums, default=0) / 2**20
+    return [nbytes for _, nbytes in sorted(changes)]

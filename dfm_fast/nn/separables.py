@@ -115,14 +115,19 @@ class SeparableConvBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, temb: Tensor, statistics: ChannelStatistics | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        temb: Tensor,
+        statistics: ChannelStatistics | None = None,
+        with_statistics: bool = False,
+    ) -> Tensor | tuple[Tensor, ChannelStatistics]:
         """x [N, C, H, W], temb [N, time_channels], `channel_statistics(x)` or None ->
-        [N, out_channels, H, W] in the memory format of x."""
+        y [N, out_channels, H, W] in the memory format of x; or (y, those of y), for the block that
+        follows, which then reads its input once less."""
         statistics = channel_statistics(x.detach()) if statistics is None else statistics
         shift = self.time_emb_proj(F.silu(temb))
         h, found = self.conv1(x, shift, None, self.norm1, statistics, with_statistics=True)
-        return self.conv2(h, None, self._shortcut(x), self.norm2, found)
+        return self.conv2(h, None, self._shortcut(x), self.norm2, found, with_statistics)
 
     def _shortcut(self, x: Tensor) -> Tensor:
         """Of channels_last on a CPU as a linear layer: oneDNN's convolution sums one product after
