@@ -132,7 +132,9 @@ def rows() -> Iterator[Row]:
     for row in (plain_row, norm_row):
         for layout in LAYOUTS:
             yield row("unet_256_64", layout, BF16)
-            yield row("unet_256_64", layout, direction="training")
+            for dtype in (F32, BF16):
+                for name in ("unet_256_64", "unet_512_32", "unet_896_16"):
+                    yield row(name, layout, dtype, direction="training")
             for name in ("unet_512_32", "unet_896_16", "unet_1792_16"):
                 yield row(name, layout)
                 yield row(name, layout, BF16)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dfm_fast
-from benchmarks.harness import Rival, Row
+from benchmarks.harness import Rival, Row, bind
 from benchmarks.shapes import BLOCKS
 from dfm_fast.nn import SeparableConvBlock
 from dfm_fast.ops import separables
@@ -98,10 +98,10 @@ def reference_block(x, temb, w1, b1, d1, p1, wt, bt, w2, b2, d2, p2, *short):
     return separables.separable_conv2d_ref(h, d2, p2, None, None, shortcut, w2, b2, **norm)
 
 
-def module(inputs: int, outputs: int) -> Callable[..., Tensor]:
-    """Our layer, with the weights that it is given."""
+def functional(make: Callable[[], torch.nn.Module]) -> Callable[..., Tensor]:
+    """A layer, with the weights that it is given."""
     with torch.device("meta"):
-        layer = SeparableConvBlock(inputs, outputs, TIME)
+        layer = make()
 
     def call(x: Tensor, temb: Tensor, *weights: Tensor) -> Tensor:
         given = dict(zip(NAMES, weights, strict=False))
@@ -110,26 +110,20 @@ def module(inputs: int, outputs: int) -> Callable[..., Tensor]:
     return call
 
 
-def of_diffusers(*inputs: Tensor) -> Callable[[], Tensor]:
+def theirs(inputs: int, outputs: int) -> torch.nn.Module:
     from diffusers.models.unets.unet_dreamlite import ResnetBlock2DDreamLite
 
-    x, temb, *weights = inputs
-    theirs = ResnetBlock2DDreamLite(
-        in_channels=x.shape[1],
-        out_channels=weights[9].shape[0],
-        temb_channels=TIME,
-        eps=1e-5,
-        use_sep_conv=True,
-    ).to(x.device, x.dtype)
-    theirs.load_state_dict(dict(zip(NAMES, weights, strict=False)))
-    layout = torch.channels_last if not x.is_contiguous() else torch.contiguous_format
-    theirs = theirs.eval().to(memory_format=layout)
+    widths = {"in_channels": inputs, "out_channels": outputs, "temb_channels": TIME}
+    return ResnetBlock2DDreamLite(**widths, eps=1e-5, use_sep_conv=True)
 
-    def call() -> Tensor:
-        with torch.no_grad():
-            return theirs(x, temb)
 
-    return call
+def of_diffusers(direction: str) -> Callable[..., Callable[[], Any]]:
+    def prepare(x: Tensor, temb: Tensor, *weights: Tensor) -> Callable[[], Any]:
+        training, widths = direction == "training", (x.shape[1], weights[9].shape[0])
+        layer = functional(lambda: theirs(*widths).train(training))
+        return bind(layer, [x, temb, *weights], direction)
+
+    return prepare
 
 
 def in_planes(*inputs: Tensor) -> Callable[[], Tensor]:
@@ -143,19 +137,18 @@ def block_row(name: str, layout: str, dtype: torch.dtype, **options: Any) -> Row
     i, j = (c,), (2 * o,)
     weights = [i, i, (c, 1, 3, 3), (2 * o, c, 1, 1), (2 * o, TIME), j, j, j, (2 * o, 1, 3, 3)]
     weights += [(o, 2 * o, 1, 1), *([(o, c, 1, 1), (o,)] if c != o else [])]
-    training = options.get("direction") == "training"
-    rivals = {}
-    if not training:
-        rivals["diffusers"] = Rival(of_diffusers, package="diffusers")
-        if layout == "channels_last":
-            rivals["contiguous"] = Rival(in_planes)
+    direction = options.get("direction", "forward")
+    training = direction == "training"
+    rivals = {"diffusers": Rival(of_diffusers(direction), package="diffusers")}
+    if layout == "channels_last" and not training:
+        rivals["contiguous"] = Rival(in_planes)
     maps = n * h * w * (2 * c + 5 * o) * (3 if training else 1)
     return Row(
         op="separable_conv_block",
         variant="",
         case=name,
         shapes=(case.shape, (n, TIME), *weights),
-        ours=module(c, o),
+        ours=functional(lambda: SeparableConvBlock(c, o, TIME)),
         reference=reference_block,
         least_bytes=(maps + sum(map(math.prod, weights))) * dtype.itemsize,
         eager=block,
@@ -183,7 +176,8 @@ def rows() -> Iterator[Row]:
                 yield block_row(name, "channels_last", dtype)
             yield block_row(name, "contiguous", dtype)
         yield block_row("block_1408_32", "channels_last", dtype)
-    yield block_row("block_256_64", "channels_last", F32, direction="training")
+        for name in ("block_256_64", "block_512_32", "block_896_16"):
+            yield block_row(name, "channels_last", dtype, direction="training")
     for name in ("large_block_256", "large_block_512", "large_block_896"):
         options = {"device": "cuda", "quick": name == "large_block_256"}
         yield block_row(name, "channels_last", BF16, **options)

@@ -102,6 +102,25 @@ BLOCKS = {
     "large_block_896": Block((8, 896, 32, 32), 896),
 }
 
+
+class AttentionLayer(NamedTuple):
+    """An attention layer of SnapGen's UNet, of a conditional and an unconditional sample."""
+
+    batch: int
+    side: int  # of the map of tokens
+    dim: int
+    tokens: int  # of the text
+    cross_dim: int
+
+
+ATTENTION_LAYERS = {
+    "layer_896_32": AttentionLayer(2, 32, 896, 256, 2304),  # its lowest stage, at 1024 px
+    "layer_512_64": AttentionLayer(2, 64, 512, 256, 2304),
+}
+
+# Its convolutions alone.
+CONVOLUTION_LAYERS = {"conv_512_32": Block((1, 512, 32, 32), 512)}
+
 # Maps that SnapGen's UNet upsamples.
 UPSAMPLES = {
     "up_256_64": (2, 256, 64, 64),
@@ -189,6 +208,17 @@ GOALS = (
     Goal("cuda", "separable_conv_block-large_block_256-*-forward", "compiled", 1.6),
     Goal("cuda", "separable_conv_block-large_block_512-*-forward", "compiled", 1.2),
     Goal("cuda", "separable_conv_block-large_block_896-*-forward", "compiled", 1.0),
+    *(
+        Goal("*", f"{layer}-*-forward", against, 1.0)
+        for layer in ("cross_attention", "multi_query_attention_layer", "separable_conv_layer")
+        for against in ("eager", "compiled", "diffusers")
+    ),
+    Goal("*", "cross_attention-cached-*", "keys given", 1.0),
+    Goal("*", "separable_conv_attention-*-forward", "compiled", 1.0),
+    Goal("*", "upsample_conv_layer-*-forward", "diffusers", 1.0),
+    Goal("*", "separable_conv_block-*-training", "eager", 1.0),
+    Goal("*", "separable_conv_block-*-training", "compiled", 1.0),
+    Goal("*", "separable_conv_block-*-training", "memory", 0.25),
     Goal("cpu", "upsample_conv2d-*-forward", "eager", 1.6),
     Goal("*", "upsample_conv2d-*-forward", "compiled", 1.0),
     Goal("cuda", "add_noise-*-large_latents-*", "copy", 0.75),
