@@ -184,6 +184,25 @@ def test_block_takes_statistics_of_its_input(device):
     assert torch.equal(ours(x, temb), ours(x, temb, given))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_hand_on_statistics(device):
+    _, ours = blocks(64, 64, device)
+    x, temb = block_inputs(64, device)
+    y, found = ours(x, temb, with_statistics=True)
+    assert torch.equal(y, ours(x, temb))
+    want = channel_statistics_ref(y)
+    assert found.count == want.count == 120
+    torch.testing.assert_close(found.mean, want.mean, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(found.m2, want.m2, atol=0, rtol=1e-5)
+    assert not found.mean.requires_grad
+    z, plain = ours(y, temb, found), ours(y, temb)
+    torch.testing.assert_close(z, plain, atol=1e-5, rtol=1e-5)
+    given = [x, temb, *ours.parameters()]
+    grads = (torch.autograd.grad(v.sum(), given, retain_graph=True) for v in (z, plain))
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
 def test_block_keeps_for_backward_what_it_must():
     """x, h, the shortcut's input and the small ones; neither activated maps nor sums."""
     _, ours = blocks(64, 64)
