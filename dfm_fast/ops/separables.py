@@ -245,9 +245,37 @@ def _pointwise_gradients(
     if not need_da and not need_dweight:
         return dy, dy
     a = _ops.depthwise_conv2d(x, depthwise, None, *norm, *geometry) if need_dweight else x
+    if _multiplies_rows(a):
+        return _products_of_rows(dy, a, pointwise, need_da, need_dweight)
     return _ops.pointwise_conv2d_backward(
         dy, a, pointwise, need_da=need_da, need_dweight=need_dweight
     )
+
+
+def _multiplies_rows(a: Tensor) -> bool:
+    """Where products of pixels' rows beat the gradients of a convolution: oneDNN's of bfloat16, by
+    2.0 ms to 2.8 (896 to 1792 channels at 16²; 2.4 to 3.0 for 512 at 32²)."""
+    last = memory_format(a) != torch.contiguous_format
+    return a.device.type == "cpu" and a.dtype == torch.bfloat16 and last and _ONEDNN_HAS_BF16
+
+
+_ONEDNN_HAS_BF16 = torch.backends.mkldnn.is_available() and bool(
+    torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+
+
+def _products_of_rows(
+    dy: Tensor, a: Tensor, weight: Tensor, need_da: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    """As `pointwise_conv2d_backward`, maps as [pixels, channels]; dweight is rounded at once."""
+    with torch.autocast("cpu", enabled=False):
+        (n, c, h, w), rows = a.shape, dy.permute(0, 2, 3, 1).flatten(0, 2)
+        da = dweight = dy
+        if need_da:
+            da = (rows @ weight.flatten(1)).view(n, h, w, c).permute(0, 3, 1, 2)
+        if need_dweight:
+            dweight = (rows.t() @ a.permute(0, 2, 3, 1).flatten(0, 2)).view(weight.shape)
+        return da, dweight
 
 
 def _epilogue_gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
