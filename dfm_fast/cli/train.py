@@ -1,0 +1,83 @@
+"""`dfm-fast train`: the command line is the dataclass `TrainConfig`, with a preset's defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Train a DFM transformer on images, videos or latents. Two options come before all others: --preset
+NAME takes the defaults of one of {presets} (digits); --resume goes on from the last checkpoint in
+--out, with its configuration, if there is one.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from dfm_fast.training.config import PRESETS
+
+    parser.allow_abbrev = False
+    parser.add_argument("--preset", choices=list(PRESETS), metavar="NAME")
+    parser.add_argument("--resume", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dfm_fast.training import distributed
+    from dfm_fast.training.checkpoints import CheckpointError
+    from dfm_fast.training.monitors import NotFinite
+
+    try:
+        config = parse(args.preset, args.resume, args.rest)
+        world = distributed.start(config.device)
+        status = _train(config, args.resume, world)
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        print(f"dfm-fast train: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, NotFinite) as error:
+        print(f"dfm-fast train: {error}", file=sys.stderr)
+        status = 1
+    return distributed.leave(world, status)
+
+
+def parse(preset: str | None, resume: bool, rest: list[str]):
+    """The configuration of a preset, or of the folder that is resumed, with changes."""
+    try:
+        import tyro
+    except ImportError as error:
+        raise ImportError(f"expected tyro for the command line, got none: {error}") from error
+    from dfm_fast.training import config, loop
+
+    saved = _out(rest) / loop.CONFIG if _out(rest) else None
+    if resume and saved is not None and saved.exists():
+        base = config.from_json(config.TrainConfig, json.loads(saved.read_text()))
+    else:
+        base = config.preset(preset or "digits", Path())
+        base = dataclasses.replace(base, out=tyro.MISSING)
+    description = DESCRIPTION.format(presets=", ".join(config.PRESETS))
+    return tyro.cli(
+        config.TrainConfig, default=base, args=rest, prog="dfm-fast train", description=description
+    )
+
+
+def _out(rest: list[str]) -> Path | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_known_args(rest)[0].out
+
+
+def _train(config, resume: bool, world) -> int:
+    from dfm_fast.training import loop
+
+    outcome = loop.train(config, resume=resume, world=world)
+    if not world.main:
+        return 0
+    if outcome.stopped_by:
+        print(
+            f"stopped at step {outcome.step} by {outcome.stopped_by}, saved {outcome.checkpoint}; "
+            f"--resume goes on from there"
+        )
+    else:
+        print(f"trained {outcome.step} steps; the model: {config.out / loop.EXPORT}")
+    return 0
