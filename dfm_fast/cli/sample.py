@@ -14,7 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a training folder, one of its checkpoints, or an exported model",
     )
-    add("--out", type=Path, default=Path("grid.png"), help="a picture; .gif or .webp for videos")
+    add(
+        "--out",
+        type=Path,
+        default=Path("grid.png"),
+        help="a picture; .mp4, .gif or .webp for videos",
+    )
     add("--classes", nargs="+", default=None, help="numbers or names; default: the first ten")
     add("--count", type=int, default=None, help="pictures of each class (8), or in all (16)")
     add("--steps", type=int, nargs="+", help="per stage, coarse to fine")

@@ -82,10 +82,11 @@ class Substituting(Dataset):
             try:
                 return self.read(i)
             except Unusable as error:
-                self._leave_out(i, str(error))
+                self.leave_out(i, str(error))
         raise ValueError(f"open_dataset: root: expected files that can be read, got {self.skipped}")
 
-    def _leave_out(self, index: int, reason: str) -> None:
+    def leave_out(self, index: int, reason: str) -> None:
+        """Remember a sample that cannot be used, and warn; with `strict`, raise."""
         name = self.name(index)
         if self.strict:
             message = f"open_dataset: root: expected a file that can be read, got {name}: {reason}"

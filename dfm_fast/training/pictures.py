@@ -99,13 +99,19 @@ def _tiled(frames: Tensor, columns: int) -> Tensor:
 
 
 def write(path: str | Path, picture: Tensor) -> Path:
-    """A grid as PNG (or what the ending says), written whole; a video as an animation (.gif,
-    .webp), or as PNG with its frames side by side."""
+    """A grid as PNG (or what the ending says), written whole; a video as .mp4 or an
+    animation (.gif, .webp), or as PNG with its frames side by side."""
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError(f"{path}: expected Pillow to write pictures, got none") from error
     path, options = Path(path), {}
+    if path.suffix.lower() == ".mp4" and picture.ndim == 4:
+        from dfm_fast.training.videos import write_frames
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_frames(path, picture.contiguous().numpy())
+        return path
     endings = Image.registered_extensions()
     if path.suffix.lower() not in endings:
         _checks.fail("write", "path", "an ending such as .png or .gif", path)

@@ -41,13 +41,6 @@ def open_model(path: Path, device: torch.device | str = "cpu") -> tuple[Recipe, 
 
 def decoder(path: Path, recipe: Recipe, device: str) -> Callable[[Tensor], Tensor]:
     """Latents -> pictures in [-1, 1], by diffusers' autoencoder in a local folder."""
-    from diffusers import AutoencoderKL
+    from dfm_fast.training.encoders import Autoencoder
 
-    vae = AutoencoderKL.from_pretrained(path).to(device).eval()
-    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
-
-    @torch.no_grad()
-    def decode(x: Tensor) -> Tensor:
-        return vae.decode(x / scale + shift).sample
-
-    return decode
+    return torch.no_grad()(Autoencoder.load(path, device).decode)

@@ -149,11 +149,15 @@ def write_clip(path: str | os.PathLike[str], clip: Tensor, *, fps: int = 8) -> N
         clip: [C, T, H, W] in [-1, 1], C 1 or 3.
         fps: frames per second.
     """
-    path = Path(path)
     if clip.ndim != 4 or clip.shape[0] not in (1, 3):
         _checks.fail("write_clip", "clip", "[C, T, H, W] with C 1 or 3", list(clip.shape))
+    write_frames(path, to_pixels(clip.movedim(1, 0)), fps=fps)
+
+
+def write_frames(path: str | os.PathLike[str], frames: np.ndarray, *, fps: int = 8) -> None:
+    """`write_clip` of pixels, uint8 [T, H, W, 3]."""
+    path = Path(path)
     _checks.choice("write_clip", "path's suffix", path.suffix, (".mp4", ".gif"))
-    frames = to_pixels(clip.movedim(1, 0))  # [T, H, W, 3]
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     os.close(handle)
     try:
