@@ -170,6 +170,8 @@ class Crops(Dataset):
 def photos(config: DataConfig, split: str) -> Dataset:
     """Crops on a grid, of regions that are the split's alone: no pixel is in both splits."""
     size, places = config.size or 64, []
+    if size > min(min(picture.shape[1:]) for picture in photographs()):
+        _checks.fail("open_dataset", "size", "crops that fit the photographs", size)
     for i, picture in enumerate(photographs()):
         taken = held_out(*picture.shape[1:], size)
         # Pixels of the test region in every window: none for training, all for test.
@@ -179,7 +181,8 @@ def photos(config: DataConfig, split: str) -> Dataset:
         places.append(F.pad(corners, (1, 0), value=i))
     where = torch.cat(places)
     if not len(where):
-        _checks.fail("open_dataset", "size", "crops that fit the photographs", size)
+        expected = f"crops small enough for a {split} region of their own"
+        _checks.fail("open_dataset", "size", expected, size)
     return Crops(photographs(), where, size)
 
 

@@ -43,7 +43,8 @@ def opened(config: DataConfig, split: str) -> Dataset:
     require("PIL", "pillow", config.name)
     files, names = files_by_class(config, split, SUFFIXES)
     size = config.size or 256
-    with ThreadPoolExecutor(8) as pool:  # headers only: what takes time is the disk
+    # Headers only: what takes time is the disk. Odd metadata is no reason to leave a file out.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(8) as pool:
         reasons = list(pool.map(lambda file: unusable(file[0], size), files))
     kept = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
     skipped = [(str(f[0]), r) for f, r in zip(files, reasons, strict=True) if r is not None]
@@ -123,10 +124,8 @@ def unusable(file: str | os.PathLike[str] | IO[bytes], size: int) -> str | None:
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata is no reason
-            with Image.open(file) as image:
-                return too_small(image.size, size)
+        with Image.open(file) as image:
+            return too_small(image.size, size)
     except Exception as error:  # Pillow's readers raise all sorts of it for bad bytes
         return f"unreadable ({_short(error)})"
 
