@@ -18,11 +18,8 @@ import torch
 import torch.distributed as dist
 from helpers import ROOT, run_python
 
-from dfm_fast import cli
 from dfm_fast._library import INTERPRET
-from dfm_fast.models import DFMTransformer
-from dfm_fast.training import config as configs
-from dfm_fast.training import distributed, loop, orders, pictures, recipes, saved
+from dfm_fast.training import distributed, loop, orders
 from dfm_fast.training.checkpoints import CheckpointError, Checkpoints
 from dfm_fast.training.config import FlowConfig, ModelConfig, OptimizerConfig, preset
 from dfm_fast.training.monitors import NotFinite
@@ -156,7 +153,6 @@ def test_parts_of_a_batch_give_the_losses_of_the_batch(whole, tmp_path):
 def test_the_average_is_of_the_weights(whole):
     """EMA of decay 0.5, from the trajectory: after one step it is the weights."""
     state = weights(whole[0])
-    assert state["averaged"] == 6
     a, b = state["ema.heads.weight"], state["model.heads.weight"]
     assert not torch.equal(a, b)
     assert (a - b).abs().max() < b.abs().max()
@@ -294,6 +290,5 @@ def ranks(kind, folder):
 if __name__ == "__main__":
     from pathlib import Path
 
-    where = distributed.start("cpu")
     ranks(sys.argv[1], Path(sys.argv[2]))
-    distributed.leave(where, 0)
+    distributed.leave(0)
