@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,20 +26,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from dfm_fast.training import distributed
+
+    return distributed.leave(_status(args))
+
+
+def _status(args: argparse.Namespace) -> int:
+    from dfm_fast.training import loop
     from dfm_fast.training.checkpoints import CheckpointError
     from dfm_fast.training.monitors import NotFinite
 
     try:
         config = parse(args.preset, args.resume, args.rest)
-        world = distributed.start(config.device)
-        status = _train(config, args.resume, world)
+        _tell(loop.train(config, resume=args.resume), config)
     except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
         print(f"dfm-fast train: {error}", file=sys.stderr)
         return 2
     except (CheckpointError, NotFinite) as error:
         print(f"dfm-fast train: {error}", file=sys.stderr)
-        status = 1
-    return distributed.leave(world, status)
+        return 1
+    return 0
 
 
 def parse(preset: str | None, resume: bool, rest: list[str]):
@@ -67,17 +73,15 @@ def _out(rest: list[str]) -> Path | None:
     return parser.parse_known_args(rest)[0].out
 
 
-def _train(config, resume: bool, world) -> int:
+def _tell(outcome, config) -> None:
     from dfm_fast.training import loop
 
-    outcome = loop.train(config, resume=resume, world=world)
-    if not world.main:
-        return 0
+    if int(os.environ.get("RANK", 0)):
+        return
     if outcome.stopped_by:
         print(
             f"stopped at step {outcome.step} by {outcome.stopped_by}, saved {outcome.checkpoint}; "
-            f"--resume goes on from there"
+            "--resume goes on from there"
         )
     else:
         print(f"trained {outcome.step} steps; the model: {config.out / loop.EXPORT}")
-    return 0

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -50,7 +51,7 @@ class Checkpoints:
             return target
         temporary = self.folder / f"{TEMPORARY}{target.name}"
         self._together(target, lambda: self._prepare(temporary))
-        self._together(target, lambda: dcp.save(state, checkpoint_id=temporary), everywhere=True)
+        self._together(target, lambda: _write(state, temporary), everywhere=True)
         self._together(target, lambda: self._finish(temporary, target, recipe))
         return target
 
@@ -96,9 +97,22 @@ def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
         ValueError: one that names every key that is missing, or of another shape.
     """
     check_fits(path, state)
-    # A process on its own reads without asking for a process group.
-    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    with _alone_is_fine():
+        dcp.load(state, checkpoint_id=path)
     return state
+
+
+def _write(state: dict[str, Any], folder: Path) -> None:
+    with _alone_is_fine():
+        dcp.save(state, checkpoint_id=folder)
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Without torch's warning that there is no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def check_fits(path: Path, state: Mapping[str, Any]) -> None:

@@ -171,7 +171,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model": ModelConfig(width=128, depth=4, heads=4, patch_sizes=(2, 4)),
         "flow": FlowConfig(stage_probs=(0.7, 0.3)),
         "optimizer": OptimizerConfig(lr=1e-3, warmup=100, schedule="cosine", ema=0.995),
-        "steps": 2000, "batch": 64, "save_every": 500, "sample_every": 500,
+        "steps": 3000, "batch": 64, "save_every": 500, "sample_every": 500,
     },
     "photos": {
         **_TINY,

@@ -71,13 +71,14 @@ def start(device: str = "auto") -> World:
     return World(dist.get_rank(), dist.get_world_size(), at)
 
 
-def leave(world: World, status: int) -> int:
-    """The end of a process: with others, without the interpreter's shutdown, in which a thread of
-    gloo that still frees a tensor would abort (pytorch/pytorch#179291)."""
+def leave(status: int) -> int:
+    """The end of a process: one among others ends without the interpreter's shutdown, in which a
+    thread of gloo that still frees a tensor would abort (pytorch/pytorch#179291)."""
     if not dist.is_initialized():
         return status
     if status == 0:
-        world.barrier()
+        # Only when all are done, or the first to go would take the others' connections along.
+        dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()

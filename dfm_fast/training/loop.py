@@ -4,6 +4,7 @@ on as if it had never stopped, on any number of ranks and with any number of par
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 from dfm_fast import _checks
@@ -91,13 +92,12 @@ class Run:
         self.model = self.recipe.build_model().to(world.device).train()
         self.flow = self.recipe.build_flow(config.seed)
         # A model that FSDP2 has sharded cannot be copied: the average is, before.
-        average = get_ema_multi_avg_fn(config.optimizer.ema)
-        self.ema = AveragedModel(self.model, multi_avg_fn=average)
-        self.ema.module.eval().requires_grad_(False)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.average = get_ema_multi_avg_fn(config.optimizer.ema)
         self.wrapped = distributed.wrap(self.model, config.distribution, world, config.compile)
         self.sharded = world.size > 1 and config.distribution == "fsdp"
         if self.sharded:
-            distributed.shard(self.ema.module, world)
+            distributed.shard(self.ema, world)
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), options.lr, options.betas,
@@ -212,8 +212,18 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update_parameters(self.model)
+        self._average()
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """The weights after the first step, then their moving average. (torch's AveragedModel
+        copies its counter to the device, and waits, at every step.)"""
+        both = list(self.ema.parameters()), list(self.model.parameters())
+        if self.step == 0:
+            torch._foreach_copy_(*both)
+        else:
+            self.average(*both, None)
 
     def _lr(self) -> float:
         options, done = self.config.optimizer, self.step + 1
@@ -228,10 +238,9 @@ class Run:
         optimizer = get_optimizer_state_dict(self.model, self.optimizer)
         return {
             "model": get_model_state_dict(self.model),
-            "ema": get_model_state_dict(self.ema.module),
+            "ema": get_model_state_dict(self.ema),
             # Its groups are the configuration's.
             "optimizer": optimizer["state"],
-            "averaged": self.ema.n_averaged,
             "progress": {
                 "step": self.step, "position": self.position, "flow": self.flow.get_extra_state(),
             },
@@ -243,7 +252,7 @@ class Run:
     def _load(self, path: Path) -> None:
         state = load(path, self._state())
         set_model_state_dict(self.model, state["model"])
-        set_model_state_dict(self.ema.module, state["ema"])
+        set_model_state_dict(self.ema, state["ema"])
         optimizer = get_optimizer_state_dict(self.model, self.optimizer)
         optimizer["state"] = state["optimizer"]
         set_optimizer_state_dict(self.model, self.optimizer, optimizer)
@@ -254,7 +263,7 @@ class Run:
     def _export(self) -> None:
         """The averaged weights as a folder of their own."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.ema.module, options=whole)
+        weights = get_model_state_dict(self.ema, options=whole)
         if self.world.main:
             recipes.export(self.config.out / EXPORT, self.recipe, weights)
         self.world.barrier()
@@ -270,7 +279,7 @@ class Run:
         narrow = torch.autocast(device.type, torch.bfloat16, self.config.precision == "bf16")
         with narrow:
             x = pictures.sample(
-                self.ema.module, self.flow, self.recipe, labels, count, device=device,
+                self.ema, self.flow, self.recipe, labels, count, device=device,
                 cuda_graph=False,
             )  # fmt: skip
         if self.world.main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,9 @@ class Board:
         from tqdm.auto import tqdm
 
         self.writer = _writer(folder, step)
-        self.bar = tqdm(total=steps, initial=step, desc="training", unit="step", mininterval=1)
+        seconds = 1 if sys.stderr.isatty() else 30  # between lines of a log
+        options = {"desc": "training", "unit": "step", "mininterval": seconds}
+        self.bar = tqdm(total=steps, initial=step, **options)
 
     def step(self, report: Report, images: int) -> None:
         self.recent.append(report)
@@ -96,7 +99,7 @@ class Board:
         now = time.perf_counter()
         rate = self.images / max(now - self.since, 1e-9)
         loss = sum(r.loss for r in self.recent) / len(self.recent)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s", refresh=False)
         scalars = {"loss": loss, "lr": report.lr, "images_per_second": rate}
         scalars["grad_norm"] = sum(r.grad_norm for r in self.recent) / len(self.recent)
         for s in range(len(report.levels)):
