@@ -19,6 +19,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,17 @@ from torch import Tensor
 
 from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.training import evaluation, pictures, saved
-from dfm_fast.training.checkpoints import Checkpoints
+from dfm_fast.training.checkpoints import Checkpoints, step_of
 from dfm_fast.training.config import TrainConfig, preset, to_json
 from dfm_fast.training.datasets import open_dataset
-from dfm_fast.training.loop import CHECKPOINTS, train
+from dfm_fast.training.loop import CHECKPOINTS, EXPORT, train
 
-METHODS = ("dfm", "flow matching")
+METHODS = ("dfm", "dfm, untrained", "flow matching", "flow matching, untrained")
+TRAINING = "training split"
 BATCH = 128  # samples that are drawn at once
+SAVES = 2  # checkpoints per fraction of a run that is measured
 CFGS = {"digits": (1.0, 1.5), "photos": (1.0,)}
+SAMPLES = {"digits": 1437, "photos": 1000}
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -42,32 +46,40 @@ CFGS = {"digits": (1.0, 1.5), "photos": (1.0,)}
 
 def config_of(data: str, method: str, seed: int, args: argparse.Namespace) -> TrainConfig:
     """The preset; plain flow matching has one level and as many sampling steps in all."""
-    out = args.out / data / f"{method.replace(' ', '-')}-{seed}"
+    out = args.out / data / f"{method.replace(',', '').replace(' ', '-')}-{seed}"
     config = preset(data, out, seed=seed)
-    steps = args.steps or config.steps
-    every = max(1, steps // args.points)
+    steps = 0 if method.endswith("untrained") else args.steps or config.steps
+    every = max(1, steps // (SAVES * args.points))
     config = dataclasses.replace(
-        config, steps=steps, save_every=every, keep=args.points + 1, sample_every=0,
+        config, steps=steps, save_every=every, keep=SAVES * args.points + 1, sample_every=0,
         device=args.device, workers=args.workers,
     )  # fmt: skip
     if args.batch:
         config = dataclasses.replace(config, batch=args.batch)
-    if method == "dfm":
+    if method.startswith("dfm"):
         return config
     model = dataclasses.replace(config.model, patch_sizes=config.model.patch_sizes[-1:])
     flow = dataclasses.replace(config.flow, stage_probs=None, sample_steps=(40,))
     return dataclasses.replace(config, model=model, flow=flow)
 
 
-def trained(config: TrainConfig) -> list[tuple[int, Path]]:
-    """(step, checkpoint) at every fraction of the run; trains what is missing."""
+def marks(config: TrainConfig) -> list[int]:
+    """Steps at which a run is measured."""
+    if not config.steps:
+        return [0]
+    every = SAVES * config.save_every
+    return [*range(every, config.steps - config.save_every, every), config.steps]
+
+
+def trained(config: TrainConfig) -> dict[int, Path]:
+    """Step -> model; trains what is missing."""
     outcome = train(config, resume=True)
     if outcome.stopped_by:
         raise KeyboardInterrupt(outcome.stopped_by)
-    marks = [config.save_every * i for i in range(1, config.steps // config.save_every)]
+    if not config.steps:
+        return {0: config.out / EXPORT}
     folder = Checkpoints(config.out / CHECKPOINTS, config.keep)
-    found = {folder.step_of(path): path for path in folder.all()}
-    return [(step, found[step]) for step in (*marks, config.steps) if step in found]
+    return {step_of(path): path for path in folder.all()}
 
 
 # --- Distances ------------------------------------------------------------------------------------
@@ -79,7 +91,7 @@ class Judge:
     def __init__(self, config: TrainConfig, count: int) -> None:
         data = open_dataset(config.data)
         x, labels = evaluation.gather(data, max(count, 4096))
-        y, _ = evaluation.gather(open_dataset(config.data, "test"))
+        y, y_labels = evaluation.gather(open_dataset(config.data, "test"))
         known = labels if data.num_classes else None
         self.spaces = evaluation.feature_spaces(x, known)
         self.real = {name: space(y) for name, space in self.spaces.items()}
@@ -88,6 +100,11 @@ class Judge:
         self.x, self.labels = evaluation.gather(data, count)
         if known is None:
             self.labels = None
+        # Of the training split it would be that of samples the classifier has seen.
+        self.floor = self(self.x)
+        if self.classifier is not None:
+            test = evaluation.classifier_agreement(y, y_labels, self.classifier)
+            self.floor["agreement"] = test
 
     def __call__(self, x: Tensor) -> dict[str, float]:
         scores = {
@@ -114,82 +131,58 @@ def drawn(recipe: Any, model: Any, judge: Judge, cfg: float, seed: int, device: 
     return torch.cat(parts)
 
 
-def untrained(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
-    return dataclasses.replace(config, steps=0, out=args.out / "untrained" / config.out.name)
-
-
 # --- Results --------------------------------------------------------------------------------------
 
 
 class Results:
     """One JSON file per dataset, written after every entry."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, samples: int) -> None:
+        self.path, self.samples = path, samples
         self.entries: list[dict[str, Any]] = (
             json.loads(path.read_text())["entries"] if path.exists() else []
         )
 
-    def find(self, **key: Any) -> dict[str, Any] | None:
-        return next((e for e in self.entries if key.items() <= e.items()), None)
+    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        whole = {**key, "samples": self.samples}
+        return next((e for e in self.entries if all(e.get(k) == v for k, v in whole.items())), None)
 
-    def add(self, scores: dict[str, float], **key: Any) -> None:
-        self.entries.append({**key, **scores})
+    def add(self, key: dict[str, Any], scores: dict[str, float]) -> None:
+        self.entries.append({**key, "samples": self.samples, **scores})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(self.path, (json.dumps({"entries": self.entries}, indent=1) + "\n").encode())
 
 
-def measure(data: str, args: argparse.Namespace) -> Results:
-    """All results of a dataset, those that are missing computed."""
-    results = Results(args.out / f"{data}.json")
-    configs = {m: [config_of(data, m, s, args) for s in range(args.seeds)] for m in METHODS}
-    first = configs["dfm"][0]
-    judge = None
-
-    def judged() -> Judge:
-        nonlocal judge
-        judge = judge or Judge(first, args.samples or {"digits": 1437}.get(data, 1000))
-        return judge
-
-    count = args.samples
-    if results.find(method="training split", samples=count) is None:
-        results.add(judged()(judged().x), method="training split", samples=count)
-    jobs = [(m, s) for s in range(args.seeds) for m in ("untrained", *METHODS)]
-    for method, seed in jobs:
-        config = configs["dfm" if method == "untrained" else method][seed]
-        about = {"method": method, "seed": seed, "samples": count, "config": comparable(config)}
-        todo = [step for step in marks(config, method) if missing(results, data, step, about)]
-        if not todo:
-            continue
-        run = untrained(config, args) if method == "untrained" else config
-        for step, checkpoint in trained(run):
-            if step not in todo:
-                continue
-            recipe, model = saved.open_model(checkpoint, args.device)
-            for cfg in CFGS[data]:
-                key = {**about, "step": step, "cfg": cfg}
-                if results.find(**key) is None:
-                    x = drawn(recipe, model, judged(), cfg, 10_000 * (seed + 1), args.device)
-                    results.add(judged()(x), **key)
-                    print(f"{data}: {line(results.entries[-1])}", flush=True)
-    return results
+def keys(data: str, config: TrainConfig, method: str) -> list[dict[str, Any]]:
+    """What each result of a run is found by: all that it depends on."""
+    plain = {k: v for k, v in to_json(config).items() if k not in ("out", "workers", "keep")}
+    return [
+        {"method": method, "seed": config.seed, "step": step, "cfg": cfg, "config": plain}
+        for step in marks(config)
+        for cfg in CFGS[data]
+    ]
 
 
-def comparable(config: TrainConfig) -> dict[str, Any]:
-    """What a result depends on."""
-    values = to_json(config)
-    return {k: v for k, v in values.items() if k not in ("out", "workers", "keep", "log_every")}
-
-
-def marks(config: TrainConfig, method: str) -> list[int]:
-    if method == "untrained":
-        return [0]
-    count = config.steps // config.save_every
-    return [*(config.save_every * i for i in range(1, count)), config.steps]
-
-
-def missing(results: Results, data: str, step: int, about: dict[str, Any]) -> bool:
-    return any(results.find(**about, step=step, cfg=cfg) is None for cfg in CFGS[data])
+def measure(data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All results of a dataset; those that are missing are computed."""
+    count = args.samples or SAMPLES[data]
+    results = Results(args.out / f"{data}.json", count)
+    runs = [(m, config_of(data, m, s, args)) for s in range(args.seeds) for m in METHODS]
+    judge = cache(lambda: Judge(runs[0][1], count))
+    wanted = [{"method": TRAINING}]
+    if results.find(wanted[0]) is None:
+        results.add(wanted[0], judge().floor)
+    for method, config in runs:
+        own = keys(data, config, method)
+        wanted += own
+        missing = [key for key in own if results.find(key) is None]
+        paths = trained(config) if missing else {}
+        for key in missing:
+            recipe, model = saved.open_model(paths[key["step"]], args.device)
+            seed = 10_000 * (config.seed + 1)
+            results.add(key, judge()(drawn(recipe, model, judge(), key["cfg"], seed, args.device)))
+            print(f"{data}: {line(results.entries[-1])}", flush=True)
+    return [results.find(key) for key in wanted]
 
 
 def line(entry: dict[str, Any]) -> str:
@@ -203,25 +196,23 @@ def line(entry: dict[str, Any]) -> str:
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def table(results: Results, args: argparse.Namespace) -> Iterator[str]:
+def table(entries: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Lines of a Markdown table: mean and standard deviation over seeds."""
-    entries = [e for e in results.entries if e["samples"] == args.samples]
-    scores = [k for k in ("pca", "classifier", "agreement") if k in entries[0]]
+    scores = [k for k in TITLES if k in entries[0]]
     yield "| | step | guidance | seeds | " + " | ".join(TITLES[k] for k in scores) + " |"
     yield "|---|---:|---:|---:|" + "---:|" * len(scores)
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for e in entries:
-        groups.setdefault((e.get("cfg", 0), e["method"], e.get("step", 0)), []).append(e)
-    for (cfg, method, step), group in sorted(groups.items(), key=lambda item: item[0]):
-        cells = (cell([e[k] for e in group]) for k in scores)
-        where = f"| {method} | {step or ''} | {cfg or ''} | {len(group)} | "
-        yield where + " | ".join(cells) + " |"
+        groups.setdefault((e.get("cfg", 0), e.get("step", -1), e["method"]), []).append(e)
+    for (cfg, step, method), group in sorted(groups.items(), key=lambda item: item[0]):
+        about = f"| {method} | " + (f"{step} | {cfg} | {len(group)}" if step >= 0 else "| |")
+        yield f"{about} | " + " | ".join(cell([e[k] for e in group]) for k in scores) + " |"
 
 
 TITLES = {
     "pca": "Fréchet distance, PCA",
     "classifier": "Fréchet distance, classifier",
-    "agreement": "asked class named",
+    "agreement": "asked class named (first row: of the test split)",
 }
 
 
@@ -249,12 +240,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for data in args.data:
         try:
-            results = measure(data, args)
+            entries = measure(data, args)
         except KeyboardInterrupt as stop:
             print(f"stopped ({stop}); the same command goes on", file=sys.stderr)
             return 130
         print(f"\n{data}, against the test split:\n")
-        print("\n".join(table(results, args)))
+        print("\n".join(table(entries)))
     return 0
 
 
