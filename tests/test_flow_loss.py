@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfm_fast.flow import DecomposableFlow, Laplacian
+from dfm_fast.flow import DecomposableFlow, Haar, Laplacian
 
 F64 = torch.float64
 
@@ -228,3 +228,45 @@ def test_compiled_model():
     plain = flow.loss(model, x, seed=3)
     compiled = flow.loss(torch.compile(model, backend="aot_eager"), x, seed=3)
     torch.testing.assert_close(plain, compiled)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("decomposition", [Laplacian(3), Haar(2), Haar(2, 4)], ids=str)
+def test_parts_of_a_batch_lose_what_the_batch_loses(decomposition, per_sample):
+    """With `shard` a sample's noise, t and stage are the whole batch's, whoever has it."""
+    probs = [1 / decomposition.num_levels] * decomposition.num_levels
+    flow = DecomposableFlow(decomposition, stage_probs=probs, per_sample=per_sample)
+    x, seen = torch.randn(5, 3, 8, 8), []
+
+    def model(levels, t, active):
+        seen.append(t)
+        return [None if v is None else 0.3 * v for v in levels]
+
+    for seed in (*range(4), torch.tensor([7, 4])):
+        seen.clear()
+        whole = flow.loss(model, x, seed=seed, per_level=True)
+        parts = []
+        for start, end in ((0, 1), (1, 5)):
+            flow.calls -= 1  # one batch: with a tensor for a seed its stages are the call's
+            parts.append(
+                flow.loss(model, x[start:end], seed=seed, shard=(start, 5), per_level=True)
+            )
+        torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=1e-6)
+        assert torch.equal(torch.cat(seen[1:]), seen[0])
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("shard", {"shard": 3, "seed": 0}),
+        ("shard", {"shard": (1, 2), "seed": 0}),
+        ("shard", {"shard": (-1, 4), "seed": 0}),
+        ("seed", {"shard": (0, 4)}),
+    ],
+)
+def test_bad_shards(argument, options):
+    flow = DecomposableFlow(Laplacian(2))
+    with pytest.raises(
+        (TypeError, ValueError), match=f"DecomposableFlow.loss: {argument}: expecte"
+    ):
+        flow.loss(lambda levels, t, active: levels, torch.zeros(2, 1, 4, 4), **options)

@@ -11,8 +11,13 @@ from collections.abc import Sequence
 COMMANDS = {
     "info": "what serves which operator on this machine, and why",
     "check": "compile every GPU kernel for every target, with no GPU",
+    "encode": "write the latents of images or videos, to train on",
+    "equivariance": "fine-tune an autoencoder so that its latents can be scaled",
+    "train": "train a DFM transformer on images, videos or latents",
+    "sample": "pictures from a trained model",
     "report": "turn benchmark results into a table, plots and an HTML page",
 }
+PASSES_ON = ("encode", "equivariance", "train")  # what it does not know, to a parser of its own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,10 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     argv = sys.argv[1:] if argv is None else argv
     for name, help in COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help)
+        # `train --help` lists the fields of its configuration, which a library adds.
+        own = name not in PASSES_ON
+        command = commands.add_parser(name, help=help, description=help, add_help=own)
         if name in argv[:1]:
             importlib.import_module(f"dfm_fast.cli.{name}").add_arguments(command)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.command in PASSES_ON:
+        args.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         status = importlib.import_module(f"dfm_fast.cli.{args.command}").run(args)
         sys.stdout.flush()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfm_fast import _checks
+from dfm_fast._library import Shard
 from dfm_fast.ops import (
     haar_build,
     haar_collapse,
@@ -22,6 +23,8 @@ from dfm_fast.ops import (
 from dfm_fast.ops._filters import FILTERS
 from dfm_fast.ops._philox import Seed
 from dfm_fast.ops._scales import check_std, level_offsets
+from dfm_fast.ops._velocity import velocity_loss_shard
+from dfm_fast.ops.noises import pyramid_add_noise_shard
 from dfm_fast.ops.pyramids import check_factor, level_sizes
 
 Levels = list[Tensor | None]
@@ -116,10 +119,10 @@ class Decomposition(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.build(x)
 
-    def _each(self, x: Tensor, offset: int, active: Active):
+    def _each(self, x: Tensor, offset: int, active: Active, shard: Shard | None):
         """(s, level, index of its first normal, mask [N, 1] or None) of the levels to compute."""
         levels = self.build(x)
-        offsets = level_offsets([v.shape for v in levels], offset)
+        offsets = level_offsets([v.shape for v in levels], offset, shard)
         mask = active if isinstance(active, Tensor) else None
         for s, (level, start) in enumerate(zip(levels, offsets, strict=True)):
             if mask is not None or active is None or active[s]:
@@ -134,11 +137,13 @@ class Decomposition(nn.Module):
         offset: int = 0,
         active: Active = None,
         targets: bool = True,
+        shard: Shard | None = None,
     ) -> tuple[Levels, Levels | None]:
-        """As `dfm_fast.pyramid_add_noise`. t [N, L] -> levels of x_t, levels of v or None."""
+        """As `dfm_fast.pyramid_add_noise`. t [N, L] -> levels of x_t, levels of v or None. With a
+        shard (start, batch), x is the rows from `start` of a batch, and the noise is theirs."""
         x_t: Levels = [None] * self.num_levels
         v: Levels = [None] * self.num_levels
-        for s, level, start, mask in self._each(x, offset, active):
+        for s, level, start, mask in self._each(x, offset, active, shard):
             options = {"offset": start, "num_levels": 1, "active": mask, "targets": targets}
             noisy, target = pyramid_add_noise(
                 level, t[:, s : s + 1], seed, factor=(2,) * (level.ndim - 2), **options
@@ -154,11 +159,12 @@ class Decomposition(nn.Module):
         *,
         offset: int = 0,
         active: Active = None,
+        shard: Shard | None = None,
     ) -> Tensor:
-        """As `dfm_fast.velocity_loss`. -> [N, L]"""
+        """As `dfm_fast.velocity_loss`, and `shard` as for `add_noise`. -> [N, L]"""
         dtype = torch.promote_types(x.dtype, torch.float32)
         columns = [x.new_zeros(x.shape[0], dtype=dtype)] * self.num_levels
-        for s, level, start, mask in self._each(x, offset, active):
+        for s, level, start, mask in self._each(x, offset, active, shard):
             if predictions[s] is not None:
                 one = {"offset": start, "active": mask, "factor": (2,) * (level.ndim - 2)}
                 columns[s] = velocity_loss([predictions[s]], level, seed, **one)[:, 0]
@@ -211,8 +217,10 @@ class Laplacian(Decomposition):
         offset: int = 0,
         active: Active = None,
         targets: bool = True,
+        shard: Shard | None = None,
     ) -> tuple[Levels, Levels | None]:
-        return pyramid_add_noise(
+        return _noised(
+            shard,
             x,
             t,
             seed,
@@ -232,9 +240,10 @@ class Laplacian(Decomposition):
         *,
         offset: int = 0,
         active: Active = None,
+        shard: Shard | None = None,
     ) -> Tensor:
         options = {"active": active, "std": self._std, **self._options}
-        return velocity_loss(predictions, x, seed, offset=offset, **options)
+        return _lost(shard, predictions, x, seed, offset=offset, **options)
 
     def extra_repr(self) -> str:
         return f"{self.num_levels}, filter={self.filter!r}, factor={self.factor}"
@@ -294,18 +303,33 @@ class Haar(Decomposition):
     def add_noise(self, x: Tensor, t: Tensor, seed: Seed, **options: Any):
         if self.factor != 2 or x.ndim != 4:
             return super().add_noise(x, t, seed, **options)
+        shard = options.pop("shard", None)
         options |= {"num_levels": self.num_levels, "std": self._std}
-        return pyramid_add_noise(x, t, seed, filter="haar", **options)
+        return _noised(shard, x, t, seed, filter="haar", **options)
 
     def loss(
         self, predictions: Sequence[Tensor | None], x: Tensor, seed: Seed, **options: Any
     ) -> Tensor:
         if self.factor != 2 or x.ndim != 4:
             return super().loss(predictions, x, seed, **options)
-        return velocity_loss(predictions, x, seed, filter="haar", std=self._std, **options)
+        shard = options.pop("shard", None)
+        return _lost(shard, predictions, x, seed, filter="haar", std=self._std, **options)
 
     def extra_repr(self) -> str:
         return f"{self.num_levels}, factor={self.factor}"
+
+
+def _noised(shard: Shard | None, *args: Any, **options: Any) -> tuple[Levels, Levels | None]:
+    # The public function where it can be: it is the one that takes DTensors.
+    if shard is None:
+        return pyramid_add_noise(*args, **options)
+    return pyramid_add_noise_shard(*args, shard=shard, **options)
+
+
+def _lost(shard: Shard | None, *args: Any, **options: Any) -> Tensor:
+    if shard is None:
+        return velocity_loss(*args, **options)
+    return velocity_loss_shard(*args, shard=shard, **options)
 
 
 def _as_images(x: Tensor) -> tuple[Tensor, int]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dfm_fast import _checks
+from dfm_fast._library import Shard
 from dfm_fast.flow import sampler
 from dfm_fast.flow.decompositions import Decomposition
 from dfm_fast.flow.schedules import StageSchedule
@@ -44,7 +45,8 @@ class DecomposableFlow(nn.Module):
             all ranks, with no synchronisation.
         check: raise where a velocity is not finite, naming level and step; synchronises.
 
-    Under torch.distributed every rank draws other noise and other t, and the same stage.
+    Under torch.distributed every rank draws other noise and other t, and the same stage; with
+    `shard` the ranks have their parts of one batch's noise.
     """
 
     def __init__(
@@ -106,15 +108,25 @@ class DecomposableFlow(nn.Module):
             rows = rows.pin_memory()
         return rows.to(device, non_blocking=True)
 
-    def _noise_levels(self, active: Tensor, stages: Sequence[int], seed: Tensor | int) -> Tensor:
+    def _noise_levels(self, active: Tensor, seed: Tensor | int, start: int) -> Tensor:
         """t [N, L]: 1 where a level is not active."""
-        t = philox_normal(active.shape, seed, device=active.device) * self.scale
+        offset = start * self.num_levels
+        t = philox_normal(active.shape, seed, offset=offset, device=active.device) * self.scale
         levels = torch.arange(self.num_levels, device=active.device)
         own = active.sum(1, keepdim=True) - 1 == levels
         t = (t + torch.where(own, self.location, self.earlier_location)).sigmoid()
         return torch.where(active, t, 1.0)
 
-    def loss(self, model: Model, x: Tensor, *, seed: Seed = None, **cond: Any) -> Tensor:
+    def loss(
+        self,
+        model: Model,
+        x: Tensor,
+        *,
+        seed: Seed = None,
+        shard: tuple[int, int] | None = None,
+        per_level: bool = False,
+        **cond: Any,
+    ) -> Tensor:
         """One training loss per sample.
 
         Args:
@@ -122,10 +134,14 @@ class DecomposableFlow(nn.Module):
             x: data [N, C, H, W] or [N, C, T, H, W], in data space.
             seed: of noise and t: 64 bits (they also draw the stage), an int64 tensor [2] of seed
                 and offset, or None for the device's default generator.
+            shard: (start, batch) where x is rows start to start + N of a batch: noise, t and stages
+                are what these rows get when the batch comes at once, on whatever ranks. The seed
+                must be given, and be the same for all parts.
+            per_level: give the L terms of the sum apart, 0 where a level is not active.
             cond: handed to the model.
 
         Returns:
-            [N], float32. Parameters of the model that this stage skips get zero gradients.
+            [N], float32, or [N, L]. Parameters that this stage skips get zero gradients.
 
         Raises:
             TypeError, ValueError: arguments; velocities of wrong count or shape; with `check`,
@@ -133,29 +149,32 @@ class DecomposableFlow(nn.Module):
         """
         op = "DecomposableFlow.loss"
         _checks.tensor(op, "x", x, (4, 5))
-        key = self._keys(op, seed, x.device)
-        stages = self.stages(x.shape[0], seed)
+        whole = _shard(op, shard, x.shape[0], seed)
+        start, batch = whole or (0, x.shape[0])
+        key = self._keys(op, seed, x.device, folded=whole is None)
+        stages = self.stages(batch, seed)[start : start + x.shape[0]]
         self.calls += 1
         active = self._active(stages, x.device)
-        t = self._noise_levels(active, stages, fold(key, _T_STREAM))
+        t = self._noise_levels(active, fold(key, _T_STREAM), start)
         on: Any = active
         if not self.per_sample:
             stage = stages[0] if stages else self.num_levels - 1
             on = [s <= stage for s in range(self.num_levels)]
-        levels, _ = self.decomposition.add_noise(x, t, key, active=on, targets=False)
+        part = {} if whole is None else {"shard": whole}
+        levels, _ = self.decomposition.add_noise(x, t, key, active=on, targets=False, **part)
         velocities = model(levels, t, active, **cond)
         sampler.check_velocities(op, velocities, levels, step=None, finite=self.check)
         velocities = [v if g is not None else None for v, g in zip(velocities, levels, strict=True)]
-        loss = self.decomposition.loss(velocities, x, key, active=on).sum(1)
-        return self._touch(model, loss, levels)
+        loss = self.decomposition.loss(velocities, x, key, active=on, **part)
+        return self._touch(model, loss if per_level else loss.sum(1), levels)
 
     def forward(self, model: Model, x: Tensor, *, seed: Seed = None, **cond: Any) -> Tensor:
         return self.loss(model, x, seed=seed, **cond)
 
-    def _keys(self, op: str, seed: Seed, device: torch.device) -> Tensor | int:
-        """The seed of this rank's noise."""
+    def _keys(self, op: str, seed: Seed, device: torch.device, folded: bool) -> Tensor | int:
+        """The seed of the noise, `folded`: this rank's."""
         state, number, _ = seed_of(op, seed, 0, device)
-        return fold(number if state is None else state, _rank())
+        return fold(number if state is None else state, _rank() if folded else 0)
 
     def _touch(self, model: Model, loss: Tensor, levels: Sequence[Tensor | None]) -> Tensor:
         """The loss, from which parameters that it does not depend on get zero gradients, as DDP
@@ -255,6 +274,19 @@ _SKIPPED = weakref.WeakKeyDictionary()
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _shard(op: str, shard: Any, rows: int, seed: Seed) -> Shard | None:
+    if shard is None:
+        return None
+    if not isinstance(shard, Sequence) or len(shard) != 2:
+        _checks.fail(op, "shard", "(start, batch)", repr(shard), TypeError)
+    start, batch = (_checks.integer(op, "shard", n, 0) for n in shard)
+    if start + rows > batch:
+        _checks.fail(op, "shard", f"{rows} rows from {start} in the batch", f"a batch of {batch}")
+    if seed is None:
+        _checks.fail(op, "seed", "a seed, the same for all parts of the batch", None)
+    return Shard(start, batch)
 
 
 def _start(seed: Seed, device: torch.device) -> Tensor | int:

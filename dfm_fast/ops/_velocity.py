@@ -177,7 +177,7 @@ class _VelocityLoss(torch.autograd.Function):
 # --- Public function ------------------------------------------------------------------------------
 
 
-def _velocity_loss_shard(
+def velocity_loss_shard(
     predictions: Sequence[Tensor | None],
     x: Tensor,
     seed: int | Tensor,
@@ -245,7 +245,7 @@ def _check_predictions(
         pyramids.nbytes(x, *(g for g in predictions if g is not None))
         + x.shape[0] * len(predictions) * accumulation(x).itemsize
     ),
-    on_shard=_velocity_loss_shard,
+    on_shard=velocity_loss_shard,
 )
 def velocity_loss(
     predictions: Sequence[Tensor | None],
@@ -277,6 +277,6 @@ def velocity_loss(
 
     Gradients of predictions and x. DFM (arXiv 2506.19839) §3.
     """
-    return _velocity_loss_shard(
+    return velocity_loss_shard(
         predictions, x, seed, offset=offset, active=active, filter=filter, factor=factor, std=std
     )

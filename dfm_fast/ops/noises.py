@@ -362,7 +362,7 @@ def add_noise(x: Tensor, t: Tensor, seed: Seed = None, *, offset: int = 0) -> tu
     return _add_noise_shard(x, t, seed, offset=offset)
 
 
-def _pyramid_add_noise_shard(
+def pyramid_add_noise_shard(
     x: Tensor,
     t: Tensor,
     seed: Seed = None,
@@ -423,7 +423,7 @@ def _pyramid_cost(
     reference=pyramid_add_noise_ref,
     raw=("pyramid_add_noise",),
     cost=_pyramid_cost,
-    on_shard=_pyramid_add_noise_shard,
+    on_shard=pyramid_add_noise_shard,
 )
 def pyramid_add_noise(
     x: Tensor,
@@ -463,7 +463,7 @@ def pyramid_add_noise(
 
     Gradients of x and t. DFM (arXiv 2506.19839) §3.
     """
-    return _pyramid_add_noise_shard(
+    return pyramid_add_noise_shard(
         x, t, seed, offset=offset, num_levels=num_levels, filter=filter, factor=factor,
         active=active, targets=targets, std=std, dtype=dtype,
     )  # fmt: skip

@@ -1,0 +1,87 @@
+"""`dfm-fast train`: the command line is the dataclass `TrainConfig`, with a preset's defaults."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Train a DFM transformer on images, videos or latents. Two options come before all others: --preset
+NAME takes the defaults of one of {presets} (digits); --resume goes on from the last checkpoint in
+--out, with its configuration, if there is one.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from dfm_fast.training.config import PRESETS
+
+    parser.allow_abbrev = False
+    parser.add_argument("--preset", choices=list(PRESETS), metavar="NAME")
+    parser.add_argument("--resume", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dfm_fast.training import distributed
+
+    return distributed.leave(_status(args))
+
+
+def _status(args: argparse.Namespace) -> int:
+    from dfm_fast.training import loop
+    from dfm_fast.training.checkpoints import CheckpointError
+    from dfm_fast.training.monitors import NotFinite
+
+    try:
+        config = parse(args.preset, args.resume, args.rest)
+        _tell(loop.train(config, resume=args.resume), config)
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        print(f"dfm-fast train: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, NotFinite) as error:
+        print(f"dfm-fast train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(preset: str | None, resume: bool, rest: list[str]):
+    """The configuration of a preset, or of the folder that is resumed, with changes."""
+    try:
+        import tyro
+    except ImportError as error:
+        raise ImportError(f"expected tyro for the command line, got none: {error}") from error
+    from dfm_fast.training import config, loop
+
+    saved = _out(rest) / loop.CONFIG if _out(rest) else None
+    if resume and saved is not None and saved.exists():
+        base = config.from_json(config.TrainConfig, json.loads(saved.read_text()))
+    else:
+        base = config.preset(preset or "digits", Path())
+        base = dataclasses.replace(base, out=tyro.MISSING)
+    description = DESCRIPTION.format(presets=", ".join(config.PRESETS))
+    return tyro.cli(
+        config.TrainConfig, default=base, args=rest, prog="dfm-fast train", description=description
+    )
+
+
+def _out(rest: list[str]) -> Path | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_known_args(rest)[0].out
+
+
+def _tell(outcome, config) -> None:
+    from dfm_fast.training import loop
+
+    if int(os.environ.get("RANK", 0)):
+        return
+    if outcome.stopped_by:
+        print(
+            f"stopped at step {outcome.step} by {outcome.stopped_by}, saved {outcome.checkpoint}; "
+            "--resume goes on from there"
+        )
+    else:
+        print(f"trained {outcome.step} steps; the model: {config.out / loop.EXPORT}")

@@ -1,0 +1,1 @@
+"""Training: data, the loop, checkpoints, evaluation. Each module is imported by its own name."""

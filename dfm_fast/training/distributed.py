@@ -1,0 +1,127 @@
+"""torchrun's processes: who and where this one is, and what is done to the model for them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dfm_fast import _checks
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on some rank: on the host, no accelerator waits."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes."""
+        found = [make() if self.main else None]
+        if self.size > 1:
+            dist.broadcast_object_list(found, 0)
+        return found[0]
+
+    def barrier(self) -> None:
+        self.any(False)
+
+
+def start(device: str = "auto") -> World:
+    """The world that torchrun's environment describes, or one process."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        _checks.fail("train", "device", "cuda on this machine", "none")
+    at = torch.device(device)
+    if device == "cuda":
+        at = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(at)
+    if not (dist.is_initialized() or "WORLD_SIZE" in os.environ):
+        return World(0, 1, at)
+    if not dist.is_initialized():
+        # Decisions are taken between the hosts, by gloo, so that no stream waits for them.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    return World(dist.get_rank(), dist.get_world_size(), at)
+
+
+def leave(status: int) -> int:
+    """The end of a process: one among others ends without the interpreter's shutdown, in which a
+    thread of gloo that still frees a tensor would abort (pytorch/pytorch#179291)."""
+    if not dist.is_initialized():
+        return status
+    if status == 0:
+        # Only when all are done, or the first to go would take the others' connections along.
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def wrap(model: nn.Module, kind: str, world: World, compile: bool) -> nn.Module:
+    """What the loss calls. "fsdp" shards the model itself, each block and then the rest."""
+    blocks = list(getattr(model, "blocks", ()))
+    sharded = world.size > 1 and kind == "fsdp"
+    if compile:
+        # FSDP2 gathers a block's weights before it: between blocks, graphs have to end.
+        for module in blocks if sharded else [model]:
+            module.compile()
+    if world.size == 1:
+        return model
+    if not sharded:
+        ids = [world.device.index] if world.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+    shard(model, world)
+    return model
+
+
+def shard(model: nn.Module, world: World) -> None:
+    """FSDP2."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in getattr(model, "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@contextlib.contextmanager
+def local_gradients(wrapped: nn.Module, local: bool) -> Iterator[None]:
+    """Gradients of a part that is not a step's last stay on the rank."""
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        with wrapped.no_sync() if local else contextlib.nullcontext():
+            yield
+        return
+    if hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP2's
+        wrapped.set_requires_gradient_sync(not local)
+    yield

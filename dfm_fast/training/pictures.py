@@ -1,0 +1,130 @@
+"""Samples as pictures: a model or a checkpoint's average, guidance by labels, grids as PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfm_fast import _checks
+from dfm_fast.flow import DecomposableFlow
+from dfm_fast.models._pretrained import write_bytes
+from dfm_fast.training.recipes import Recipe
+
+SHOWN = 64  # pixels that smaller pictures are enlarged to, by whole factors
+
+
+def labels_of(recipe: Recipe, count: int) -> Tensor | None:
+    """`count` labels, class by class, of at most the first ten; None without classes."""
+    if not recipe.num_classes:
+        return None
+    classes = min(recipe.num_classes, 10, count)
+    return torch.arange(count) * classes // count
+
+
+def sample(
+    model: nn.Module,
+    flow: DecomposableFlow,
+    recipe: Recipe,
+    labels: Tensor | None,
+    count: int,
+    *,
+    steps: Sequence[int] | None = None,
+    threshold: float | Sequence[float] | None = None,
+    cfg: float | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    preview: Callable[[int, Tensor], None] | None = None,
+    progress: bool = False,
+    cuda_graph: bool | None = None,
+) -> Tensor:
+    """`count` samples [count, *shape], of the classes `labels` ([count]) if there are any. What is
+    None is as the recipe has it."""
+    cond: dict[str, Any] = {}
+    cfg = recipe.flow.cfg if cfg is None else cfg
+    if labels is None:
+        cfg = 1.0
+    else:
+        y = labels.to(device)
+        cond = {"y": y, "uncond": {"y": torch.full_like(y, recipe.num_classes)}}
+    return flow.sample(
+        model,
+        (count, *recipe.shape),
+        steps=recipe.steps if steps is None else tuple(steps),
+        threshold=recipe.flow.threshold if threshold is None else threshold,
+        cfg_scale=cfg,
+        seed=seed,
+        preview=preview,
+        progress=progress,
+        cuda_graph=cuda_graph,
+        device=device,
+        **cond,
+    )
+
+
+def grid(x: Tensor, columns: int | None = None) -> Tensor:
+    """[N, C, (T,) H, W] in [-1, 1] -> uint8 [(T,) h, w, 3], with a white line between pictures.
+    Of latents, whose channels are other than 1 or 3, the first three by their largest value."""
+    x = x.detach().float().cpu()
+    if x.shape[1] not in (1, 3):
+        x = x[:, :3]
+        x = x / x.abs().amax().clamp(min=1e-6)
+        x = x if x.shape[1] == 3 else x[:, :1]
+    video = x.ndim == 5
+    frames = (x if video else x.unsqueeze(2)).transpose(0, 2)  # [T, C, N, H, W]
+    if frames.shape[1] == 1:
+        frames = frames.expand(-1, 3, -1, -1, -1)
+    bytes_ = ((frames.nan_to_num(-1.0) + 1) * 127.5).round().clamp(0, 255).byte()
+    factor = max(1, SHOWN // min(x.shape[-2:]))
+    bytes_ = bytes_.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+    tiled = _tiled(bytes_, columns or math.ceil(math.sqrt(len(x))))
+    return tiled if video else tiled[0]
+
+
+def _tiled(frames: Tensor, columns: int) -> Tensor:
+    """[T, 3, N, H, W] -> [T, h, w, 3]"""
+    count, (height, width) = frames.shape[2], frames.shape[-2:]
+    rows, line = math.ceil(count / columns), 2
+    size = rows * (height + line) - line, columns * (width + line) - line
+    out = frames.new_full((len(frames), 3, *size), 255)
+    for i in range(count):
+        top, left = i // columns * (height + line), i % columns * (width + line)
+        out[..., top : top + height, left : left + width] = frames[:, :, i]
+    return out.permute(0, 2, 3, 1)
+
+
+def write(path: str | Path, picture: Tensor) -> Path:
+    """A grid as PNG (or what the ending says), written whole; a video as .mp4 or an
+    animation (.gif, .webp), or as PNG with its frames side by side."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(f"{path}: expected Pillow to write pictures, got none") from error
+    path, options = Path(path), {}
+    if path.suffix.lower() == ".mp4" and picture.ndim == 4:
+        from dfm_fast.training.videos import write_frames
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_frames(path, picture.contiguous().numpy())
+        return path
+    endings = Image.registered_extensions()
+    if path.suffix.lower() not in endings:
+        _checks.fail("write", "path", "an ending such as .png or .gif", path)
+    kind = endings[path.suffix.lower()]
+    if picture.ndim == 4 and kind not in ("GIF", "WEBP"):
+        picture = picture.transpose(0, 1).flatten(1, 2)
+    if picture.ndim == 4:
+        frames = [Image.fromarray(frame.numpy()) for frame in picture]
+        image, options = frames[0], {"save_all": True, "append_images": frames[1:], "loop": 0}
+    else:
+        image = Image.fromarray(picture.contiguous().numpy())
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data.getvalue())
+    return path

@@ -1,0 +1,180 @@
+"""What a model needs to be built again and sampled, with no dataset at hand: a JSON file beside its
+weights, in checkpoints and in exported folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dfm_fast import _checks
+from dfm_fast.flow import DecomposableFlow, Decomposition, Haar, Laplacian
+from dfm_fast.models import DFMTransformer
+from dfm_fast.models._pretrained import write_bytes
+from dfm_fast.training.config import SIZES, FlowConfig, TrainConfig, from_json, to_json
+from dfm_fast.training.orders import draw
+
+NAME = "recipe.json"
+MEASURED = 1024  # samples that deviations are measured on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Model, flow and data shape of a run."""
+
+    model: dict[str, Any]  # arguments of DFMTransformer
+    flow: FlowConfig
+    std: list[float] | None  # of the levels, that they are divided by
+    shape: tuple[int, ...]  # of a sample
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+    data: str = ""  # name of the dataset
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.model["patch_sizes"])
+
+    @property
+    def measured(self) -> list[float] | None:
+        """Deviations of the levels of the data, where they were needed."""
+        return self.std or self.model["data_std"]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Of a sample, per stage."""
+        if self.flow.sample_steps:
+            return self.flow.sample_steps
+        return (30, *[10] * (self.num_levels - 1)) if self.num_levels > 1 else (40,)
+
+    def build_model(self) -> DFMTransformer:
+        return DFMTransformer(**self.model)
+
+    def build_flow(self, seed: int = 0) -> DecomposableFlow:
+        flow = self.flow
+        return DecomposableFlow(
+            decomposition(flow, self.num_levels, self.std),
+            stage_probs=flow.stage_probs,
+            per_sample=flow.per_sample,
+            location=flow.location,
+            earlier_location=flow.earlier_location,
+            scale=flow.scale,
+            seed=seed,
+        )
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps({**to_json(self)}, indent=2) + "\n"
+        write_bytes(folder / NAME, text.encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Recipe:
+        values = json.loads((folder / NAME).read_text())
+        return from_json(cls, values)
+
+    def check_same(self, saved: Recipe, where: Path) -> None:
+        """Raise one ValueError that names what a checkpoint was trained with and this run is not.
+        The loss and the sampler may change; what the weights mean may not."""
+        pairs = [(f"model.{k}", v, self.model[k]) for k, v in saved.model.items()]
+        pairs += [
+            (f"flow.{k}", getattr(saved.flow, k), getattr(self.flow, k))
+            for k in ("decomposition", "filter", "factor", "standardise")
+        ]
+        names = "shape", "num_classes", "std"
+        pairs += [(f"data.{k}", getattr(saved, k), getattr(self, k)) for k in names]
+        plain = [(name, json.dumps(a), json.dumps(b)) for name, a, b in pairs]
+        if wrong := [f"{name}: saved {a}, now {b}" for name, a, b in plain if a != b]:
+            raise ValueError(f"train: {where} does not fit this run: " + "; ".join(wrong))
+
+
+def decomposition(
+    flow: FlowConfig, num_levels: int, std: Sequence[float] | None = None
+) -> Decomposition:
+    factor = flow.factor[0] if len(flow.factor) == 1 else flow.factor
+    if flow.decomposition == "haar":
+        return Haar(num_levels, factor, std=std)
+    return Laplacian(num_levels, flow.filter, factor, std=std)
+
+
+def recipe_of(config: TrainConfig, dataset: Dataset, std: list[float] | None) -> Recipe:
+    """The recipe of a run. `std` are the deviations of the levels where they are needed: see
+    `measure`."""
+    model, shape = config.model, tuple(dataset.shape)
+    levels = len(model.patch_sizes)
+    split = decomposition(config.flow, levels)
+    shapes = split.shapes((1, *shape))
+    width, depth, heads = (
+        own or default
+        for own, default in zip(
+            (model.width, model.depth, model.heads), SIZES[model.size], strict=True
+        )
+    )
+    grid = _tokens(shapes, model.patch_sizes)
+    divided = config.flow.standardise
+    arguments = {
+        "in_channels": [s[1] for s in shapes],
+        "patch_sizes": list(model.patch_sizes),
+        "hidden_size": width,
+        "depth": depth,
+        "num_heads": heads,
+        "num_classes": dataset.num_classes,
+        # Labels are dropped by the data order, which is the same on any number of ranks.
+        "class_dropout": 0.0,
+        "input_size": list(grid[-2:]),
+        "positions": model.positions,
+        "qk_norm": model.qk_norm,
+        "stage_embedding": model.stage_embedding,
+        "data_std": ([1.0] * levels if divided else std) if model.precondition else None,
+        "checkpointing": model.checkpointing,
+    }
+    return Recipe(
+        arguments, config.flow, std if divided else None, shape, dataset.num_classes,
+        tuple(getattr(dataset, "class_names", ())), config.data.name,
+    )  # fmt: skip
+
+
+def needs_std(config: TrainConfig) -> bool:
+    return config.flow.standardise or config.model.precondition
+
+
+def measure(config: TrainConfig, dataset: Dataset) -> list[float]:
+    """Deviations of the levels over the first samples of the run."""
+    split = decomposition(config.flow, len(config.model.patch_sizes))
+
+    def batches() -> Iterator[Tensor]:
+        for first in range(0, min(len(dataset), MEASURED), 64):
+            positions = range(first, min(first + 64, len(dataset), MEASURED))
+            drawn = (draw(config.seed, p, len(dataset)).index for p in positions)
+            yield torch.stack([dataset[i][0] for i in drawn])
+
+    return split.measure_std(batches())
+
+
+def _tokens(shapes: Sequence[tuple[int, ...]], patches: Sequence[int]) -> tuple[int, ...]:
+    """Tokens ((T,) h, w), which all levels must have alike."""
+    grids = []
+    for s, (shape, p) in enumerate(zip(shapes, patches, strict=True)):
+        if shape[-2] % p or shape[-1] % p:
+            got = f"{p} for level {s}, {shape[-2]} x {shape[-1]}"
+            _checks.fail("train", "model.patch_sizes", "numbers that divide the levels' sides", got)
+        grids.append((*shape[2:-2], shape[-2] // p, shape[-1] // p))
+    if len(set(grids)) > 1:
+        got = f"{list(patches)}: tokens {grids}"
+        _checks.fail("train", "model.patch_sizes", "as many tokens on every level", got)
+    return grids[0]
+
+
+def export(folder: Path, recipe: Recipe, weights: dict[str, Tensor]) -> Path:
+    """A folder with config.json, model.safetensors and the recipe: what `dfm-fast sample` takes,
+    and `DFMTransformer.from_pretrained`."""
+    with torch.device("meta"):
+        model = recipe.build_model()
+    model.load_state_dict(weights, assign=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.write(folder)
+    model.save_pretrained(folder)
+    return folder

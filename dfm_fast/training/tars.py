@@ -1,0 +1,150 @@
+"""WebDataset shards: tar files in which the files of a sample stand together under one key.
+
+Names and expansion of patterns are webdataset's own functions. Its pipelines are streams, though,
+which cannot be resumed in the middle or shuffled exactly: here an index of where every file lies in
+its tar makes them map-style.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from dfm_fast import _checks
+from dfm_fast.training.datasets import DataConfig, Dataset, Item, report_skipped, require, root_of
+from dfm_fast.training.images import SUFFIXES, Substituting, Unusable, read_picture
+
+LABELS = ("cls", "json")  # an integer; or an object with one under "label"
+
+
+@dataclass(frozen=True)
+class Sample:
+    shard: str
+    key: str
+    start: int  # of the picture's bytes
+    size: int
+    label: int | None
+
+
+def opened(config: DataConfig, split: str) -> Dataset:
+    """The samples of all shards that the split's root names."""
+    require("webdataset", "webdataset", config.name)
+    require("PIL", "pillow", config.name)
+    shards = shard_paths(root_of(config, split))
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(_indexed, shards))
+    samples = [sample for found, _ in parts for sample in found]
+    skipped = [pair for _, left_out in parts for pair in left_out]
+    if not samples and not skipped:
+        _checks.fail("open_dataset", "root", f"pictures ({', '.join(SUFFIXES)})", f"none: {shards}")
+    report_skipped(config, skipped, len(samples))
+    data = Tars(samples, _class_names(config, samples), config.size or 256, config.strict)
+    data.skipped = skipped
+    return data
+
+
+class Tars(Substituting):
+    """Pictures in tar files, read from where they lie."""
+
+    def __init__(
+        self, samples: Sequence[Sample], class_names: Sequence[str], size: int, strict: bool
+    ) -> None:
+        super().__init__(class_names, strict)
+        self.samples = samples
+        self.shape = (3, size, size)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        return f"{self.samples[index].shard}: {self.samples[index].key}"
+
+    def read(self, index: int) -> Item:
+        sample = self.samples[index]
+        with open(sample.shard, "rb") as file:
+            file.seek(sample.start)
+            data = io.BytesIO(file.read(sample.size))
+        return read_picture(data, self.shape[-1]), sample.label if self.num_classes else 0
+
+
+def shard_paths(root: Path) -> list[str]:
+    """Tar files of a folder, or those that a pattern such as data/{000..099}.tar names."""
+    from webdataset.shardlists import expand_urls
+
+    if root.is_dir():
+        paths = sorted(str(path) for path in root.glob("*.tar"))
+    else:
+        paths = expand_urls(str(root))
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing or not paths:
+        raise FileNotFoundError(f"open_dataset: root: expected tar files, got {missing or root}")
+    return paths
+
+
+def _indexed(shard: str) -> tuple[list[Sample], list[tuple[str, str]]]:
+    """(samples, what is left out) of a shard; labels are read, pictures are not."""
+    samples, left_out = [], []
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for key, members in _grouped(tar):
+                try:
+                    samples.append(_sample(shard, key, members, tar))
+                except Unusable as error:
+                    left_out.append((f"{shard}: {key}", str(error)))
+    except tarfile.TarError as error:
+        left_out.append((shard, f"unreadable ({error})"))
+    return samples, left_out
+
+
+def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """(key, extension -> file) of neighbours that share a key."""
+    from webdataset.tariterators import base_plus_ext
+
+    last, members = None, {}
+    for member in tar:
+        key, extension = base_plus_ext(member.name)
+        if not member.isfile() or key is None:
+            continue
+        if key != last and members:
+            yield last, members
+            members = {}
+        last = key
+        members[extension.lower()] = member
+    if members:
+        yield last, members
+
+
+def _sample(
+    shard: str, key: str, members: dict[str, tarfile.TarInfo], tar: tarfile.TarFile
+) -> Sample:
+    pictures = [m for ext, m in members.items() if f".{ext.rsplit('.', 1)[-1]}" in SUFFIXES]
+    if not pictures:
+        raise Unusable(f"no picture among {sorted(members)}")
+    label = next((_label(ext, tar, members[ext]) for ext in LABELS if ext in members), None)
+    return Sample(shard, key, pictures[0].offset_data, pictures[0].size, label)
+
+
+def _label(extension: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
+    data = tar.extractfile(member).read()
+    try:
+        value = json.loads(data)
+        value = value.get("label") if extension == "json" else value
+    except (ValueError, AttributeError):
+        value = repr(data[:20])
+    if value is not None and (not isinstance(value, int) or value < 0):
+        raise Unusable(f"label: expected an integer from 0 on, got {value}")
+    return value
+
+
+def _class_names(config: DataConfig, samples: Sequence[Sample]) -> list[str]:
+    """Classes 0 to the largest label; none where some sample has no label."""
+    labels = [sample.label for sample in samples]
+    if not config.labels or None in labels:
+        return []
+    return [str(i) for i in range(max(labels) + 1)]

@@ -1,0 +1,272 @@
+"""The commands: configurations, presets, logs, pictures of trained and exported models."""
+
+import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import run_python
+from test_training import MODEL, tiny
+
+from dfm_fast import cli
+from dfm_fast._library import INTERPRET
+from dfm_fast.flow import Haar
+from dfm_fast.models import DFM_XL, DFMTransformer
+from dfm_fast.training import loop, pictures, recipes, saved
+from dfm_fast.training.config import (
+    PRESETS,
+    DataConfig,
+    FlowConfig,
+    ModelConfig,
+    TrainConfig,
+    check,
+    from_json,
+    preset,
+    to_json,
+)
+
+tyro = pytest.importorskip("tyro")
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("sklearn")
+pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing of it is a kernel")
+
+TINY = [
+    "--preset", "digits", "--model.width", "32", "--model.depth", "1", "--model.heads", "2",
+    "--batch", "8", "--steps", "2", "--log-every", "1", "--sample-count", "10",
+    "--flow.sample-steps", "2", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder that `dfm-fast train` filled."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    result = run_python("-m", "dfm_fast.cli", "train", *TINY, "--out", str(folder))
+    assert result.returncode == 0, result.stderr
+    assert f"trained 2 steps; the model: {folder / loop.EXPORT}" in result.stdout
+    return folder
+
+
+def dataset(shape, classes=1000):
+    return SimpleNamespace(shape=shape, num_classes=classes)
+
+
+# --- Configurations ---
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_survive_json_and_make_a_model(name):
+    config = preset(name, "somewhere", seed=3)
+    assert from_json(TrainConfig, to_json(config)) == config
+    check(config, 8)
+    latent = (4, 3, 64, 64) if name.startswith("kinetics") else (4, 128, 128)
+    latent = (4, 64, 64) if name.startswith("imagenet-512") else latent
+    shape = {"digits": (1, 16, 16), "photos": (3, 64, 64)}.get(name, latent)
+    recipe = recipes.recipe_of(config, dataset(shape), [0.5] * len(config.model.patch_sizes))
+    assert from_json(recipes.Recipe, to_json(recipe)) == recipe
+    with torch.device("meta"):
+        recipe.build_model()
+        levels = [torch.empty(s) for s in recipe.build_flow().decomposition.shapes((1, *shape))]
+    assert len(recipe.steps) == len(levels)
+
+
+def test_the_largest_preset_is_the_papers_network():
+    """With qk_norm, which the paper's counts hint at; else the parameters of DFM_XL."""
+    model = replace(preset("imagenet-512-xl", "x").model, qk_norm=False)
+    config = preset("imagenet-512-xl", "x", model=model)
+    with torch.device("meta"):
+        own = recipes.recipe_of(config, dataset((4, 64, 64)), None).build_model()
+        count = sum(p.numel() for p in DFM_XL().parameters())
+    assert sum(p.numel() for p in own.parameters()) == count == 679_107_476
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("batch", {"batch": 9, "accumulate": 2}),
+        ("steps", {"steps": -1}),
+        ("keep", {"keep": 0}),
+        ("flow.sample_steps", {"flow": FlowConfig(sample_steps=(3,))}),
+        ("model.patch_sizes", {"model": ModelConfig(width=32, heads=2, patch_sizes=(1, 4))}),
+        ("model.patch_sizes", {"model": ModelConfig(width=32, heads=2, patch_sizes=(3, 6))}),
+        ("hidden_size", {"model": ModelConfig(width=33, heads=2, patch_sizes=(2, 4))}),
+        ("stage_probs", {"flow": FlowConfig(stage_probs=(0.5, 0.6))}),
+        ("name", {"data": DataConfig(name="nothing")}),
+    ],
+)
+def test_bad_configurations_name_the_field(tmp_path, name, changes):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        loop.train(tiny(tmp_path, **changes))
+    assert f"{name}: expected " in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "digits"], "--out"),
+        (["--preset", "digits", "--out", "x", "--optimizer.lr", "high"], "could not convert"),
+        (["--preset", "nothing", "--out", "x"], "invalid choice: 'nothing'"),
+        (["--preset", "digits", "--out", "x", "--no-such-field", "3"], "no-such-field"),
+        (["--out", "x", "--steps", "0", "--batch", "0"], "train: batch: expected at least 1"),
+    ],
+)
+def test_bad_command_lines(tmp_path, monkeypatch, capfd, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(["train", *arguments])
+    except SystemExit as leaving:
+        status = leaving.code
+    assert status == 2
+    out, err = capfd.readouterr()
+    assert message in out + err
+    assert "Traceback" not in out + err
+
+
+def test_other_commands_take_no_unknown_options(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["info", "--preset", "digits"])
+    assert "unrecognized arguments: --preset digits" in capsys.readouterr().err
+
+
+# --- What a run leaves ---
+
+
+def test_scalars_and_grids_are_logged(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "logs")).Reload()
+    scalars = events.Tags()["scalars"]
+    assert {"loss", "loss/level_0", "lr", "grad_norm", "images_per_second"} <= set(scalars)
+    assert [e.step for e in events.Scalars("loss")] == [1, 2]
+    assert events.Scalars("lr")[1].value > events.Scalars("lr")[0].value > 0
+    assert "samples" in events.Tags()["images"]
+    assert Image.open(trained / "samples" / "step-00000002.png").size == (64, 10 * 66 - 2)
+
+
+def test_resume_takes_the_folders_configuration(trained):
+    from dfm_fast.cli.train import parse
+
+    config = parse(None, True, ["--out", str(trained), "--steps", "3"])
+    assert config.steps == 3
+    assert config.model.width == 32
+    assert config.batch == 8
+    # In a new folder it begins, with the preset's.
+    assert parse("photos", True, ["--out", str(trained / "new")]).data.name == "photos"
+
+
+def test_sampling_needs_only_the_folder(trained, tmp_path, monkeypatch, capsys):
+    """From the training folder, a checkpoint and the exported model: the same pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # no dataset
+    files = []
+    places = trained, trained / "checkpoints" / "step-00000002", trained / "model"
+    for i, path in enumerate(places):
+        options = ["--steps", "2", "2", "--classes", "7", "2", "--count", "3", "--cfg", "2"]
+        out = tmp_path / f"{i}" / "grid.png"
+        assert cli.main(["sample", str(path), *options, "--out", str(out), "--previews"]) == 0
+        assert sorted(p.name for p in out.parent.iterdir()) == ["grid-stage1.png", "grid.png"]
+        files.append(out.read_bytes())
+    assert files[0] == files[1] == files[2]
+    image = Image.open(tmp_path / "0" / "grid.png")
+    assert image.size == (3 * 66 - 2, 2 * 66 - 2)
+    capsys.readouterr()
+    assert cli.main(["sample", str(trained), "--seed", "1", "--count", "1"]) == 0
+    assert Image.open("grid.png").size == (64, 10 * 66 - 2)  # one of each class
+
+
+def test_an_exported_folder_is_a_model(trained):
+    recipe, model = saved.open_model(trained / "model")
+    assert isinstance(model, DFMTransformer)
+    assert not model.training
+    assert recipe.class_names == tuple("0123456789")
+    _, other = saved.open_model(trained)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "10"], "--classes: expected numbers below 10, or names of classes, got 10"),
+        (["--classes", "cat"], "--classes: expected numbers below 10"),
+        (["--count", "0"], "--count: expected at least 1"),
+        (["--steps", "3"], "steps: expected 2 numbers"),
+        (["--threshold", "2"], "threshold: expected noise levels"),
+        (["--out", "grid.xyz", "--count", "1", "--steps", "1", "1"], "an ending such as"),
+    ],
+)
+def test_bad_sampling(trained, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sample", str(trained), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_sampling_from_nothing(tmp_path, capsys):
+    assert cli.main(["sample", str(tmp_path)]) == 2
+    assert (
+        "expected a training folder, a checkpoint or an exported model" in capsys.readouterr().err
+    )
+
+
+# --- Options of a run ---
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"flow": FlowConfig(standardise=True, per_sample=True)},
+        {
+            "flow": FlowConfig(decomposition="haar"),
+            "model": replace(MODEL, patch_sizes=(2, 2)),
+        },
+        {"model": replace(MODEL, precondition=True, stage_embedding=True)},
+        {"model": replace(MODEL, patch_sizes=(4,), checkpointing=True)},
+        {"data": DataConfig(name="digits", labels=False, flip=True)},
+    ],
+    ids=lambda c: "-".join(map(str, c)),
+)
+def test_options_train_and_resume(tmp_path, changes):
+    """Two steps and a third after resuming, which measures nothing again."""
+    losses = []
+    for steps in (2, 3):
+        config = tiny(tmp_path, steps=steps, sample_every=3, sample_count=4, **changes)
+        loop.train(config, resume=steps == 3, on_step=lambda r: losses.append(r))
+    assert [r.step for r in losses] == [1, 2, 3]
+    assert all(math.isfinite(r.loss) and r.loss > 0 for r in losses)
+    recipe, model = saved.open_model(tmp_path / "model")
+    levels = len(config.model.patch_sizes)
+    if config.flow.standardise:
+        assert all(s > 0 for s in recipe.std)
+        assert recipe.std != [1.0] * levels
+    if config.model.precondition:
+        assert all(0 < s < 1 for s in model.data_std)
+    if config.flow.decomposition == "haar":
+        assert isinstance(recipe.build_flow().decomposition, Haar)
+    assert (tmp_path / "samples" / "step-00000003.png").exists()
+
+
+# --- Pictures ---
+
+
+def test_grids():
+    x = torch.full((3, 1, 8, 8), -1.0)
+    x[1], x[2] = 1.0, math.nan
+    image = pictures.grid(x, 2)
+    assert image.shape == (64 * 2 + 2, 64 * 2 + 2, 3)
+    assert (image[:64, :64] == 0).all()
+    assert (image[:64, 66:] == 255).all()
+    assert (image[66:, :64] == 0).all()  # nan is black
+    assert (image[66:, 66:] == 255).all()  # nothing there
+    assert pictures.grid(torch.randn(2, 16, 64, 64)).shape == (64, 130, 3)
+    assert pictures.grid(torch.randn(2, 3, 5, 64, 64)).shape == (5, 64, 130, 3)
+
+
+def test_videos_move(tmp_path):
+    clip = pictures.grid(torch.rand(1, 3, 4, 64, 64) * 2 - 1)
+    assert Image.open(pictures.write(tmp_path / "clip.gif", clip)).n_frames == 4
+    assert Image.open(pictures.write(tmp_path / "clip.png", clip)).size == (256, 64)

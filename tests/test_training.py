@@ -1,0 +1,294 @@
+"""The training loop: resumed exactly, on any number of ranks, saved whole, stopped in order."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import ROOT, run_python
+
+from dfm_fast._library import INTERPRET
+from dfm_fast.training import distributed, loop, orders
+from dfm_fast.training.checkpoints import CheckpointError, Checkpoints
+from dfm_fast.training.config import FlowConfig, ModelConfig, OptimizerConfig, preset
+from dfm_fast.training.monitors import NotFinite
+
+pytest.importorskip("sklearn")
+pytest.importorskip("tensorboard")
+pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing of it is a kernel")
+
+MODEL = ModelConfig(width=32, depth=2, heads=2, patch_sizes=(2, 4), class_dropout=0.3)
+
+
+def tiny(out, **changes):
+    """Constant learning rate: what a step does must not depend on how many are to come."""
+    options = {
+        "model": MODEL, "flow": FlowConfig(stage_probs=(0.6, 0.4), sample_steps=(2, 1)),
+        "optimizer": OptimizerConfig(lr=3e-3, warmup=2, ema=0.5), "batch": 8, "steps": 6,
+        "save_every": 3, "sample_every": 0, "log_every": 2, "device": "cpu",
+    }  # fmt: skip
+    return preset("digits", out, **{**options, **changes})
+
+
+def run(config, **options):
+    """(losses by step, outcome)"""
+    losses = {}
+    outcome = loop.train(config, on_step=lambda r: losses.update({r.step: r.loss}), **options)
+    return losses, outcome
+
+
+def weights(folder):
+    """All that a checkpoint holds, by key."""
+    import torch.distributed.checkpoint as dcp
+
+    path = Checkpoints(folder / loop.CHECKPOINTS).latest()
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(v.size, dtype=v.properties.dtype) if hasattr(v, "size") else None
+        for name, v in metadata.items()
+    }
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def assert_same_state(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    assert any(name.startswith("optimizer.") for name in a)
+    for name, value in a.items():
+        same = torch.equal(value, b[name]) if torch.is_tensor(value) else value == b[name]
+        assert same, name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, losses) of a run that nothing stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(tiny(folder))[0]
+
+
+# --- Data order ---
+
+
+def test_every_epoch_has_every_sample_once():
+    for epoch in range(3):
+        found = [orders.draw(5, epoch * 11 + i, 11).index for i in range(11)]
+        assert sorted(found) == list(range(11))
+    first = [orders.draw(5, i, 11) for i in range(22)]
+    assert [orders.draw(5, i, 11) for i in reversed(range(22))] == first[::-1]
+    assert [d.index for d in first[:11]] != [d.index for d in first[11:]]
+    assert [orders.draw(6, i, 11).index for i in range(11)] != [d.index for d in first[:11]]
+    many = [orders.draw(0, i, 7, 0.1) for i in range(4000)]
+    for share, p in ((sum(d.flip for d in many), 0.5), (sum(d.drop for d in many), 0.1)):
+        assert abs(share - 4000 * p) < 5 * math.sqrt(4000 * p * (1 - p))
+
+
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_ranks_and_parts_share_a_batch(world, parts):
+    slices = [orders.Slices(24, 2, 12, parts, rank, world) for rank in range(world)]
+    for step in range(2):
+        found = []
+        for part, s in itertools.product(range(parts), slices):
+            positions = list(s)[step * parts + part]
+            row = s.start(part)
+            assert positions == list(range(24 + 12 * step + row, 24 + 12 * step + row + s.rows))
+            found += positions
+        assert sorted(found) == list(range(24 + 12 * step, 36 + 12 * step))
+
+
+def test_workers_keep_the_order():
+    data = [(torch.full((1, 2, 2), float(i)), i) for i in range(10)]
+    ordered = orders.Ordered(data, 3, True, 0.5, 99)
+    slices = orders.Slices(4, 5, 4, 1, 0, 1)
+    both = [list(orders.loader(ordered, slices, n, False)) for n in (0, 2)]
+    for a, b in zip(*both, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+    labels = torch.cat([y for _, y in both[0]])
+    assert (labels == 99).any()
+    assert (labels != 99).any()
+
+
+# --- Resuming ---
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, stop):
+    folder, losses = whole
+
+    def interrupt(report):
+        first[report.step] = report.loss
+        if report.step == stop:
+            os.kill(os.getpid(), signal.SIGTERM if stop == 2 else signal.SIGINT)
+
+    first, before = {}, [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    outcome = loop.train(tiny(tmp_path), on_step=interrupt)
+    assert outcome.stopped_by == ("SIGTERM" if stop == 2 else "SIGINT")
+    assert stop <= outcome.step <= stop + 1  # reports come a step late
+    assert outcome.checkpoint == Checkpoints(tmp_path / loop.CHECKPOINTS).latest()
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+    torch.rand(7)  # no global generator has a say
+    second, _ = run(tiny(tmp_path), resume=True)
+    assert {**first, **second} == losses
+    assert min(second) == outcome.step + 1
+    assert_same_state(folder, tmp_path)
+
+
+def test_parts_of_a_batch_give_the_losses_of_the_batch(whole, tmp_path):
+    losses, _ = run(tiny(tmp_path, accumulate=2, steps=4))
+    assert losses == pytest.approx({k: whole[1][k] for k in losses}, rel=1e-5)
+
+
+def test_the_average_is_of_the_weights(whole):
+    """EMA of decay 0.5, from the trajectory: after one step it is the weights."""
+    state = weights(whole[0])
+    a, b = state["ema.heads.weight"], state["model.heads.weight"]
+    assert not torch.equal(a, b)
+    assert (a - b).abs().max() < b.abs().max()
+
+
+def test_a_folder_with_checkpoints_needs_resume(whole):
+    with pytest.raises(ValueError, match="train: out: expected a new folder, or --resume, got one"):
+        loop.train(tiny(whole[0]))
+
+
+def test_killed_in_mid_run_it_loses_only_the_steps_since_the_last_checkpoint(whole, tmp_path):
+    arguments = "import sys, test_training as t, time; from pathlib import Path\n"
+    arguments += "c = t.tiny(Path(sys.argv[1]), save_every=1, steps=6)\n"
+    arguments += "t.loop.train(c, on_step=lambda r: time.sleep(0.3))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", arguments, str(tmp_path)], cwd=ROOT / "tests",
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    checkpoints, limit = Checkpoints(tmp_path / loop.CHECKPOINTS, keep=2), time.monotonic() + 120
+    while len(checkpoints.all()) < 2 and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.02)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    last = checkpoints.latest()
+    assert 2 <= int(last.name.removeprefix("step-")) < 6
+    # What a kill while saving leaves behind is no checkpoint, and goes with the next one.
+    left = shutil.copytree(last, last.with_name(".tmp-step-00000099"))
+    losses, outcome = run(tiny(tmp_path, save_every=1), resume=True)
+    assert min(losses) == int(last.name.removeprefix("step-")) + 1
+    assert losses == {k: whole[1][k] for k in losses}
+    assert outcome.step == 6
+    assert not left.exists()
+    assert [p.name for p in checkpoints.all()] == ["step-00000005", "step-00000006"]
+    assert_same_state(whole[0], tmp_path)
+
+
+# --- Checkpoints ---
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    before = weights(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = tiny(tmp_path, steps=7)
+    # Files over this size fail while they are written; the logs are smaller.
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"could not save .*step-00000007: OSError") as e:
+            loop.train(config, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    folder = tmp_path / loop.CHECKPOINTS
+    assert f"the last good checkpoint: {folder / 'step-00000006'}" in str(e.value)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000003", "step-00000006"]
+    after = weights(tmp_path)
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if torch.is_tensor(v))
+    losses, _ = run(config, resume=True)  # space again
+    assert list(losses) == [7]
+
+
+def test_checkpoints_of_another_shape_name_the_keys(whole):
+    other = dataclasses.replace(MODEL, width=64, qk_norm=False)
+    with pytest.raises(ValueError, match="does not fit this run") as e:
+        loop.train(tiny(whole[0], model=other), resume=True)
+    assert "model.hidden_size: saved 32, now 64" in str(e.value)
+    assert "model.qk_norm: saved true, now false" in str(e.value)
+    path = Checkpoints(whole[0] / loop.CHECKPOINTS).latest()
+    state = {"model": {"heads.bias": torch.zeros(3), "tail": torch.zeros(1)}}
+    with pytest.raises(ValueError, match="does not fit the model") as e:
+        loop.load(path, state)
+    assert "model.heads.bias: expected shape [3], got [20]" in str(e.value)
+    assert "model.tail: missing" in str(e.value)
+
+
+def test_nan_stops_with_the_step_and_the_last_good_checkpoint(tmp_path, monkeypatch):
+    opened = loop.open_dataset
+
+    def broken(config, split):
+        data = opened(config, split)
+        data.x = data.x.clone()
+        data.x[orders.draw(0, 8 * 4 + 2, len(data)).index] = math.nan  # comes in step 5
+        return data
+
+    monkeypatch.setattr(loop, "open_dataset", broken)
+    with pytest.raises(NotFinite, match=r"step 5: loss nan.*checkpoint: .*step-00000003"):
+        loop.train(tiny(tmp_path))
+    assert [p.name for p in Checkpoints(tmp_path / loop.CHECKPOINTS).all()] == ["step-00000003"]
+
+
+# --- Ranks ---
+
+
+def torchrun(kind, folder):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
+    result = run_python(
+        *launcher, __file__, kind, str(folder), env={"OMP_NUM_THREADS": "1"}, timeout=180
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return {int(k): v for k, v in json.loads((folder / "losses.json").read_text()).items()}
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_give_the_losses_of_one(whole, tmp_path, kind):
+    """From the start, and from one process' checkpoint; and back to one process."""
+    folder, losses = whole
+    found = torchrun(kind, tmp_path)
+    assert found == pytest.approx({k: losses[k] for k in found}, rel=1e-4)
+    assert list(found) == [1, 2, 3, 4]
+    back, _ = run(tiny(tmp_path), resume=True)
+    assert list(back) == [5, 6]
+    assert back == pytest.approx({k: losses[k] for k in back}, rel=1e-4)
+    a, b = weights(folder), weights(tmp_path)
+    for name, value in a.items():
+        if torch.is_tensor(value):
+            torch.testing.assert_close(value, b[name], atol=2e-4, rtol=1e-2, msg=name)
+
+
+def ranks(kind, folder):
+    """What each rank runs: two steps, then a resumed two."""
+    losses = {}
+    for steps in (2, 4):
+        config = tiny(folder, steps=steps, distribution=kind, save_every=2, accumulate=2)
+        losses |= run(config, resume=steps == 4)[0]
+    if dist.get_rank() == 0:
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    ranks(sys.argv[1], Path(sys.argv[2]))
+    distributed.leave(0)
