@@ -18,7 +18,7 @@ from dfm_fast.models import (
     expand_to_dfm,
     sit_state_dict,
 )
-from dfm_fast.models.dfm import precondition, sincos_2d
+from dfm_fast.models._functions import precondition, sincos_2d
 from dfm_fast.models.dfm_plain import plain_forward
 
 SMALL = {"hidden_size": 64, "depth": 2, "num_heads": 2, "num_classes": 10, "input_size": (8, 8)}

@@ -8,15 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfm_fast.models.dfm import (
-    EPS,
-    DFMTransformer,
+from dfm_fast.models._functions import (
     Levels,
     patchify,
     precondition,
     timestep_embedding,
     unpatchify,
 )
+from dfm_fast.models.dfm import EPS, DFMTransformer
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
