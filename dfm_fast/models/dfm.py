@@ -14,6 +14,8 @@ that is not active is None, counts as zeros, and still adds b_s and mlp_s(1). It
 
 One matrix product embeds the patches of all levels, one makes the modulations of all blocks and
 heads, one computes all heads: (norm(x) (1 + scale)) H = norm(x) (H (1 + scale)), and H is small.
+Modulations depend on noise levels and labels alone: where a schedule is known, `modulation_table`
+makes those of all its steps at once.
 """
 
 from __future__ import annotations
@@ -128,13 +130,16 @@ class DFMTransformer(Pretrained):
         input_size: tokens (h, w) whose positions are kept as a buffer; others are computed.
         positions: "sincos" (fixed, added to the tokens; images) or "rope" (rotary, 2-D or 3-D).
         qk_norm: RMSNorm of queries and keys.
+        block_conditioning: block i sees A_i c + a_i for c (D x D, starting as the identity): the
+            layer that the paper's parameter count holds and the released code does not.
         stage_embedding: add a learned embedding of a sample's stage (its number of active levels).
         data_std: deviation of each level's data, for EDM preconditioning; None is without.
         flip_time: embed 1 - t, as models whose time runs from noise to data were trained.
         checkpointing: recompute blocks in backward.
 
     Defaults are the options of the released code. Parameters at 1000 classes, C = 4:
-    B 132,279,572, L 461,245,460, XL/2 679,107,476.
+    B 132,279,572, L 461,245,460, XL/2 679,107,476. The paper's network has `qk_norm` and
+    `block_conditioning`: 712,122,112 for one level of C = 16, as printed there (712.122 M).
 
     Raises:
         TypeError, ValueError: arguments; in forward, levels of other shapes.
@@ -154,6 +159,7 @@ class DFMTransformer(Pretrained):
         input_size: tuple[int, int] = (32, 32),
         positions: str = "sincos",
         qk_norm: bool = False,
+        block_conditioning: bool = False,
         stage_embedding: bool = False,
         data_std: Sequence[float] | None = None,
         flip_time: bool = False,
@@ -179,6 +185,9 @@ class DFMTransformer(Pretrained):
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
         )
+        self.block_conditioning = (
+            nn.Linear(hidden_size, depth * hidden_size) if block_conditioning else None
+        )
         # Six vectors for each block, then shift and scale for each level's head.
         self.modulation = nn.Linear(hidden_size, (6 * depth + 2 * self.num_levels) * hidden_size)
         self.heads = nn.Linear(hidden_size, sum(self.sizes))
@@ -188,7 +197,7 @@ class DFMTransformer(Pretrained):
 
     def reset_parameters(self) -> None:
         """As DiT: Xavier, small normal embeddings; modulations and heads 0, so that every block is
-        the identity and every velocity 0."""
+        the identity and every velocity 0. Every block's conditioning is c at first."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -205,6 +214,9 @@ class DFMTransformer(Pretrained):
             nn.init.xavier_uniform_(weight)
         for layer in (self.modulation, self.heads):
             nn.init.zeros_(layer.weight)
+        if self.block_conditioning is not None:
+            for weight in self.block_conditioning.weight.chunk(self.depth):
+                nn.init.eye_(weight)
 
     def reset_buffers(self) -> None:
         device = self.patch_bias.device
@@ -217,7 +229,13 @@ class DFMTransformer(Pretrained):
         return self.num_classes
 
     def forward(
-        self, levels: Levels, t: Tensor, active: Tensor | None = None, *, y: Tensor | None = None
+        self,
+        levels: Levels,
+        t: Tensor,
+        active: Tensor | None = None,
+        *,
+        y: Tensor | None = None,
+        modulations: Tensor | None = None,
     ) -> list[Tensor | None]:
         """Velocities of the levels that are given.
 
@@ -227,6 +245,8 @@ class DFMTransformer(Pretrained):
             t: [N, L], noise level of each: 1 is pure noise, and what inactive levels have.
             active: [N, L] bool; only `stage_embedding` asks for it.
             y: [N] int64 labels; None is the null label.
+            modulations: those of t, active and y where they are known: a step's of
+                `modulation_table`.
 
         Returns:
             Like levels.
@@ -239,9 +259,11 @@ class DFMTransformer(Pretrained):
             x = x + self._position_table(grid)
         # Under autocast products are narrow: the sum of all blocks is not.
         x = x.to(self.patch_bias.dtype)
-        modulations = self.modulations(self.conditioning(t, active, y))
-        x = self._run_blocks(x, modulations, rotary)
-        velocities = self._velocities(x, modulations, levels)
+        if modulations is None:
+            modulations = self.modulations(self.conditioning(t, active, y))
+        vectors = self._vectors(modulations)
+        x = self._run_blocks(x, vectors, rotary)
+        velocities = self._velocities(x, vectors, levels)
         return [
             v if v is None or o is None else o(v) for v, o in zip(velocities, outer, strict=True)
         ]
@@ -270,24 +292,56 @@ class DFMTransformer(Pretrained):
             c = c + self.stage_embedder(active.sum(1) - 1)
         return c
 
-    def modulations(self, c: Tensor) -> list[tuple[Tensor, ...]]:
-        """For each block six vectors [N, D], for each level's head two; views of one product."""
-        vectors = self.modulation(F.silu(c)).chunk(6 * self.depth + 2 * self.num_levels, -1)
+    def modulations(self, c: Tensor) -> Tensor:
+        """[N, (6 depth + 2 L) D]: six vectors for each block, then two for each level's head."""
+        if self.block_conditioning is None:
+            return self.modulation(F.silu(c))
+        # A product for each block, of its own c [depth, N, D] and its rows of the weight.
+        own = F.silu(self.block_conditioning(c)).unflatten(-1, (self.depth, -1)).transpose(0, 1)
+        sizes = [6 * self.depth * self.hidden_size, 2 * self.num_levels * self.hidden_size]
+        weights, biases = self.modulation.weight.split(sizes), self.modulation.bias.split(sizes)
+        weight, bias = weights[0].unflatten(0, (self.depth, -1)), biases[0].view(self.depth, 1, -1)
+        blocks = torch.baddbmm(bias, own, weight.transpose(1, 2))
+        heads = F.linear(F.silu(c), weights[1], biases[1])
+        return torch.cat((blocks.transpose(0, 1).flatten(1), heads), -1)
+
+    def modulation_table(
+        self, t: Tensor, active: Tensor | None = None, *, y: Tensor | None = None
+    ) -> Tensor | None:
+        """The modulations of K steps ahead: their weights, a third of the model, are read once.
+
+        Args:
+            t: [K, N, L].
+            active, y: as in forward, the same in all steps.
+
+        Returns:
+            [K, N, (6 depth + 2 L) D], of which row k is `forward`'s `modulations` in step k; None
+            where it would be larger than the weights, or these are sharded.
+        """
+        steps, batch = t.shape[:2]
+        sharded = type(self.modulation.weight) is not nn.Parameter  # whole in forward only
+        if sharded or steps * batch > self.hidden_size:
+            return None
+        self._check_labels(y, batch)
+        active = None if active is None else active.repeat(steps, 1)
+        y = None if y is None else y.repeat(steps)
+        c = self.conditioning(t.flatten(0, 1), active, y)
+        return self.modulations(c).unflatten(0, (steps, batch))
+
+    def _vectors(self, modulations: Tensor) -> list[tuple[Tensor, ...]]:
+        """For each block six [N, D], for each level's head two; views."""
+        vectors = modulations.chunk(6 * self.depth + 2 * self.num_levels, -1)
         heads = vectors[6 * self.depth :]
         blocks = [vectors[6 * i : 6 * i + 6] for i in range(self.depth)]
         return [*blocks, *(heads[2 * s : 2 * s + 2] for s in range(self.num_levels))]
 
-    def _run_blocks(
-        self, x: Tensor, modulations: Sequence[Sequence[Tensor]], rotary: Any
-    ) -> Tensor:
+    def _run_blocks(self, x: Tensor, vectors: Sequence[Sequence[Tensor]], rotary: Any) -> Tensor:
         """The plain norm of what the last block gives."""
-        none = [
-            torch.zeros_like(v) for v in modulations[0][:2]
-        ]  # two: Dynamo wants no tensor twice
-        shifts = [*(m[:2] for m in modulations[: self.depth]), none]
+        none = [torch.zeros_like(v) for v in vectors[0][:2]]  # two: Dynamo wants no tensor twice
+        shifts = [*(m[:2] for m in vectors[: self.depth]), none]
         normed = ada_layer_norm(x, *shifts[0], eps=EPS)
         for i, block in enumerate(self.blocks):
-            given = (x, normed, modulations[i], shifts[i + 1], rotary)
+            given = (x, normed, vectors[i], shifts[i + 1], rotary)
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 x, normed = checkpoint(block, *given, use_reentrant=False)
             else:
@@ -295,14 +349,14 @@ class DFMTransformer(Pretrained):
         return normed
 
     def _velocities(
-        self, normed: Tensor, modulations: Sequence[Sequence[Tensor]], levels: Levels
+        self, normed: Tensor, vectors: Sequence[Sequence[Tensor]], levels: Levels
     ) -> list[Tensor | None]:
         """(normed (1 + scale) + shift) H + h of all levels that are given, in one product."""
         given = [s for s, level in enumerate(levels) if level is not None]
         rows, biases = self.heads.weight.split(self.sizes), self.heads.bias.split(self.sizes)
         weights, constants = [], []
         for s in given:
-            shift, scale = modulations[self.depth + s]
+            shift, scale = vectors[self.depth + s]
             weights.append(rows[s] * (1 + scale).unsqueeze(1))  # [N, K, D]
             constants.append(F.linear(shift, rows[s], biases[s]))  # [N, K]
         weight, constant = torch.cat(weights, 1), torch.cat(constants, 1)
@@ -316,13 +370,16 @@ class DFMTransformer(Pretrained):
     def _labels(self, y: Tensor | None, batch: int, device: torch.device) -> Tensor:
         if y is None:
             return torch.full((batch,), self.num_classes, device=device)
-        if y.shape != (batch,) or y.dtype != torch.int64:
-            got = f"{y.dtype} {list(y.shape)}"
-            _checks.fail(type(self).__name__, "y", f"int64 labels [{batch}]", got)
+        self._check_labels(y, batch)
         if self.training and self.class_dropout:
             dropped = torch.rand(batch, device=device) < self.class_dropout
             y = torch.where(dropped, self.num_classes, y)
         return y
+
+    def _check_labels(self, y: Tensor | None, batch: int) -> None:
+        if y is not None and (y.shape != (batch,) or y.dtype != torch.int64):
+            got = f"{y.dtype} {list(y.shape)}"
+            _checks.fail(type(self).__name__, "y", f"int64 labels [{batch}]", got)
 
     def _preconditioned(self, levels: Levels, t: Tensor) -> tuple[list[Tensor | None], list[Any]]:
         """(what the network sees, what is done to each of its outputs)."""
