@@ -18,8 +18,8 @@ the first C are the velocity.
     final_layer.linear [p p C_out, D]       heads [C p p, D]
     pos_embed                               computed
 
-A DFM on SiT's blocks has an x_embedder, a t_embedder and a final_layer for each level. `LEVELS` says
-what they are called where nothing else is known; see `dfm_sit_state_dict`.
+A DFM on SiT's blocks has an x_embedder, a t_embedder and a final_layer for each level. `LEVELS`
+says what they are called where nothing else is known; see `dfm_sit_state_dict`.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def dfm_sit_state_dict(
     """Weights of a DFM on SiT's blocks, as the paper's authors released one, for
     `DFMTransformer(...)`: time runs from data (0) to noise (1), as here.
 
-    The names of a level's parts in that release are documented nowhere outside its code, whose
-    licence is not a free one and which this library was written without. The defaults, `LEVELS`,
-    are SiT's names with a level's number: a guess. Where a checkpoint's keys differ, give its own;
-    `sorted(state)` shows them. Parts that are not there are an error that names the key, never a
-    model that is silently wrong.
+    What a level's parts are called in that release is documented nowhere outside its code, which
+    is for non-commercial use and which this function was written without. The defaults, `LEVELS`,
+    are SiT's names with a level's number: a guess, never tried on the release. Where a checkpoint's
+    keys differ, give its own; `sorted(state)` shows them. A part that is not there is an error
+    that names its key.
 
     Args:
         state: keys may begin with "module.", as DistributedDataParallel saves them.
