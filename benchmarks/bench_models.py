@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Row
 from dfm_fast.models import DFM_S, DFM_XL, DFMTransformer
-from dfm_fast.models.dfm import sincos_2d
+from dfm_fast.models._functions import sincos_2d
 from dfm_fast.models.dfm_plain import plain_forward
 
 F32, BF16 = torch.float32, torch.bfloat16

@@ -3,6 +3,10 @@
 Model protocol: `model(levels, t, active, **cond) -> velocities`. levels and velocities are lists of
 L tensors, coarse to fine; a level that is inactive for the whole batch is None both ways and counts
 as zeros. t [N, L] float32 is the noise level (1 is pure noise), active [N, L] bool.
+
+A model may offer `modulation_table(t, active, **cond)`, t [K, N, L]: what depends on noise levels
+and conditions alone, for K steps ahead, as a tensor [K, ...], or None. The sampler then gives row k
+to step k as `modulations`.
 """
 
 from __future__ import annotations

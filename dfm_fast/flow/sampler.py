@@ -94,7 +94,9 @@ class Sampler:
     ) -> None:
         self.op, self.model, self.decomposition = op, model, decomposition
         self.schedule, self.guidance, self.heun = schedule, guidance, solver == "heun"
-        self.cond, self.check, self.preview = dict(cond), check, preview
+        self.check, self.preview = check, preview
+        # Conditions of c, of u, and (where they can be stacked) of both in one batch.
+        self.conditions: dict[str, dict[str, Any]] = {"cond": dict(cond)}
 
     def __call__(
         self,
@@ -110,8 +112,11 @@ class Sampler:
         self.dt = exact.diff(dim=0).float().to(device)
         self.scales = self.guidance.table(exact)
         self.guided = ((self.scales != 1) & self._active_or_done(exact)).any(1).tolist()
-        self.other = {**self.cond, **(self.guidance.uncond or {})}
-        self.both = _stacked(self.cond, self.other, shapes[0][0]) if any(self.guided) else None
+        if any(self.guided):
+            cond = self.conditions["cond"]
+            other = self.conditions["uncond"] = {**cond, **self.guidance.uncond}
+            if (both := _stacked(cond, other, shapes[0][0])) is not None:
+                self.conditions["both"] = both
         self.w, self.t = self.scales.float().to(device), exact.float().to(device)
         starts = level_offsets(shapes, 0)
         noise = {"device": device, "dtype": dtype}
@@ -137,6 +142,8 @@ class Sampler:
         self, stage: int, steps: range, x: list[Tensor], graphs: bool, bar: Any
     ) -> list[Tensor]:
         step = torch.full((1,), steps.start, dtype=torch.int64, device=x[0].device)
+        # Before any graph is captured: replays only read it.
+        self.ahead, self.start = self._ahead(stage, steps, len(x[0])), steps.start
         if graphs:
             return self._replayed(stage, steps, x, step, bar)
         for k in steps:
@@ -166,27 +173,46 @@ class Sampler:
         self, stage: int, row: int, x: list[Tensor], step: Tensor
     ) -> tuple[Levels, Levels | None]:
         """(conditional, unconditional or None) at a row of the table."""
-        n, count = x[0].shape[0], len(x)
         levels: Levels = [v if s <= stage else None for s, v in enumerate(x)]
-        t = self.t.index_select(0, step).expand(n, count)
-        active = torch.zeros(n, count, dtype=torch.bool, device=t.device)
-        active[:, : stage + 1] = True
+        t = self.t.index_select(0, step)
         if not self.guided[row]:
-            return self._call(levels, t, active, self.cond, row), None
-        if self.both is None:
-            cond = self._call(levels, t, active, self.cond, row)
-            return cond, self._call(levels, t, active, self.other, row)
+            return self._call(levels, t, "cond", row, step), None
+        if "both" not in self.conditions:
+            cond = self._call(levels, t, "cond", row, step)
+            return cond, self._call(levels, t, "uncond", row, step)
         twice = [None if v is None else torch.cat((v, v)) for v in levels]
-        out = self._call(twice, torch.cat((t, t)), torch.cat((active, active)), self.both, row)
+        out = self._call(twice, t, "both", row, step)
         halves = [(None, None) if v is None else v.chunk(2) for v in out]
         return [c for c, _ in halves], [u for _, u in halves]
 
-    def _call(
-        self, levels: Levels, t: Tensor, active: Tensor, cond: Mapping[str, Any], step: int
-    ) -> Levels:
-        out = self.model(levels, t, active, **cond)
-        check_velocities(self.op, out, levels, step, self.check)
+    def _call(self, levels: Levels, t: Tensor, which: str, row: int, step: Tensor) -> Levels:
+        """The model's velocities at noise levels t [1, L], under the conditions of that name."""
+        n, count, cond = len(levels[0]), len(levels), self.conditions[which]
+        active = _active(n, [v is not None for v in levels], t.device)
+        if which in self.ahead:
+            chosen = self.ahead[which].index_select(0, step - self.start).squeeze(0)
+            cond = {**cond, "modulations": chosen}
+        out = self.model(levels, t.expand(n, count), active, **cond)
+        check_velocities(self.op, out, levels, row, self.check)
         return [v if g is not None else None for v, g in zip(out, levels, strict=True)]
+
+    def _ahead(self, stage: int, steps: range, n: int) -> dict[str, Tensor]:
+        """What the model offers to compute for all steps of a stage at once, by conditions."""
+        make = getattr(self.model, "modulation_table", None)
+        if make is None:
+            return {}
+        rows = slice(steps.start, steps.stop + self.heun)
+        guided = set(self.guided[rows])
+        names = {"cond"} if False in guided or "both" not in self.conditions else set()
+        if True in guided:
+            names.add("both" if "both" in self.conditions else "uncond")
+        tables = {}
+        for name in names:
+            count = 2 * n if name == "both" else n
+            t = self.t[rows].unsqueeze(1).expand(-1, count, -1)
+            active = _active(count, [s <= stage for s in range(t.shape[-1])], t.device)
+            tables[name] = make(t, active, **self.conditions[name])
+        return {name: table for name, table in tables.items() if table is not None}
 
     def _replayed(
         self, stage: int, steps: range, x: list[Tensor], step: Tensor, bar: Any
@@ -248,6 +274,13 @@ def _stacked(a: Mapping[str, Any], b: Mapping[str, Any], n: int) -> dict[str, An
         else:
             return None
     return both
+
+
+def _active(n: int, on: Sequence[bool], device: torch.device) -> Tensor:
+    """[n, L]; by fills: a copy from the host could wait."""
+    active = torch.zeros(n, len(on), dtype=torch.bool, device=device)
+    active[:, : sum(on)] = True
+    return active
 
 
 def _bar(total: int) -> Any:

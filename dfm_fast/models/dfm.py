@@ -14,11 +14,12 @@ that is not active is None, counts as zeros, and still adds b_s and mlp_s(1). It
 
 One matrix product embeds the patches of all levels, one makes the modulations of all blocks and
 heads, one computes all heads: (norm(x) (1 + scale)) H = norm(x) (H (1 + scale)), and H is small.
+Modulations depend on noise levels and labels alone: where a schedule is known, `modulation_table`
+makes those of all its steps at once.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dfm_fast import _checks
+from dfm_fast.models._functions import (
+    FREQUENCIES,
+    Levels,
+    patchify,
+    precondition,
+    sincos_2d,
+    timestep_embedding,
+    token_grid,
+    unpatchify,
+)
 from dfm_fast.models._pretrained import Pretrained
 from dfm_fast.nn._linears import linear
 from dfm_fast.nn.activations import FeedForward
@@ -39,57 +50,7 @@ from dfm_fast.ops import (
     rope_3d,
 )
 
-FREQUENCIES = 256  # of a noise level's embedding
 EPS = 1e-6
-Levels = Sequence[Tensor | None]
-
-# --- Functions ------------------------------------------------------------------------------------
-
-
-def timestep_embedding(t: Tensor, size: int = FREQUENCIES, max_period: float = 1e4) -> Tensor:
-    """t [...] -> [..., size]: cosines, then sines, of t max_period^(-i / (size / 2)); t as it is,
-    from 0 to 1."""
-    half = size // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t.float().unsqueeze(-1) * torch.exp(steps * (-math.log(max_period) / half))
-    return torch.cat((angles.cos(), angles.sin()), -1)
-
-
-def sincos_2d(height: int, width: int, dim: int, device: Any = None) -> Tensor:
-    """[height * width, dim]: sines and cosines of the column, then of the row, dim / 4 frequencies
-    10000^(-i / (dim / 4)) each."""
-    count = dim // 4
-    steps = torch.arange(count, dtype=torch.float64, device=device)
-    frequencies = 10000.0 ** (-steps / count)
-    parts = []
-    for n, axis in ((width, 1), (height, 0)):
-        angles = torch.arange(n, dtype=torch.float64, device=device).unsqueeze(1) * frequencies
-        part = torch.cat((angles.sin(), angles.cos()), -1).unsqueeze(1 - axis)
-        parts.append(part.expand(height, width, -1))
-    return torch.cat(parts, -1).flatten(0, 1).float()
-
-
-def patchify(x: Tensor, patch: int) -> Tensor:
-    """[N, C, (T,) H, W] -> [N, (T) h w, C p p]: frame by frame, row by row; in a patch C by C."""
-    frames = x.unsqueeze(2) if x.ndim == 4 else x
-    tiles = frames.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))  # [N, C, T, h, p, w, p]
-    return tiles.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
-
-
-def unpatchify(tokens: Tensor, like: Tensor, patch: int) -> Tensor:
-    """The inverse of `patchify`, to the shape of `like`."""
-    _, c, *frames, height, width = like.shape
-    grid = (*(frames or (1,)), height // patch, width // patch)
-    tiles = tokens.unflatten(-1, (c, patch, patch)).unflatten(1, grid)  # [N, T, h, w, C, p, p]
-    return tiles.permute(0, 4, 1, 2, 5, 3, 6).reshape(like.shape)
-
-
-def precondition(sigma: float, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """EDM's (arXiv 2206.00364) for this flow: (c_in, c_skip, c_out) of t, for data of deviation
-    sigma. v = c_skip x_t + c_out F(c_in x_t): F sees and gives values of variance 1."""
-    d = (1 - t).square() * sigma**2 + t.square()
-    return d.rsqrt(), (t - (1 - t) * sigma**2) / d, sigma * d.rsqrt()
-
 
 # --- Layers ---------------------------------------------------------------------------------------
 
@@ -169,13 +130,16 @@ class DFMTransformer(Pretrained):
         input_size: tokens (h, w) whose positions are kept as a buffer; others are computed.
         positions: "sincos" (fixed, added to the tokens; images) or "rope" (rotary, 2-D or 3-D).
         qk_norm: RMSNorm of queries and keys.
+        block_conditioning: block i sees A_i c + a_i for c (D x D, starting as the identity): the
+            layer that the paper's parameter count holds and the released code does not.
         stage_embedding: add a learned embedding of a sample's stage (its number of active levels).
         data_std: deviation of each level's data, for EDM preconditioning; None is without.
         flip_time: embed 1 - t, as models whose time runs from noise to data were trained.
         checkpointing: recompute blocks in backward.
 
     Defaults are the options of the released code. Parameters at 1000 classes, C = 4:
-    B 132,279,572, L 461,245,460, XL/2 679,107,476.
+    B 132,279,572, L 461,245,460, XL/2 679,107,476. The paper's network has `qk_norm` and
+    `block_conditioning`: 712,122,112 for one level of C = 16, as printed there (712.122 M).
 
     Raises:
         TypeError, ValueError: arguments; in forward, levels of other shapes.
@@ -195,6 +159,7 @@ class DFMTransformer(Pretrained):
         input_size: tuple[int, int] = (32, 32),
         positions: str = "sincos",
         qk_norm: bool = False,
+        block_conditioning: bool = False,
         stage_embedding: bool = False,
         data_std: Sequence[float] | None = None,
         flip_time: bool = False,
@@ -220,6 +185,9 @@ class DFMTransformer(Pretrained):
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
         )
+        self.block_conditioning = (
+            nn.Linear(hidden_size, depth * hidden_size) if block_conditioning else None
+        )
         # Six vectors for each block, then shift and scale for each level's head.
         self.modulation = nn.Linear(hidden_size, (6 * depth + 2 * self.num_levels) * hidden_size)
         self.heads = nn.Linear(hidden_size, sum(self.sizes))
@@ -229,7 +197,7 @@ class DFMTransformer(Pretrained):
 
     def reset_parameters(self) -> None:
         """As DiT: Xavier, small normal embeddings; modulations and heads 0, so that every block is
-        the identity and every velocity 0."""
+        the identity and every velocity 0. Every block's conditioning is c at first."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -246,6 +214,9 @@ class DFMTransformer(Pretrained):
             nn.init.xavier_uniform_(weight)
         for layer in (self.modulation, self.heads):
             nn.init.zeros_(layer.weight)
+        if self.block_conditioning is not None:
+            for weight in self.block_conditioning.weight.chunk(self.depth):
+                nn.init.eye_(weight)
 
     def reset_buffers(self) -> None:
         device = self.patch_bias.device
@@ -258,7 +229,13 @@ class DFMTransformer(Pretrained):
         return self.num_classes
 
     def forward(
-        self, levels: Levels, t: Tensor, active: Tensor | None = None, *, y: Tensor | None = None
+        self,
+        levels: Levels,
+        t: Tensor,
+        active: Tensor | None = None,
+        *,
+        y: Tensor | None = None,
+        modulations: Tensor | None = None,
     ) -> list[Tensor | None]:
         """Velocities of the levels that are given.
 
@@ -268,6 +245,8 @@ class DFMTransformer(Pretrained):
             t: [N, L], noise level of each: 1 is pure noise, and what inactive levels have.
             active: [N, L] bool; only `stage_embedding` asks for it.
             y: [N] int64 labels; None is the null label.
+            modulations: those of t, active and y where they are known: a step's of
+                `modulation_table`.
 
         Returns:
             Like levels.
@@ -280,9 +259,11 @@ class DFMTransformer(Pretrained):
             x = x + self._position_table(grid)
         # Under autocast products are narrow: the sum of all blocks is not.
         x = x.to(self.patch_bias.dtype)
-        modulations = self.modulations(self.conditioning(t, active, y))
-        x = self._run_blocks(x, modulations, rotary)
-        velocities = self._velocities(x, modulations, levels)
+        if modulations is None:
+            modulations = self.modulations(self.conditioning(t, active, y))
+        vectors = self._vectors(modulations)
+        x = self._run_blocks(x, vectors, rotary)
+        velocities = self._velocities(x, vectors, levels)
         return [
             v if v is None or o is None else o(v) for v, o in zip(velocities, outer, strict=True)
         ]
@@ -311,24 +292,56 @@ class DFMTransformer(Pretrained):
             c = c + self.stage_embedder(active.sum(1) - 1)
         return c
 
-    def modulations(self, c: Tensor) -> list[tuple[Tensor, ...]]:
-        """For each block six vectors [N, D], for each level's head two; views of one product."""
-        vectors = self.modulation(F.silu(c)).chunk(6 * self.depth + 2 * self.num_levels, -1)
+    def modulations(self, c: Tensor) -> Tensor:
+        """[N, (6 depth + 2 L) D]: six vectors for each block, then two for each level's head."""
+        if self.block_conditioning is None:
+            return self.modulation(F.silu(c))
+        # A product for each block, of its own c [depth, N, D] and its rows of the weight.
+        own = F.silu(self.block_conditioning(c)).unflatten(-1, (self.depth, -1)).transpose(0, 1)
+        sizes = [6 * self.depth * self.hidden_size, 2 * self.num_levels * self.hidden_size]
+        weights, biases = self.modulation.weight.split(sizes), self.modulation.bias.split(sizes)
+        weight, bias = weights[0].unflatten(0, (self.depth, -1)), biases[0].view(self.depth, 1, -1)
+        blocks = torch.baddbmm(bias, own, weight.transpose(1, 2))
+        heads = F.linear(F.silu(c), weights[1], biases[1])
+        return torch.cat((blocks.transpose(0, 1).flatten(1), heads), -1)
+
+    def modulation_table(
+        self, t: Tensor, active: Tensor | None = None, *, y: Tensor | None = None
+    ) -> Tensor | None:
+        """The modulations of K steps ahead: their weights, a third of the model, are read once.
+
+        Args:
+            t: [K, N, L].
+            active, y: as in forward, the same in all steps.
+
+        Returns:
+            [K, N, (6 depth + 2 L) D], of which row k is `forward`'s `modulations` in step k; None
+            where it would be larger than the weights, or these are sharded.
+        """
+        steps, batch = t.shape[:2]
+        sharded = type(self.modulation.weight) is not nn.Parameter  # whole in forward only
+        if sharded or steps * batch > self.hidden_size:
+            return None
+        self._check_labels(y, batch)
+        active = None if active is None else active.repeat(steps, 1)
+        y = None if y is None else y.repeat(steps)
+        c = self.conditioning(t.flatten(0, 1), active, y)
+        return self.modulations(c).unflatten(0, (steps, batch))
+
+    def _vectors(self, modulations: Tensor) -> list[tuple[Tensor, ...]]:
+        """For each block six [N, D], for each level's head two; views."""
+        vectors = modulations.chunk(6 * self.depth + 2 * self.num_levels, -1)
         heads = vectors[6 * self.depth :]
         blocks = [vectors[6 * i : 6 * i + 6] for i in range(self.depth)]
         return [*blocks, *(heads[2 * s : 2 * s + 2] for s in range(self.num_levels))]
 
-    def _run_blocks(
-        self, x: Tensor, modulations: Sequence[Sequence[Tensor]], rotary: Any
-    ) -> Tensor:
+    def _run_blocks(self, x: Tensor, vectors: Sequence[Sequence[Tensor]], rotary: Any) -> Tensor:
         """The plain norm of what the last block gives."""
-        none = [
-            torch.zeros_like(v) for v in modulations[0][:2]
-        ]  # two: Dynamo wants no tensor twice
-        shifts = [*(m[:2] for m in modulations[: self.depth]), none]
+        none = [torch.zeros_like(v) for v in vectors[0][:2]]  # two: Dynamo wants no tensor twice
+        shifts = [*(m[:2] for m in vectors[: self.depth]), none]
         normed = ada_layer_norm(x, *shifts[0], eps=EPS)
         for i, block in enumerate(self.blocks):
-            given = (x, normed, modulations[i], shifts[i + 1], rotary)
+            given = (x, normed, vectors[i], shifts[i + 1], rotary)
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 x, normed = checkpoint(block, *given, use_reentrant=False)
             else:
@@ -336,14 +349,14 @@ class DFMTransformer(Pretrained):
         return normed
 
     def _velocities(
-        self, normed: Tensor, modulations: Sequence[Sequence[Tensor]], levels: Levels
+        self, normed: Tensor, vectors: Sequence[Sequence[Tensor]], levels: Levels
     ) -> list[Tensor | None]:
         """(normed (1 + scale) + shift) H + h of all levels that are given, in one product."""
         given = [s for s, level in enumerate(levels) if level is not None]
         rows, biases = self.heads.weight.split(self.sizes), self.heads.bias.split(self.sizes)
         weights, constants = [], []
         for s in given:
-            shift, scale = modulations[self.depth + s]
+            shift, scale = vectors[self.depth + s]
             weights.append(rows[s] * (1 + scale).unsqueeze(1))  # [N, K, D]
             constants.append(F.linear(shift, rows[s], biases[s]))  # [N, K]
         weight, constant = torch.cat(weights, 1), torch.cat(constants, 1)
@@ -357,13 +370,16 @@ class DFMTransformer(Pretrained):
     def _labels(self, y: Tensor | None, batch: int, device: torch.device) -> Tensor:
         if y is None:
             return torch.full((batch,), self.num_classes, device=device)
-        if y.shape != (batch,) or y.dtype != torch.int64:
-            got = f"{y.dtype} {list(y.shape)}"
-            _checks.fail(type(self).__name__, "y", f"int64 labels [{batch}]", got)
+        self._check_labels(y, batch)
         if self.training and self.class_dropout:
             dropped = torch.rand(batch, device=device) < self.class_dropout
             y = torch.where(dropped, self.num_classes, y)
         return y
+
+    def _check_labels(self, y: Tensor | None, batch: int) -> None:
+        if y is not None and (y.shape != (batch,) or y.dtype != torch.int64):
+            got = f"{y.dtype} {list(y.shape)}"
+            _checks.fail(type(self).__name__, "y", f"int64 labels [{batch}]", got)
 
     def _preconditioned(self, levels: Levels, t: Tensor) -> tuple[list[Tensor | None], list[Any]]:
         """(what the network sees, what is done to each of its outputs)."""
@@ -383,23 +399,8 @@ class DFMTransformer(Pretrained):
     # --- Positions ---
 
     def _grid(self, levels: Levels) -> tuple[int, ...]:
-        """Tokens (T, h, w), alike for all levels that are given."""
-        op, grid = type(self).__name__, None
-        if len(levels) != self.num_levels:
-            _checks.fail(op, "levels", f"{self.num_levels} levels", len(levels))
-        for s, (x, c, p) in enumerate(zip(levels, self.channels, self.patch_sizes, strict=True)):
-            if x is None:
-                continue
-            if x.ndim not in (4, 5) or x.shape[1] != c or x.shape[-2] % p or x.shape[-1] % p:
-                shape = f"[N, {c}, (T,) H, W] with sides that {p} divides"
-                _checks.fail(op, f"levels[{s}]", shape, list(x.shape))
-            here = (*(x.shape[2:3] if x.ndim == 5 else (1,)), x.shape[-2] // p, x.shape[-1] // p)
-            if grid is not None and here != grid:
-                _checks.fail(op, f"levels[{s}]", f"tokens {grid} like the coarser levels", here)
-            grid = here
-        if grid is None:
-            _checks.fail(op, "levels", "at least one level", "None for all")
-        return grid
+        """Tokens (T, h, w)."""
+        return token_grid(type(self).__name__, levels, self.channels, self.patch_sizes)
 
     def _position_table(self, grid: tuple[int, ...]) -> Tensor:
         if grid[0] != 1:

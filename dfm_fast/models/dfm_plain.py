@@ -8,15 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfm_fast.models.dfm import (
-    EPS,
-    DFMTransformer,
+from dfm_fast.models._functions import (
     Levels,
     patchify,
     precondition,
     timestep_embedding,
     unpatchify,
 )
+from dfm_fast.models.dfm import EPS, DFMTransformer
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -84,14 +83,19 @@ def plain_forward(
     x = embed(model, given)
     rotary = model._rotary(grid, x.device) if model.positions == "rope" else None
     x = x if rotary is not None else x + model._position_table(grid)
-    c, dim = F.silu(condition(model, t, active, y)), model.hidden_size
+    c, dim = condition(model, t, active, y), model.hidden_size
     rows = model.modulation.weight.split(dim), model.modulation.bias.split(dim)
 
-    def vectors(first: int, count: int) -> list[Tensor]:
+    def vectors(c: Tensor, first: int, count: int) -> list[Tensor]:
+        c = F.silu(c)
         return [F.linear(c, rows[0][i], rows[1][i]) for i in range(first, first + count)]
 
     for i, block in enumerate(model.blocks):
-        shift, scale, gate, shift2, scale2, gate2 = vectors(6 * i, 6)
+        own = c
+        if model.block_conditioning is not None:
+            layer = model.block_conditioning
+            own = F.linear(c, layer.weight.split(dim)[i], layer.bias.split(dim)[i])
+        shift, scale, gate, shift2, scale2, gate2 = vectors(own, 6 * i, 6)
         x = x + gate.unsqueeze(1) * attention(block.attn, modulate(x, shift, scale), rotary)
         x = x + gate2.unsqueeze(1) * mlp(block.mlp, modulate(x, shift2, scale2))
     velocities: list[Tensor | None] = [None] * model.num_levels
@@ -99,7 +103,7 @@ def plain_forward(
     for s, level in enumerate(levels):
         if level is None:
             continue
-        h = modulate(x, *vectors(6 * model.depth + 2 * s, 2))
+        h = modulate(x, *vectors(c, 6 * model.depth + 2 * s, 2))
         v = unpatchify(F.linear(h, heads[0][s], heads[1][s]), level, model.patch_sizes[s])
         if model.data_std is not None:
             _, c_skip, c_out = (

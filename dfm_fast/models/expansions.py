@@ -6,29 +6,55 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from dfm_fast import _checks
+from dfm_fast.models._pretrained import check_state
 from dfm_fast.models.dfm import DFMTransformer
+from dfm_fast.models.flux import PATCH, FluxDFM
 
 
 @torch.no_grad()
 def expand_to_dfm(
-    model: DFMTransformer,
+    model: nn.Module,
     patch_sizes: Sequence[int],
     in_channels: int | Sequence[int] | None = None,
     **options: Any,
-) -> DFMTransformer:
+) -> DFMTransformer | FluxDFM:
     """A trained model, and finer levels with parameters of zero: what the levels of the model were
     given is unchanged until training moves them (arXiv 2506.19839, fine-tuning).
 
     Args:
-        model: its levels become the coarsest ones.
-        patch_sizes: of the finer levels that are new.
+        model: a `DFMTransformer`, whose levels become the coarsest ones, or diffusers'
+            `FluxTransformer2DModel`, which becomes the coarsest level.
+        patch_sizes: of the finer levels that are new; for FLUX, whose own patches are 2 x 2, (4,)
+            where a level has twice the side of the one before.
         in_channels: of theirs; None takes those of the model's finest level.
-        options: arguments of `DFMTransformer` that change, such as `data_std`.
+        options: arguments of `DFMTransformer` or `FluxDFM` that change, such as `checkpointing`.
 
     Returns:
-        A new model on the same device, in the same dtype.
+        A new model on the same device, in the same dtype: a `DFMTransformer` with copies of the
+        parameters, or a `FluxDFM` that shares FLUX's memory (12 billion parameters are not held
+        twice), so that training it changes the model that was given.
+
+    Raises:
+        TypeError: a model of another class. ValueError: weights or arguments that do not fit.
     """
+    if isinstance(model, DFMTransformer):
+        return _expand_own(model, patch_sizes, in_channels, options)
+    # By name: diffusers is not imported for those who do not use it.
+    if any(c.__name__ == "FluxTransformer2DModel" for c in type(model).__mro__):
+        return _expand_flux(model, patch_sizes, in_channels, options)
+    known = "a DFMTransformer or diffusers' FluxTransformer2DModel"
+    _checks.fail("expand_to_dfm", "model", known, type(model).__name__, TypeError)
+
+
+def _expand_own(
+    model: DFMTransformer,
+    patch_sizes: Sequence[int],
+    in_channels: int | Sequence[int] | None,
+    options: dict[str, Any],
+) -> DFMTransformer:
     config = {**model.config, **options}
     new = model.channels[-1] if in_channels is None else in_channels
     new = (new,) * len(patch_sizes) if isinstance(new, int) else tuple(new)
@@ -45,4 +71,25 @@ def expand_to_dfm(
             value.zero_()[tuple(map(slice, given[name].shape))] = given[name]
         elif name.startswith("t_embedders") and ".mlp.2." in name:
             value.zero_()  # the layer before keeps its start, so that this one gets gradients
+    return wide.train(model.training)
+
+
+def _expand_flux(
+    model: nn.Module,
+    patch_sizes: Sequence[int],
+    in_channels: int | Sequence[int] | None,
+    options: dict[str, Any],
+) -> FluxDFM:
+    arguments = {k: v for k, v in model.config.items() if not k.startswith("_")}
+    own = arguments["in_channels"] // PATCH**2
+    new = own if in_channels is None else in_channels
+    new = (new,) * len(patch_sizes) if isinstance(new, int) else tuple(new)
+    with torch.device("meta"):
+        wide = FluxDFM(arguments, (PATCH, *patch_sizes), (own, *new), **options)
+    check_state("expand_to_dfm", wide.transformer, model.state_dict())
+    wide.transformer.load_state_dict(model.state_dict(), assign=True)
+    like = model.x_embedder.weight
+    for parts in (wide.patch_embedders, wide.t_embedders, wide.heads):
+        parts.to(like.dtype).to_empty(device=like.device)
+    wide.reset_finer_levels()
     return wide.train(model.training)
