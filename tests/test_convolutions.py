@@ -137,6 +137,23 @@ def test_large_maps(layout):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_bfloat16_is_float32_rounded_once(kernel, layout):
+    """No bit less, wherever rows and pixels end within a vector or a pair of them."""
+    for channels, height, width in ((1, 5, 5), (19, 4, 16), (33, 9, 31), (64, 3, 3), (70, 6, 50)):
+        shape = 2, channels, height, width
+        x, _, bias, weight, _ = inputs(shape, kernel, dtype=torch.bfloat16)
+        given = relayout(x, layout), weight, bias
+        wide = [v.float() for v in given]
+        for padding in (1, 2):
+            got = dfm_fast.depthwise_conv2d(*given, padding=padding)
+            exact = dfm_fast.depthwise_conv2d(*wide, padding=padding)
+            assert torch.equal(got, exact.bfloat16())
+            want = F.conv2d(*wide, 1, padding, groups=channels)
+            torch.testing.assert_close(exact, want, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_weights_may_be_wider_than_the_map(device):
     """Low-precision activations with float32 parameters, as under autocast."""

@@ -8,7 +8,6 @@ namespace dfm_fast {
 
 constexpr int64_t kRingBytes = 1 << 16;   // of a thread's ring of activated rows
 constexpr int64_t kPlaneBytes = 1 << 15;  // of a thread's padded rows of a plane
-constexpr int64_t kCached = 1 << 21;      // a map that need not be asked for ahead
 
 // A map and what is done to it on the way into the convolution.
 template <class T>

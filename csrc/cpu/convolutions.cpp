@@ -22,14 +22,12 @@ void forward_direct(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights
   using A = acc_t<T>;
   const Window& g = s.window;
   const int64_t C = s.channels, bands = (g.out_height + kRows - 1) / kRows;
-  const int64_t bytes = s.samples * s.in_pixels() * C * sizeof(T);
-  const int64_t ahead = bytes > kCached ? g.width * C : 0;
   parallel(s.samples * bands, kRows * g.out_width * C, [&](int64_t i) {
     const int64_t n = i / bands, first = i % bands * kRows;
     const T* sample = x + n * s.in_pixels() * C;
     auto row_of = [&](int64_t row) { return sample + row * g.width * C; };
     const Rows<To> to = {y + (n * g.out_height + first) * g.out_width * C, g.out_width * C, C};
-    convolve_band<K, S, A>(g, first, std::min(first + kRows, g.out_height), row_of, C, ahead, C,
+    convolve_band<K, S, A>(g, first, std::min(first + kRows, g.out_height), row_of, C, 0, C,
                            weights, to);
   });
 }
@@ -76,11 +74,51 @@ void forward_spread(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights
 
 // --- contiguous ---
 
+// Straight from the map.
+template <class T, class To>
+void forward_map(const Sizes& s, const T* x, const acc_t<T>* weight, const acc_t<T>* bias,
+                 bool turned, To* y) {
+  using A = acc_t<T>;
+  constexpr int rows_in = kPlaneRows + 2;
+  const Window& g = s.window;
+  const int64_t W = g.width, planes = s.samples * s.channels;
+  const int64_t bands =
+      planes < 4 * at::get_num_threads() ? parts(g.out_height, 4 * kPlaneRows, 16) : 1;
+  const int64_t band =
+      ((g.out_height + bands - 1) / bands + kPlaneRows - 1) / kPlaneRows * kPlaneRows;
+  const std::vector<T> zeros(W + kLanes<A>);
+  parallel(planes * bands, band * W, [&](int64_t i) {
+    const int64_t plane = i / bands, c = plane % s.channels, start = i % bands * band;
+    const T* from = x + plane * s.in_pixels();
+    A taps[9];
+    for (int t = 0; t < 9; ++t) taps[t] = weight[c * 9 + (turned ? 8 - t : t)];
+    const A b = bias ? bias[c] : A(0);
+    for (int64_t out = start; out < std::min(start + band, g.out_height); out += kPlaneRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(g.out_height - out, kPlaneRows));
+      const T* row[rows_in];
+      for (int r = 0; r < rows_in; ++r) {
+        const int64_t in = out - g.pad_h + r;
+        row[r] = in >= 0 && in < g.height ? from + in * W : zeros.data();
+      }
+      // The next plane, while this one is convolved: there is nothing else to wait for it behind.
+      const T* soon = from + s.in_pixels() + out * W;
+      for (int64_t j = 0; j < kPlaneRows * W; j += 64 / sizeof(T))
+        __builtin_prefetch(soon + j, 0, 2);
+      To* to = y + (plane * g.out_height + out) * W;
+      rows == kPlaneRows ? convolve_map_rows<true>(W, row, taps, b, to, rows)
+                         : convolve_map_rows<false>(W, row, taps, b, to, rows);
+    }
+  });
+}
+
 template <int K, int S, class T, class To>
 void forward_planes(const Sizes& s, const Input<T>& in, const acc_t<T>* weight,
                     const acc_t<T>* bias, bool turned, To* y) {
   using A = acc_t<T>;
   const Window& g = s.window;
+  if constexpr (K == 3 && S == 1 && kVectorBytes == 64)
+    if (!in.norms && !in.spread && g.pad_w == 1)
+      return forward_map(s, in.x, weight, bias, turned, y);
   parallel_planes(s, in, [&](int64_t plane, int64_t first, int64_t end, const auto& padded) {
     constexpr int rows_in = (kPlaneRows - 1) * S + K;
     const int64_t c = plane % s.channels;

@@ -120,12 +120,15 @@ void norm_silu_pixels(const T* x, int64_t stride, int64_t pixels, const Affine<A
 // Rounding to bfloat16 takes as long as the nine products of a pixel, but one instruction where the
 // CPU has it, in every build for AVX-512: 0.3 ns less of 2.2. It rounds alike, and makes zeros of
 // denormals.
+#if defined(__AVX512F__)
+inline const bool kRoundsBf16 = __builtin_cpu_supports("avx512bf16");
+#endif
+
 template <class T, class V, class Count>
 DFM_INLINE inline void round_store(T* p, V v, Count count) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, bf16> && std::is_same_v<Count, Whole<float>>) {
-    static const bool native = __builtin_cpu_supports("avx512bf16");
-    if (native) {
+    if (kRoundsBf16) {
       __m256i rounded;
       asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
       std::memcpy(p, &rounded, sizeof rounded);
@@ -136,13 +139,25 @@ DFM_INLINE inline void round_store(T* p, V v, Count count) {
   store(p, v, count);
 }
 
-// Of the first channel that a function looks at: taps [K K + 1, stride], the bias last.
+// Here v is known: the compiler would move sums behind the branches that their stores are in, where
+// they wait for one another (measured: 1.5 times slower).
+template <class V>
+DFM_INLINE inline void settle(V& v) {
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(v));
+#elif defined(__SSE2__)
+  asm volatile("" : "+x"(v));
+#endif
+}
+
+// Of the first channel that a function looks at: taps [K K + 1, stride], the bias last, and as many
+// zeros: what lies outside of a map.
 template <class A>
 struct Weights {
-  const A* taps;
+  const A *taps, *zeros;
   int64_t stride;
 
-  Weights from(int64_t c) const { return {taps + c, stride}; }
+  Weights from(int64_t c) const { return {taps + c, zeros, stride}; }
 };
 
 // Owns them: from weight [C, K, K] and bias [C] or null; turned around where the input's gradient
@@ -153,13 +168,13 @@ struct PackedWeights {
   std::vector<A> taps;
 
   PackedWeights(const A* weight, const A* bias, int64_t channels, int K, bool turned)
-      : stride((channels + 15) / 16 * 16), taps((K * K + 1) * stride) {
+      : stride((channels + 15) / 16 * 16), taps((K * K + 2) * stride) {
     const int n = K * K;
     for (int64_t c = 0; c < channels; ++c)
       for (int t = 0; t < n; ++t) taps[t * stride + c] = weight[c * n + (turned ? n - 1 - t : t)];
     if (bias) std::copy(bias, bias + channels, taps.begin() + n * stride);
   }
-  operator Weights<A>() const { return {taps.data(), stride}; }
+  operator Weights<A>() const { return {taps.data(), taps.data() + taps.size() - stride, stride}; }
 };
 
 // Where rows of output go: `row` and `pixel` are strides.
@@ -169,34 +184,29 @@ struct Rows {
   int64_t row, pixel;
 };
 
-// A tile of one vector of channels. row[i] is null outside of the map; `col` is the input column of
-// the first output pixel. The rows that the next tiles below are the first to read begin `ahead`
-// elements behind the last one here; 0 where they are in scratch.
-template <int K, int S, bool edge, class From, class A, class To, class Count>
-DFM_INLINE inline void convolve_tile(const From* const* row, int64_t c, int64_t pixel, int64_t col,
-                                     int64_t width, const Weights<A>& weights, const Rows<To>& to,
-                                     int rows, int cols, Count count) {
+// A tile of one vector of channels, at(i, j) being where row i and column j of what it sees lie;
+// to(r, p) is where it goes, or null at an edge.
+template <int K, int S, bool edge, class A, class At, class To, class Count>
+DFM_INLINE inline void convolve_tile(const At& at, const A* taps, int64_t stride, const To& to,
+                                     Count count) {
   constexpr int rows_in = (kRows - 1) * S + K, cols_in = (kPixels - 1) * S + K;
   Vec<A> sum[kRows][kPixels];
-  const A* taps = weights.taps + c;
-  const Vec<A> bias = load(taps + K * K * weights.stride);
-  unrolled<kRows>(
-      [&](auto r) DFM_INLINE { unrolled<kPixels>([&](auto p) DFM_INLINE { sum[r][p] = bias; }); });
+  const Vec<A> bias = load(taps + K * K * stride);
+  auto each = [&](const auto& f) DFM_INLINE {
+    unrolled<kRows>([&](auto r)
+                        DFM_INLINE { unrolled<kPixels>([&](auto p) DFM_INLINE { f(r, p); }); });
+  };
+  each([&](auto r, auto p) DFM_INLINE { sum[r][p] = bias; });
   auto add_row = [&](auto i) DFM_INLINE {
-    if (edge && !row[i]) return;
     Vec<A> x[cols_in];
-    const From* from = row[i] + c + col * pixel;
-    unrolled<cols_in>([&](auto j) DFM_INLINE {
-      const bool outside = edge && static_cast<uint64_t>(col + j) >= static_cast<uint64_t>(width);
-      x[j] = outside ? Vec<A>{} : load(from + j * pixel, count);
-    });
+    unrolled<cols_in>([&](auto j) DFM_INLINE { x[j] = load(at(i, j), count); });
     unrolled<kRows>([&](auto r) DFM_INLINE {
       const int a = i - r * S;
       if (a < 0 || a >= K) return;
       Vec<A> some[kPixels] = {};
       auto& to = K == 3 ? sum[r] : some;
       unrolled<K>([&](auto b) DFM_INLINE {
-        const Vec<A> w = load(taps + (a * K + b) * weights.stride);
+        const Vec<A> w = load(taps + (a * K + b) * stride);
         unrolled<kPixels>([&](auto p) DFM_INLINE { to[p] += w * x[p * S + b]; });
       });
       if constexpr (K > 3) unrolled<kPixels>([&](auto p) DFM_INLINE { sum[r][p] += some[p]; });
@@ -206,48 +216,59 @@ DFM_INLINE inline void convolve_tile(const From* const* row, int64_t c, int64_t 
     unrolled<rows_in>(add_row);
   else
     for (int i = 0; i < rows_in; ++i) add_row(i);
-  unrolled<kRows>([&](auto r) DFM_INLINE {
-    unrolled<kPixels>([&](auto p) DFM_INLINE {
-      if (!edge || (r < rows && p < cols))
-        round_store(to.at + r * to.row + p * to.pixel + c, sum[r][p], count);
-    });
+  each([&](auto r, auto p) DFM_INLINE { settle(sum[r][p]); });
+  each([&](auto r, auto p) DFM_INLINE {
+    if (auto* y = to(r, p); !edge || y) round_store(y, sum[r][p], count);
   });
 }
 
-// Up to kRows rows of output.
+// Up to kRows rows of output; row[i] is null outside of the map. What lies outside is read from a
+// row of zeros: branches at every load of an edge cost more, which half of a small map is.
 template <int K, int S, class From, class A, class To>
-void convolve_rows(const Window& g, const From* const* row, int64_t pixel, int64_t ahead,
-                   int64_t channels, const Weights<A>& weights, const Rows<To>& to, int rows) {
+void convolve_rows(const Window& g, const From* const* row, int64_t pixel, int64_t channels,
+                   const Weights<A>& weights, const Rows<To>& to, int rows) {
   constexpr int rows_in = (kRows - 1) * S + K, cols_in = (kPixels - 1) * S + K;
   bool whole = rows == kRows;
   for (int i = 0; i < rows_in; ++i) whole &= row[i] != nullptr;
   for (int64_t at = 0; at < g.out_width; at += kPixels) {
     const int64_t col = at * S - g.pad_w, left = g.out_width - at;
     const int cols = static_cast<int>(std::min<int64_t>(left, kPixels));
-    const bool inside = whole && col >= 0 && col + cols_in <= g.width && cols == kPixels;
-    const Rows<To> here = {to.at + at * to.pixel, to.row, to.pixel};
-    const From* soon[kRows * S];
-    for (int r = 0; r < kRows * S; ++r) soon[r] = row[rows_in - 1] + (r + 1) * ahead + col * pixel;
+    To* const y = to.at + at * to.pixel;
+    if (whole && col >= 0 && col + cols_in <= g.width && cols == kPixels) {
+      const From* from[rows_in];
+      for (int i = 0; i < rows_in; ++i) from[i] = row[i] + col * pixel;
+      for_vectors<A>(channels, [&](int64_t c, auto count) DFM_INLINE {
+        convolve_tile<K, S, false>(
+            [&](auto i, auto j) DFM_INLINE { return from[i] + c + j * pixel; }, weights.taps + c,
+            weights.stride,
+            [&](auto r, auto p) DFM_INLINE { return y + r * to.row + p * to.pixel + c; }, count);
+      });
+      continue;
+    }
+    const From* from[rows_in][cols_in];
+    for (int i = 0; i < rows_in; ++i)
+      for (int j = 0; j < cols_in; ++j) {
+        const bool inside = row[i] && col + j >= 0 && col + j < g.width;
+        from[i][j] =
+            inside ? row[i] + (col + j) * pixel : reinterpret_cast<const From*>(weights.zeros);
+      }
     for_vectors<A>(channels, [&](int64_t c, auto count) DFM_INLINE {
-      constexpr int share = kPixels * S, line = 64 / sizeof(From);
-      if (ahead)
-        unrolled<kRows * S>([&](auto r) DFM_INLINE {
-          unrolled<std::max<int>(1, share * kLanes<A> / line)>(
-              [&](auto i) DFM_INLINE { __builtin_prefetch(soon[r] + c * share + i * line); });
-        });
-      if constexpr (std::is_same_v<decltype(count), Whole<A>>)
-        if (inside)
-          return convolve_tile<K, S, false>(row, c, pixel, col, g.width, weights, here, rows, cols,
-                                            count);
-      convolve_tile<K, S, true>(row, c, pixel, col, g.width, weights, here, rows, cols, count);
+      convolve_tile<K, S, true>([&](auto i, auto j) DFM_INLINE { return from[i][j] + c; },
+                                weights.taps + c, weights.stride,
+                                [&](auto r, auto p) DFM_INLINE {
+                                  return r < rows && p < cols ? y + r * to.row + p * to.pixel + c
+                                                              : nullptr;
+                                },
+                                count);
     });
   }
 }
 
-// Rows [first, end) of output; row_of(i) is row i of the input, its pixels `pixel` apart.
+// Rows [first, end) of output; row_of(i) is row i of the input, its pixels `pixel` apart. Nothing
+// is asked for ahead any more: without, all maps were as fast or faster.
 template <int K, int S, class A, class RowOf, class To>
 void convolve_band(const Window& g, int64_t first, int64_t end, RowOf&& row_of, int64_t pixel,
-                   int64_t ahead, int64_t channels, const Weights<A>& weights, Rows<To> to) {
+                   int64_t /* ahead */, int64_t channels, const Weights<A>& weights, Rows<To> to) {
   constexpr int rows_in = (kRows - 1) * S + K;
   using From = std::remove_const_t<std::remove_pointer_t<decltype(row_of(0))>>;
   for (int64_t out = first; out < end; out += kRows, to.at += kRows * to.row) {
@@ -258,7 +279,7 @@ void convolve_band(const Window& g, int64_t first, int64_t end, RowOf&& row_of, 
       const bool wanted = i < (rows - 1) * S + K && in >= 0 && in < g.height;
       row[i] = wanted ? row_of(in) : nullptr;
     }
-    convolve_rows<K, S>(g, row, pixel, ahead, channels, weights, to, rows);
+    convolve_rows<K, S>(g, row, pixel, channels, weights, to, rows);
   }
 }
 
@@ -349,10 +370,57 @@ void convolve_plane_rows(const Window& g, const A* const* row, const A* weights,
       unrolled<rows_in>(add_row);
     else
       for (int i = 0; i < rows_in; ++i) add_row(i);
+    unrolled<kPlaneRows>([&](auto r) DFM_INLINE { settle(sum[r]); });
     unrolled<kPlaneRows>([&](auto r) DFM_INLINE {
       if (whole || r < rows) round_store(to + r * g.out_width + at, sum[r], count);
     });
   });
+}
+
+// The same of 3 x 3 at stride 1 with a column of padding, where the rows of the map lie: every
+// vector is loaded once, and what lies beside it comes from its neighbours, which are registers.
+template <bool whole, class T, class A, class To>
+void convolve_map_rows(int64_t width, const T* const* row, const A* weights, A bias, To* to,
+                       int rows) {
+  constexpr int lanes = kLanes<A>, rows_in = kPlaneRows + 2;
+  constexpr std::make_index_sequence<lanes> every_lane;
+  Vec<A> w[9], previous[rows_in] = {}, here[rows_in];
+  for (int t = 0; t < 9; ++t) w[t] = Vec<A>{} + weights[t];
+  for (int i = 0; i < rows_in; ++i)
+    here[i] = width < lanes ? load(row[i], static_cast<int>(width)) : load(row[i]);
+  // load_next(pointer) is the vector that begins there, as far as there is one.
+  auto step = [&](int64_t at, auto count, const auto& load_next) DFM_INLINE {
+    Vec<A> sum[kPlaneRows];
+    unrolled<kPlaneRows>([&](auto r) DFM_INLINE { sum[r] = Vec<A>{} + bias; });
+    unrolled<rows_in>([&](auto i) DFM_INLINE {
+      const Vec<A> next = load_next(row[i] + at + lanes);
+      const Vec<A> x[3] = {lanes_of<lanes - 1>(previous[i], here[i], every_lane), here[i],
+                           lanes_of<1>(here[i], next, every_lane)};
+      unrolled<kPlaneRows>([&](auto r) DFM_INLINE {
+        const int a = i - r;
+        if (a < 0 || a >= 3) return;
+        unrolled<3>([&](auto b) DFM_INLINE { sum[r] += w[a * 3 + b] * x[b]; });
+      });
+      previous[i] = here[i], here[i] = next;
+    });
+    unrolled<kPlaneRows>([&](auto r) DFM_INLINE { settle(sum[r]); });
+    unrolled<kPlaneRows>([&](auto r) DFM_INLINE {
+      if (whole || r < rows) round_store(to + r * width + at, sum[r], count);
+    });
+  };
+  auto none = [](const T*) DFM_INLINE { return Vec<A>{}; };
+  int64_t at = 0;
+  for (; at + 2 * lanes <= width; at += lanes)
+    step(at, Whole<A>{}, [](const T* p) DFM_INLINE { return load(p); });
+  if (at + lanes < width) {
+    const int rest = static_cast<int>(width - at - lanes);
+    step(at, Whole<A>{}, [=](const T* p) DFM_INLINE { return load(p, rest); });
+    at += lanes;
+  }
+  if (at + lanes == width)
+    step(at, Whole<A>{}, none);
+  else
+    step(at, static_cast<int>(width - at), none);
 }
 
 }  // namespace dfm_fast
