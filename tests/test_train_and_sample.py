@@ -225,7 +225,7 @@ def test_sampling_from_nothing(tmp_path, capsys):
             "model": replace(MODEL, patch_sizes=(2, 2)),
         },
         {"model": replace(MODEL, precondition=True, stage_embedding=True)},
-        {"model": replace(MODEL, patch_sizes=(4,), checkpointing=True)},
+        {"model": replace(MODEL, patch_sizes=(4,), checkpointing=True), "flow": FlowConfig()},
         {"data": DataConfig(name="digits", labels=False, flip=True)},
     ],
     ids=lambda c: "-".join(map(str, c)),

@@ -26,7 +26,10 @@ from dfm_fast.training.monitors import NotFinite
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tensorboard")
-pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing of it is a kernel")
+pytestmark = [
+    pytest.mark.skipif(INTERPRET, reason="nothing of it is a kernel"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 MODEL = ModelConfig(width=32, depth=2, heads=2, patch_sizes=(2, 4), class_dropout=0.3)
 
@@ -268,6 +271,7 @@ def test_two_ranks_give_the_losses_of_one(whole, tmp_path, kind):
     found = torchrun(kind, tmp_path)
     assert found == pytest.approx({k: losses[k] for k in found}, rel=1e-4)
     assert list(found) == [1, 2, 3, 4]
+    assert len(list((tmp_path / "samples").iterdir())) == 4
     back, _ = run(tiny(tmp_path), resume=True)
     assert list(back) == [5, 6]
     assert back == pytest.approx({k: losses[k] for k in back}, rel=1e-4)
@@ -281,7 +285,8 @@ def ranks(kind, folder):
     """What each rank runs: two steps, then a resumed two."""
     losses = {}
     for steps in (2, 4):
-        config = tiny(folder, steps=steps, distribution=kind, save_every=2, accumulate=2)
+        options = {"save_every": 2, "accumulate": 2, "sample_every": 1, "sample_count": 2}
+        config = tiny(folder, steps=steps, distribution=kind, **options)
         losses |= run(config, resume=steps == 4)[0]
     if dist.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps(losses))

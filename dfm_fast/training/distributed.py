@@ -115,6 +115,11 @@ def shard(model: nn.Module, world: World) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def local_parameters(model: nn.Module) -> list[Tensor]:
+    """This rank's part of sharded ones."""
+    return [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+
+
 @contextlib.contextmanager
 def local_gradients(wrapped: nn.Module, local: bool) -> Iterator[None]:
     """Gradients of a part that is not a step's last stay on the rank."""

@@ -104,6 +104,7 @@ class Run:
             weight_decay=options.weight_decay, fused=True,
         )  # fmt: skip
         self.step, self.position = 0, 0  # steps done, samples seen
+        self.reports = Reports()
         if last is not None:
             self._load(last)
         self.board = Board(
@@ -117,12 +118,10 @@ class Run:
     def _recipe(self, last: Path | None) -> Recipe:
         saved = Recipe.read(last) if last else None
         std = None
-        if recipes.needs_std(self.config):
-            std = (
-                saved.measured
-                if saved
-                else self.world.share(lambda: recipes.measure(self.config, self.dataset))
-            )
+        if recipes.needs_std(self.config) and saved:
+            std = saved.measured
+        elif recipes.needs_std(self.config):
+            std = self.world.share(lambda: recipes.measure(self.config, self.dataset))
         recipe = recipes.recipe_of(self.config, self.dataset, std)
         if saved:
             recipe.check_same(saved, last)
@@ -131,43 +130,40 @@ class Run:
     # --- Steps ---
 
     def train(self, signals: list[str], on_step: Callable[[Report], None] | None) -> Outcome:
-        config, reports = self.config, Reports()
+        config, saved = self.config, self.checkpoints.latest()
         slices = orders.Slices(
             self.position, config.steps - self.step, config.batch, config.accumulate,
             self.world.rank, self.world.size,
         )  # fmt: skip
         batches = iter(self._loader(slices))
-
-        def tell() -> None:
-            try:
-                report = reports.take()
-            except NotFinite as error:
-                last = self.checkpoints.latest() or "none"
-                raise NotFinite(f"{error}; the last good checkpoint: {last}") from None
-            if report is not None:
-                self.board.step(report, config.batch)
-                if on_step is not None:
-                    on_step(report)
-
-        saved = self.checkpoints.latest()
         while self.step < config.steps:
             sums, active = self._step(batches, slices)
-            tell()  # of the step before
-            reports.put(self.step, self.optimizer.param_groups[0]["lr"], active, config.batch, sums)
+            self._tell(on_step)  # of the step before
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.reports.put(self.step, lr, active, config.batch, sums)
             stop = self.world.any(bool(signals))
             done = self.step == config.steps
             if stop or done or self.step % config.save_every == 0:
-                tell()  # nothing is saved that was not seen to be finite
+                self._tell(on_step)  # nothing is saved that was not seen to be finite
                 saved = self.save()
-                self.board.pause()
             if config.sample_every and (done or self.step % config.sample_every == 0) and not stop:
-                tell()
+                self._tell(on_step)
                 self._pictures()
-                self.board.pause()
             if stop and not done:
                 return Outcome(self.step, saved, signals[0] if signals else "a signal of a rank")
         self._export()
         return Outcome(self.step, saved)
+
+    def _tell(self, on_step: Callable[[Report], None] | None) -> None:
+        try:
+            report = self.reports.take()
+        except NotFinite as error:
+            last = self.checkpoints.latest() or "none"
+            raise NotFinite(f"{error}; the last good checkpoint: {last}") from None
+        if report is not None:
+            self.board.step(report, self.config.batch)
+            if on_step is not None:
+                on_step(report)
 
     def _loader(self, slices: orders.Slices) -> torch.utils.data.DataLoader:
         config, classes = self.config, self.recipe.num_classes
@@ -219,18 +215,21 @@ class Run:
     def _average(self) -> None:
         """The weights after the first step, then their moving average. (torch's AveragedModel
         copies its counter to the device, and waits, at every step.)"""
-        both = list(self.ema.parameters()), list(self.model.parameters())
+        both = [distributed.local_parameters(m) for m in (self.ema, self.model)]
         if self.step == 0:
             torch._foreach_copy_(*both)
         else:
             self.average(*both, None)
 
     def _lr(self) -> float:
-        options, done = self.config.optimizer, self.step + 1
-        rise = min(1.0, done / (options.warmup + 1))
+        options = self.config.optimizer
+        beyond = self.step - options.warmup
+        if beyond < 0:
+            return options.lr * (self.step + 1) / (options.warmup + 1)
         if options.schedule == "constant":
-            return options.lr * rise
-        return options.lr * rise * 0.5 * (1 + math.cos(math.pi * self.step / self.config.steps))
+            return options.lr
+        rest = max(1, self.config.steps - options.warmup)
+        return options.lr * 0.5 * (1 + math.cos(math.pi * beyond / rest))
 
     # --- Saving ---
 
@@ -247,7 +246,9 @@ class Run:
         }  # fmt: skip
 
     def save(self) -> Path:
-        return self.checkpoints.save(self.step, self._state(), self.recipe)
+        path = self.checkpoints.save(self.step, self._state(), self.recipe)
+        self.board.pause()
+        return path
 
     def _load(self, path: Path) -> None:
         state = load(path, self._state())
@@ -282,10 +283,13 @@ class Run:
                 self.ema, self.flow, self.recipe, labels, count, device=device,
                 cuda_graph=False,
             )  # fmt: skip
+        if self.sharded:
+            self.ema.reshard()  # which otherwise only a backward does
         if self.world.main:
             image = pictures.grid(x, _columns(labels, count))
             pictures.write(self.config.out / "samples" / f"step-{self.step:08d}.png", image)
             self.board.picture("samples", image, self.step)
+            self.board.pause()
 
 
 def _columns(labels: Tensor | None, count: int) -> int | None:
