@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -72,6 +73,84 @@ def convolution_row(name: str, layout: str, dtype: torch.dtype, **options: Any) 
         dtype=dtype,
         layout=layout,
         adapt=lambda inputs: scaled(inputs, (4,)),
+        **options,
+    )
+
+
+# --- The same as one kernel, against two ----------------------------------------------------------
+
+STATISTICS: dict[Any, Any] = {}
+
+
+def given_statistics(x: Tensor) -> Any:
+    """Taken once for each map, as its producer hands them on."""
+    key = x.data_ptr(), x.shape, x.dtype
+    if key not in STATISTICS:
+        STATISTICS[key] = dfm_fast.channel_statistics(x.detach())
+    return STATISTICS[key]
+
+
+def choose(choice: str) -> Callable[..., Tensor]:
+    """The operator with that choice of `kernels.separables.ONE_KERNEL`."""
+
+    def run(x, depthwise, pointwise, residual, weight, bias):
+        from dfm_fast.kernels import separables as kernels
+
+        before, kernels.ONE_KERNEL = kernels.ONE_KERNEL, choice
+        try:
+            given = {"num_groups": GROUPS, "statistics": given_statistics(x)}
+            vectors = None, None, residual, weight, bias
+            return dfm_fast.separable_conv2d(x, depthwise, pointwise, *vectors, **given)
+        finally:
+            kernels.ONE_KERNEL = before
+
+    return run
+
+
+def by_cublas(x, depthwise, pointwise, residual, weight, bias):
+    """The same prologue, then a product with the residual as its epilogue."""
+    given = {"num_groups": GROUPS}
+    a = dfm_fast.norm_silu_depthwise_conv2d(
+        x, given_statistics(x), weight, bias, depthwise, **given
+    )
+    rows, added = (v.permute(0, 2, 3, 1).flatten(0, 2) for v in (a, residual))
+    y = torch.addmm(added, rows, pointwise.flatten(1).t())
+    return y.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def summed(x, depthwise, pointwise, residual, weight, bias):
+    return convolve(norm_silu(x, weight, bias), depthwise, pointwise) + residual
+
+
+def reference_summed(x, depthwise, pointwise, residual, weight, bias):
+    vectors = None, None, residual, weight, bias
+    return separables.separable_conv2d_ref(x, depthwise, pointwise, *vectors, num_groups=GROUPS)
+
+
+def one_kernel_row(name: str, second: bool, dtype: torch.dtype = BF16, **options: Any) -> Row:
+    """A block's first or second convolution, both with a residual: what fills `MEASURED` in
+    kernels/separables.py."""
+    (n, c, h, w), outputs = BLOCKS[name]
+    c, outputs = (2 * outputs, outputs) if second else (c, 2 * outputs)
+    shapes = (n, c, h, w), (c, 1, 3, 3), (outputs, c, 1, 1), (n, outputs, h, w), (c,), (c,)
+    return Row(
+        op="separable_one_kernel",
+        variant=f"{c}_to_{outputs}",
+        case=name,
+        shapes=shapes,
+        ours=choose("1"),
+        reference=reference_summed,
+        least_bytes=(sum(map(math.prod, shapes)) + n * outputs * h * w) * dtype.itemsize,
+        eager=summed,
+        compiled={"written out": summed},
+        rivals={
+            "two kernels": Rival(lambda *inputs: partial(choose("0"), *inputs)),
+            "cublas": Rival(lambda *inputs: partial(by_cublas, *inputs)),
+        },
+        dtype=dtype,
+        layout="channels_last",
+        adapt=lambda inputs: scaled(inputs, (4,)),
+        device="cuda",
         **options,
     )
 
@@ -182,6 +261,10 @@ def rows() -> Iterator[Row]:
         options = {"device": "cuda", "quick": name == "large_block_256"}
         yield block_row(name, "channels_last", BF16, **options)
         yield block_row(name, "channels_last", BF16, device="cuda", direction="training")
+        for second in (False, True):
+            yield one_kernel_row(name, second, quick=options["quick"])
+    yield one_kernel_row("large_block_256", True, torch.float16)
+    yield one_kernel_row("block_256_64", True)
 
 
 ROWS = {r.id: r for r in rows()}

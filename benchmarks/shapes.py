@@ -219,6 +219,7 @@ GOALS = (
     Goal("*", "separable_conv_block-*-training", "eager", 1.0),
     Goal("*", "separable_conv_block-*-training", "compiled", 1.0),
     Goal("*", "separable_conv_block-*-training", "memory", 0.25),
+    Goal("cuda", "separable_one_kernel-*_to_256-*", "two kernels", 1.0),
     Goal("cpu", "upsample_conv2d-*-forward", "eager", 1.6),
     Goal("*", "upsample_conv2d-*-forward", "compiled", 1.0),
     Goal("cuda", "add_noise-*-large_latents-*", "copy", 0.75),

@@ -31,6 +31,14 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
 }
+# Target -> pattern of the instruction that multiplies matrices there.
+MATRIX = {
+    "sm_80": "HMMA",
+    "sm_90": "HGMMA",  # wgmma
+    "sm_100": "UTC.MMA",  # tcgen05: UTCHMMA, UTCQMMA
+    "sm_120": "HMMA",
+    "gfx942": "v_mfma",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Specialisation:
     targets: tuple[str, ...] = tuple(TARGETS)
     load_bits: int = 0  # the widest global load must have at least so many
     options: dict[str, Any] = field(default_factory=dict)
-    instruction: str = ""  # pattern of one that its machine code must have
+    matrix: bool = False  # its machine code must multiply matrices
     normals: int = 0  # that a lane draws, where its code has no branch and no loop
 
 
@@ -90,8 +98,8 @@ def check(spec: Specialisation, target: str) -> Report:
         failures.append(f"spills: expected 0, got {spills}")
     if load_bits < spec.load_bits:
         failures.append(f"widest load: expected {spec.load_bits} bits, got {load_bits}")
-    if spec.instruction and not any(re.match(spec.instruction, op) for op in code):
-        failures.append(f"instructions: expected {spec.instruction}, got none")
+    if spec.matrix and not any(re.match(MATRIX[target], op) for op in code):
+        failures.append(f"instructions: expected {MATRIX[target]}, got none")
     return Report(
         spec.name, spec.dtype, target, registers, shared, spills, load_bits, len(code),
         tuple(failures), len(code) / spec.normals if spec.normals else 0.0,

@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
-from dfm_fast.kernels._aot import TARGETS, Specialisation
+from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.products import ARCHITECTURES, architecture
 from dfm_fast.kernels.resample import on_device
 from dfm_fast.ops import _sdpa, attentions
 
@@ -115,20 +116,20 @@ def _forward_kernel(
         tl.store(lse_ptr + out, most + tl.log2(sum), t < T)
 
 
-def _shape(S: int, d: int, group: int, amd: bool) -> dict[str, Any]:
+def _shape(S: int, d: int, group: int, arch: int) -> dict[str, Any]:
     """Constants of a launch. Keys stay on chip where one block has them all: 256 of 64 elements, of
-    which gfx942 spills registers: 64 there."""
+    which gfx942 spills registers: 64 there. wgmma and tcgen05 need 64 rows, of which others spill."""
     d_pad = max(16, triton.next_power_of_2(d))
-    most = 64 if amd else min(256, max(16, (1 << 14) // d_pad))
+    most = min(256, max(16, (1 << 14) // d_pad)) if arch else 64
     keys = max(16, triton.next_power_of_2(S))
     keys = keys if keys <= most else 64
-    rows = 32
+    rows = 64 if arch in (9, 10) else 32
     names = ("GROUP", "D", "D_PAD", "ROWS", "KEYS", "RESIDENT")
     return dict(zip(names, (group, d, d_pad, rows, keys, keys >= S), strict=True))
 
 
-def _options(amd: bool) -> dict[str, int]:
-    return {"num_warps": 1 if amd else 4, "num_stages": 1 if amd else 2}
+def _options(arch: int) -> dict[str, int]:
+    return {"num_warps": 4 if arch else 1, "num_stages": 2 if arch else 1}
 
 
 def _triton_forward(
@@ -139,8 +140,8 @@ def _triton_forward(
     lse = q.new_empty((B, T, H), dtype=torch.float32)
     strides = [s for x in (q, k, v) for s in x.stride()[:3]]
     vec = math.gcd(16 // q.element_size(), *strides)
-    amd = torch.version.hip is not None
-    constants = _shape(S, d, H // kv_heads, amd)
+    arch = architecture(q.device)
+    constants = _shape(S, d, H // kv_heads, arch)
     blocks = triton.cdiv(T * constants["GROUP"], constants["ROWS"])
     pairs = B * kv_heads
     if not pairs * blocks:
@@ -153,7 +154,7 @@ def _triton_forward(
     with on_device(q):
         _forward_kernel[grid](
             q, k, v, mask, y, lse, scale / math.log(2), T, S, kv_heads, blocks,
-            *(s // vec for s in strides), **constants, VEC=vec, WIDE=wide, **_options(amd),
+            *(s // vec for s in strides), **constants, VEC=vec, WIDE=wide, **_options(arch),
         )  # fmt: skip
     return y, lse
 
@@ -195,10 +196,6 @@ def multi_query_attention_backward(
     return _sdpa.backward(None, dy, q, k, v, mask, y, lse, scale, _sdpa.view_backward(k))
 
 
-_NVIDIA = tuple(target for target in TARGETS if target.startswith("sm_"))
-_AMD = tuple(target for target in TARGETS if target not in _NVIDIA)
-
-
 def specialisations() -> Iterator[Specialisation]:
     """SnapGen's cross-attention: CLIP's 77 tokens, 256 of a language model, heads of 64."""
     for keys, dtype in itertools.product((77, 256, 320), ("bf16", "fp16")):
@@ -208,7 +205,9 @@ def specialisations() -> Iterator[Specialisation]:
                    for axis in axes]  # fmt: skip
         arguments |= dict.fromkeys(("T", "S", "kv_heads", "blocks", *strides), "i32")
         name = f"multi_query_attention {keys}"
-        for targets, amd in (_NVIDIA, False), (_AMD, True):
-            constants = _shape(keys, 64, 14, amd) | {"VEC": 8, "WIDE": False}
-            common = {"targets": targets, "options": _options(amd), "load_bits": 128}
-            yield Specialisation(name, _forward_kernel, dtype, arguments, constants, **common)
+        for target, arch in ARCHITECTURES.items():
+            constants = _shape(keys, 64, 14, arch) | {"VEC": 8, "WIDE": False}
+            common = {"targets": (target,), "options": _options(arch), "load_bits": 128}
+            yield Specialisation(
+                name, _forward_kernel, dtype, arguments, constants, matrix=True, **common
+            )

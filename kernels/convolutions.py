@@ -37,7 +37,10 @@ BLOCK = 1024 if INTERPRET else 128  # lanes; the interpreter's time is per opera
 ROWS = 8  # that a lane walks down
 COLS = 2  # of a lane where the kernel is 3 wide
 VECTORS = {3: 16, 5: 8, 7: 4}  # bytes of channels of a lane: K K weights of each are in registers
-STEPS = 32  # pixels that a lane sums one after the other
+# Of the gradient of the weights: lanes, channels of them at most (by whether in channels_last), and
+# pixels that a lane sums one after the other.
+LANES, SIDE, STEPS = (4096, (64, 64), 4) if INTERPRET else (128, (1, 16), 32)
+SIDE_BY_SIDE = 64 if INTERPRET else 32  # vectors of channels of a program, in channels_last
 MERGED = 256  # sums of a program of the second kernel
 
 # --- Parts ----------------------------------------------------------------------------------------
@@ -54,7 +57,7 @@ def _activate(x, inside, norm, NORM: tl.constexpr):
 
 
 @triton.jit
-def _norm_of(scale_ptr, offset_ptr, centre_ptr, plane, kept):
+def norm_of(scale_ptr, offset_ptr, centre_ptr, plane, kept):
     """(scale, offset, centre) of channels, `plane` among [N, C]."""
     if scale_ptr is not None:
         return (
@@ -67,7 +70,7 @@ def _norm_of(scale_ptr, offset_ptr, centre_ptr, plane, kept):
 
 
 @triton.jit
-def _load_row(
+def load_row(
     x_ptr, base, step, norm, kept, h, w, H, W,
     N: tl.constexpr, SPREAD: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -84,6 +87,20 @@ def _load_row(
         x = tl.load(x_ptr + offs, inside, 0).to(ACC)
         row = row + (_activate(x, inside, norm, NORM),)
     return row
+
+
+@triton.jit
+def taps(weights, rows, at: tl.constexpr, K: tl.constexpr, NC: tl.constexpr):
+    """The K x K products and their sum, of rows of NC columns from element `at` on."""
+    for a in tl.static_range(K):
+        some = weights[a * K] * rows[at + a * NC]
+        for b in tl.static_range(1, K):
+            some += weights[a * K + b] * rows[at + a * NC + b]
+        if a == 0:
+            y = some
+        else:
+            y += some
+    return y
 
 
 # --- Forward, and the gradient of the input -------------------------------------------------------
@@ -125,7 +142,7 @@ def _depthwise_kernel(
         rows_in = (H + 1) // 2 * ((W + 1) // 2) if SPREAD else H * W
         place = plane.to(tl.int64) if WIDE else plane
         base, out = place * rows_in, place * (OH * OW)
-    norm = _norm_of(scale_ptr, offset_ptr, centre_ptr, plane, kept)
+    norm = norm_of(scale_ptr, offset_ptr, centre_ptr, plane, kept)
     weights = ()
     for t in tl.static_range(K * K):
         tap = K * K - 1 - t if TURNED else t
@@ -135,24 +152,17 @@ def _depthwise_kernel(
     h, w = first * S - PH, col * S - PW
     window = ()
     for i in tl.static_range(K - S):
-        window = window + _load_row(
+        window = window + load_row(
             x_ptr, base, step, norm, kept, h + i, w, H, W, NC, SPREAD, NORM, ACC
         )
     for r in range(ROWS):
         rows = window
         for i in tl.static_range(K - S, K):
-            rows = rows + _load_row(
+            rows = rows + load_row(
                 x_ptr, base, step, norm, kept, h + i, w, H, W, NC, SPREAD, NORM, ACC
             )
         for p in tl.static_range(COLS):
-            for a in tl.static_range(K):
-                some = weights[a * K] * rows[a * NC + p * S]
-                for b in tl.static_range(1, K):
-                    some += weights[a * K + b] * rows[a * NC + p * S + b]
-                if a == 0:
-                    y = some
-                else:
-                    y += some
+            y = taps(weights, rows, p * S, K, NC)
             if bias_ptr is not None:
                 y += bias
             mask = kept & (first + r < OH) & (col + p < OW)
@@ -190,7 +200,7 @@ def _products_kernel(
         base, dbase, step = place * (H * W) * C + c, place * (OH * OW) * C + c, C
     else:
         base, dbase, step = (place * C + c) * (H * W), (place * C + c) * (OH * OW), 1
-    norm = _norm_of(scale_ptr, offset_ptr, centre_ptr, n * C + c, kept)
+    norm = norm_of(scale_ptr, offset_ptr, centre_ptr, n * C + c, kept)
     sums = ()
     for _ in tl.static_range(K * K + 1):
         sums = sums + (tl.zeros([TP, TC, VEC], ACC),)
@@ -272,7 +282,7 @@ def plan(
     groups, cols = channels // vec, COLS if kernel == 3 and stride == 1 else 1
     strips, rows = triton.cdiv(sizes[1], cols), _power(sizes[0], ROWS)
     if last:
-        tc = _power(groups, 32)
+        tc = _power(groups, SIDE_BY_SIDE)
         tw = _power(strips, BLOCK // tc)
         programs = n * triton.cdiv(groups, tc)
     else:
@@ -308,9 +318,9 @@ def plan_products(
     n, channels, height, width = shape
     vec = _vector(channels, last, VECTORS[kernel] // stride, itemsize)  # registers, again
     groups = channels // vec
-    tc = _power(groups, 16) if last else 1
+    tc = _power(groups, SIDE[last])
     across, down = max(width, sizes[1]), max(height, sizes[0])
-    tp = _power(across * down, 128 // tc)
+    tp = _power(across * down, LANES // tc)
     steps = _power(triton.cdiv(across * down, tp), STEPS)
     parts = triton.cdiv(across * down, tp * steps)
     wide = n * channels * across * down >= 2**31 - 2**16

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -28,25 +28,18 @@ from torch import Tensor
 
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.activations import ACTIVATIONS, _slope
+from dfm_fast.kernels.products import (
+    ARCHITECTURES,
+    SIZES,
+    Tile,
+    architecture,
+    grouped_tile,
+    multiply_step,
+    row_of,
+)
 from dfm_fast.kernels.resample import on_device
 
 # --- Kernel ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _tile_of(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """(row, column) of this program's tile: down GROUP rows of tiles, then to the next column, so
-    that tiles at work together share what they read."""
-    pid = tl.program_id(0)
-    first = pid // (GROUP * tiles_n) * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    inside = pid % (GROUP * tiles_n)
-    return first + inside % height, inside // height
-
-
-@triton.jit
-def _bias(ptr, offs, mask):
-    return tl.load(ptr + offs, mask, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -62,7 +55,7 @@ def _linear_glu_kernel(
 ):  # fmt: skip
     """K = KV VEC, a stride of x is x_stride VEC, D = DV OUT_VEC. EVEN: BK divides K."""
     D, K = DV * OUT_VEC, KV * VEC
-    tile_m, tile_n = _tile_of(tl.cdiv(M, BM), tl.cdiv(D, BN), GROUP)
+    tile_m, tile_n = grouped_tile(tl.cdiv(M, BM), tl.cdiv(D, BN), GROUP)
     row, column = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     # Rows and columns past the end are other ones once more: they are not stored.
@@ -84,14 +77,14 @@ def _linear_glu_kernel(
             x = tl.load(x_ptrs, inside[None, :], other=0.0)
             wa = tl.load(a_ptrs, inside[:, None], other=0.0)
             wb = tl.load(b_ptrs, inside[:, None], other=0.0)
-        a = tl.dot(x, wa, a, input_precision=PRECISION)
-        b = tl.dot(x, wb, b, input_precision=PRECISION)
+        a = multiply_step(x, wa, a, PRECISION)
+        b = multiply_step(x, wb, b, PRECISION)
         x_ptrs += BK
         a_ptrs += BK
         b_ptrs += BK
     if bias_ptr is not None:
-        a += _bias(bias_ptr, column, column < D)
-        b += _bias(bias_ptr + D, column, column < D)
+        a += row_of(bias_ptr, column, column < D, tl.float32)
+        b += row_of(bias_ptr + D, column, column < D, tl.float32)
     value, _ = _slope(b, ACTIVATION)
     mask = (row < M)[:, None] & (column < D)[None, :]
     to = out_ptr + row[:, None] * DV * OUT_VEC + column[None, :]
@@ -101,44 +94,30 @@ def _linear_glu_kernel(
 # --- Launcher -------------------------------------------------------------------------------------
 
 
-class _Tiles(NamedTuple):
-    BM: int
-    BN: int  # of y: the product's are twice as many
-    BK: int
-    warps: int
-    stages: int
-
-
-# By architecture (the compute capability's major version; 0: AMD) and whether there are tiles for
-# every multiprocessor. Two accumulators of 128 x 128 are 128 registers of 256 threads, as large a
-# tile as cuBLAS takes; 48 KiB of operands a stage. From shapes and limits, not from measurements.
+# By architecture and whether there are tiles for every multiprocessor. BN is of y: the product has
+# twice as many. Two accumulators of 128 x 128 are 128 registers of 256 threads, as large a tile as
+# cuBLAS takes; 48 KiB of operands a stage. From shapes and limits, not from measurements.
 TILES = {
-    (8, True): _Tiles(128, 64, 64, 8, 3),
-    (9, True): _Tiles(128, 128, 64, 8, 4),
-    (10, True): _Tiles(128, 128, 64, 8, 4),
-    (12, True): _Tiles(128, 64, 64, 8, 2),
-    (0, True): _Tiles(128, 64, 32, 8, 2),
-    (8, False): _Tiles(64, 64, 64, 4, 3),
-    (9, False): _Tiles(64, 64, 64, 4, 4),
-    (10, False): _Tiles(64, 64, 64, 4, 4),
-    (12, False): _Tiles(64, 32, 64, 4, 3),
-    (0, False): _Tiles(64, 32, 64, 4, 2),
+    (8, True): Tile(128, 64, 64, 8, 3),
+    (9, True): Tile(128, 128, 64, 8, 4),
+    (10, True): Tile(128, 128, 64, 8, 4),
+    (12, True): Tile(128, 64, 64, 8, 2),
+    (0, True): Tile(128, 64, 32, 8, 2),
+    (8, False): Tile(64, 64, 64, 4, 3),
+    (9, False): Tile(64, 64, 64, 4, 4),
+    (10, False): Tile(64, 64, 64, 4, 4),
+    (12, False): Tile(64, 32, 64, 4, 3),
+    (0, False): Tile(64, 32, 64, 4, 2),
 }
 MANY = 132  # tiles: a program for each of an H100's multiprocessors
 GROUP = 8
 
 
-def _tiles(arch: int, M: int, D: int, itemsize: int) -> _Tiles:
+def _tiles(arch: int, M: int, D: int, itemsize: int) -> Tile:
     large = TILES[arch, True]
     many = triton.cdiv(M, large.BM) * triton.cdiv(D, large.BN) >= MANY
     tiles = large if many else TILES[arch, False]
     return tiles._replace(BN=tiles.BN * 2 // itemsize, BK=tiles.BK * 2 // itemsize)
-
-
-def _arch(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 9  # under the interpreter
-    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
 def _wide(*elements: int) -> bool:
@@ -155,7 +134,7 @@ def linear_glu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
     if not out.numel():
         return out
     stride = x.stride(0) if M > 1 else K
-    tiles = _tiles(_arch(x.device), M, D, size)
+    tiles = _tiles(architecture(x.device), M, D, size)
     vec, out_vec = math.gcd(16 // size, K, stride), math.gcd(16 // size, D)
     wide = _wide(M * stride, 2 * D * K, M * D)
     with on_device(x):
@@ -168,7 +147,7 @@ def linear_glu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
 
 
 def _constants(
-    tiles: _Tiles, activation: str, size: int, even: bool, vec: int, out_vec: int, wide: bool
+    tiles: Tile, activation: str, size: int, even: bool, vec: int, out_vec: int, wide: bool
 ) -> dict[str, Any]:
     constants = {
         "ACTIVATION": ACTIVATIONS[activation],
@@ -180,28 +159,17 @@ def _constants(
 
 # --- Ahead of time --------------------------------------------------------------------------------
 
-# Target -> (architecture, the instruction that multiplies matrices there).
-MATRIX = {
-    "sm_80": (8, "HMMA"),
-    "sm_90": (9, "HGMMA"),  # wgmma
-    "sm_100": (10, "UTC.MMA"),  # tcgen05: UTCHMMA, UTCQMMA
-    "sm_120": (12, "HMMA"),
-    "gfx942": (0, "v_mfma"),
-}
-
 
 def specialisations() -> Iterator[Specialisation]:
     arguments = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), "*")
     arguments |= dict.fromkeys(("M", "DV", "KV", "x_stride"), "i32")
     shapes = {"": (65536, True), " few rows": (256, True), " any K": (65536, False)}
-    for dtype, (target, (arch, instruction)) in itertools.product(
-        ("bf16", "fp16", "fp32"), MATRIX.items()
-    ):
-        size = 4 if dtype == "fp32" else 2
+    for dtype, (target, arch) in itertools.product(("bf16", "fp16", "fp32"), ARCHITECTURES.items()):
+        size = SIZES[dtype]
         for name, (M, even) in shapes.items():
             tiles = _tiles(arch, M, 2688, size)
             yield Specialisation(
                 f"linear_glu{name}", _linear_glu_kernel, dtype, arguments,
                 _constants(tiles, "gelu", size, even, 16 // size, 16 // size, False), tiles.warps,
-                (target,), 128, {"num_stages": tiles.stages}, instruction=instruction,
+                (target,), 128, {"num_stages": tiles.stages}, matrix=True,
             )  # fmt: skip

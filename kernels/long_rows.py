@@ -10,7 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dfm_fast.kernels.row_norms import _modulate, _put, _residual, _rsqrt, _tile
+from dfm_fast.kernels.row_norms import (
+    _place,
+    _put,
+    _residual,
+    _rsqrt,
+    _scaled,
+    _store_dx,
+    _store_dy,
+    _store_modulated,
+    _store_residual,
+    _tile,
+)
 
 
 @triton.jit
@@ -29,10 +40,7 @@ def _long_forward_kernel(
     EPS: tl.constexpr, RMS: tl.constexpr, EACH: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    b, first = pid // tiles, pid % tiles * ROWS
+    _, b, first = _place(tiles, ROWS, WIDE)
     D = DV * VEC
     t = first + tl.arange(0, ROWS)[:, None]
     mask_t = t < T
@@ -83,21 +91,17 @@ def _long_forward_kernel(
         to = row * DV * VEC + offs_d
         x = _tile(x_ptr, b, t, x_b, x_t, offs_d, mask, VEC, ACC)
         # Once more: what other threads have stored needs more than a barrier on some GPUs.
-        if y_ptr is not None:
-            dtype: tl.constexpr = residual_ptr.dtype.element_ty
-            x = _residual(
-                x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
-                dtype, VEC, ACC,
-            )  # fmt: skip
-            tl.store(residual_ptr + to, x.to(dtype), mask)
+        x = _store_residual(
+            x, y_ptr, gate_ptr, residual_ptr, to, b, t, m_t, offs_d, mask, m_mask,
+            y_b, y_t, gate_b, gate_t, VEC, ACC,
+        )  # fmt: skip
         if out_ptr is not None:
             if not RMS:
                 x = x - rounded - lost
-            out = _modulate(
-                x * rstd, scale_ptr, shift_ptr, b, m_t, offs_d, m_mask,
+            _store_modulated(
+                x * rstd, out_ptr, to, scale_ptr, shift_ptr, b, m_t, offs_d, mask, m_mask,
                 scale_b, scale_t, shift_b, shift_t, RMS, VEC, ACC,
             )  # fmt: skip
-            tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -129,10 +133,7 @@ def _long_backward_kernel(
     CHUNK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Block of ROWS rows of one sample."""
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    b, first = pid // blocks, pid % blocks * ROWS
+    pid, b, first = _place(blocks, ROWS, WIDE)
     D = DV * VEC
     t = first + tl.arange(0, ROWS)[:, None]
     mask_t = t < T
@@ -149,10 +150,8 @@ def _long_backward_kernel(
             mask_d = offs_d < D
             mask = mask_d & mask_t
             g = _tile(dn_ptr, b, t, dn_b, dn_t, offs_d, mask, VEC, ACC)
-            if scale_ptr is not None:
-                m_mask = mask if EACH else mask_d
-                scale = _tile(scale_ptr, b, m_t, scale_b, scale_t, offs_d, m_mask, VEC, ACC)
-                g *= scale if RMS else 1 + scale
+            m_mask = mask if EACH else mask_d
+            g = _scaled(g, scale_ptr, b, m_t, offs_d, m_mask, scale_b, scale_t, RMS, VEC, ACC)
             x = _tile(x_ptr, b, t, x_b, x_t, offs_d, mask, VEC, ACC)
             if not RMS:
                 x = tl.where(mask, x - mean, 0.0)
@@ -176,16 +175,16 @@ def _long_backward_kernel(
                 _sum_of(dshift_ptr, g, to, mask, mask_d, at, EACH)
             if scale_ptr is not None:
                 _sum_of(dscale_ptr, g * xhat, to, mask, mask_d, at, EACH)
-                scale = _tile(scale_ptr, b, m_t, scale_b, scale_t, offs_d, m_mask, VEC, ACC)
-                g *= scale if RMS else 1 + scale
-            dr = rstd * (g - level - xhat * slope)
-            if dr_ptr is not None:
-                dr += _tile(dr_ptr, b, t, dr_b, dr_t, offs_d, mask, VEC, ACC)
-            tl.store(dx_ptr + to, dr.to(dx_ptr.dtype.element_ty), mask)
+            g = _scaled(g, scale_ptr, b, m_t, offs_d, m_mask, scale_b, scale_t, RMS, VEC, ACC)
+            dr = _store_dx(
+                rstd * (g - level - xhat * slope), dr_ptr, dx_ptr, to,
+                b, t, dr_b, dr_t, offs_d, mask, VEC, ACC,
+            )  # fmt: skip
         else:
             dr = _tile(dr_ptr, b, t, dr_b, dr_t, offs_d, mask, VEC, ACC)
         if y_ptr is not None:
-            gate = _tile(gate_ptr, b, m_t, gate_b, gate_t, offs_d, m_mask, VEC, ACC)
-            tl.store(dy_ptr + to, (gate * dr).to(dy_ptr.dtype.element_ty), mask)
-            y = _tile(y_ptr, b, t, y_b, y_t, offs_d, mask, VEC, ACC)
-            _sum_of(dgate_ptr, dr * y, to, mask, mask_d, at, EACH)
+            dgate = _store_dy(
+                dr, y_ptr, gate_ptr, dy_ptr, to, b, t, m_t, offs_d, mask, m_mask,
+                y_b, y_t, gate_b, gate_t, VEC, ACC,
+            )  # fmt: skip
+            _sum_of(dgate_ptr, dgate, to, mask, mask_d, at, EACH)

@@ -21,6 +21,15 @@ def _centre(x, mean, mask, D):
 
 
 @triton.jit
+def _place(blocks, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """(program, sample, first row) of a program for a block of ROWS rows of one sample."""
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    return pid, pid // blocks, pid % blocks * ROWS
+
+
+@triton.jit
 def _residual(
     x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
     dtype: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
@@ -32,16 +41,41 @@ def _residual(
 
 
 @triton.jit
-def _modulate(
-    out, scale_ptr, shift_ptr, b, m_t, offs_d, m_mask, scale_b, scale_t, shift_b, shift_t,
+def _store_residual(
+    x, y_ptr, gate_ptr, residual_ptr, to, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+    VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x, or where there is y the residual, which is stored."""
+    if y_ptr is not None:
+        dtype: tl.constexpr = residual_ptr.dtype.element_ty
+        x = _residual(
+            x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+            dtype, VEC, ACC,
+        )  # fmt: skip
+        tl.store(residual_ptr + to, x.to(dtype), mask)
+    return x
+
+
+@triton.jit
+def _scaled(
+    g, scale_ptr, b, m_t, offs_d, m_mask, scale_b, scale_t,
     RMS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     if scale_ptr is not None:
         scale = _tile(scale_ptr, b, m_t, scale_b, scale_t, offs_d, m_mask, VEC, ACC)
-        out *= scale if RMS else 1 + scale
+        g *= scale if RMS else 1 + scale
+    return g
+
+
+@triton.jit
+def _store_modulated(
+    xhat, out_ptr, to, scale_ptr, shift_ptr, b, m_t, offs_d, mask, m_mask,
+    scale_b, scale_t, shift_b, shift_t, RMS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    out = _scaled(xhat, scale_ptr, b, m_t, offs_d, m_mask, scale_b, scale_t, RMS, VEC, ACC)
     if shift_ptr is not None:
         out += _tile(shift_ptr, b, m_t, shift_b, shift_t, offs_d, m_mask, VEC, ACC)
-    return out
+    tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -70,10 +104,7 @@ def _forward_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """EACH: every token has its own modulation. D = DV VEC."""
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    b, first = pid // tiles, pid % tiles * ROWS
+    _, b, first = _place(tiles, ROWS, WIDE)
     D = DV * VEC
     t, offs_d = first + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     mask_d, mask_t = offs_d < D, t < T
@@ -83,13 +114,10 @@ def _forward_kernel(
     row = b * T + t
     to = row * DV * VEC + offs_d
     x = _tile(x_ptr, b, t, x_b, x_t, offs_d, mask, VEC, ACC)
-    if y_ptr is not None:
-        dtype: tl.constexpr = residual_ptr.dtype.element_ty
-        x = _residual(
-            x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
-            dtype, VEC, ACC,
-        )  # fmt: skip
-        tl.store(residual_ptr + to, x.to(dtype), mask)
+    x = _store_residual(
+        x, y_ptr, gate_ptr, residual_ptr, to, b, t, m_t, offs_d, mask, m_mask,
+        y_b, y_t, gate_b, gate_t, VEC, ACC,
+    )  # fmt: skip
     if out_ptr is not None:
         if not RMS:
             mean = tl.sum(x, 1, keep_dims=True) / D
@@ -97,11 +125,32 @@ def _forward_kernel(
             x = _centre(x, mean, mask, D)
         rstd = _rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + EPS)
         tl.store(rstd_ptr + row, rstd, mask_t)
-        out = _modulate(
-            x * rstd, scale_ptr, shift_ptr, b, m_t, offs_d, m_mask,
+        _store_modulated(
+            x * rstd, out_ptr, to, scale_ptr, shift_ptr, b, m_t, offs_d, mask, m_mask,
             scale_b, scale_t, shift_b, shift_t, RMS, VEC, ACC,
         )  # fmt: skip
-        tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _store_dx(
+    dx, dr_ptr, dx_ptr, to, b, t, dr_b, dr_t, offs_d, mask, VEC: tl.constexpr, ACC: tl.constexpr
+):
+    """The norm's gradient and, where it has its own, the residual's."""
+    if dr_ptr is not None:
+        dx += _tile(dr_ptr, b, t, dr_b, dr_t, offs_d, mask, VEC, ACC)
+    tl.store(dx_ptr + to, dx.to(dx_ptr.dtype.element_ty), mask)
+    return dx
+
+
+@triton.jit
+def _store_dy(
+    dr, y_ptr, gate_ptr, dy_ptr, to, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+    VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dr y: what the gate's gradient is the sum of."""
+    gate = _tile(gate_ptr, b, m_t, gate_b, gate_t, offs_d, m_mask, VEC, ACC)
+    tl.store(dy_ptr + to, (gate * dr).to(dy_ptr.dtype.element_ty), mask)
+    return dr * _tile(y_ptr, b, t, y_b, y_t, offs_d, mask, VEC, ACC)
 
 
 @triton.jit
@@ -135,10 +184,7 @@ def _backward_kernel(
     TILES: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Block of TILES tiles of ROWS rows of one sample."""
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    b, first = pid // blocks, pid % blocks * (ROWS * TILES)
+    pid, b, first = _place(blocks, ROWS * TILES, WIDE)
     D = DV * VEC
     offs_d = tl.arange(0, BLOCK)[None, :]
     mask_d = offs_d < D
@@ -160,24 +206,23 @@ def _backward_kernel(
             # Before the reductions: afterwards dn need not be kept.
             if dshift_ptr is not None:
                 dshift = _put(dshift_ptr, dn, dshift, to, mask, EACH)
-            g = dn
             if scale_ptr is not None:
                 dscale = _put(dscale_ptr, dn * xhat, dscale, to, mask, EACH)
-                scale = _tile(scale_ptr, b, m_t, scale_b, scale_t, offs_d, m_mask, VEC, ACC)
-                g = dn * scale if RMS else dn * (1 + scale)
+            g = _scaled(dn, scale_ptr, b, m_t, offs_d, m_mask, scale_b, scale_t, RMS, VEC, ACC)
             level = tl.zeros([ROWS, 1], ACC) if RMS else tl.sum(g, 1, keep_dims=True) / D
             slope = tl.sum(g * xhat, 1, keep_dims=True) / D
-            dr = rstd * (g - level - xhat * slope)
-            if dr_ptr is not None:
-                dr += _tile(dr_ptr, b, t, dr_b, dr_t, offs_d, mask, VEC, ACC)
-            tl.store(dx_ptr + to, dr.to(dx_ptr.dtype.element_ty), mask)
+            dr = _store_dx(
+                rstd * (g - level - xhat * slope), dr_ptr, dx_ptr, to,
+                b, t, dr_b, dr_t, offs_d, mask, VEC, ACC,
+            )  # fmt: skip
         else:
             dr = _tile(dr_ptr, b, t, dr_b, dr_t, offs_d, mask, VEC, ACC)
         if y_ptr is not None:
-            gate = _tile(gate_ptr, b, m_t, gate_b, gate_t, offs_d, m_mask, VEC, ACC)
-            tl.store(dy_ptr + to, (gate * dr).to(dy_ptr.dtype.element_ty), mask)
-            y = _tile(y_ptr, b, t, y_b, y_t, offs_d, mask, VEC, ACC)
-            dgate = _put(dgate_ptr, dr * y, dgate, to, mask, EACH)
+            dgate_part = _store_dy(
+                dr, y_ptr, gate_ptr, dy_ptr, to, b, t, m_t, offs_d, mask, m_mask,
+                y_b, y_t, gate_b, gate_t, VEC, ACC,
+            )  # fmt: skip
+            dgate = _put(dgate_ptr, dgate_part, dgate, to, mask, EACH)
     if not EACH:
         at = pid * DV * VEC + offs_d
         if dgate_ptr is not None:

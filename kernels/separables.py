@@ -1,17 +1,33 @@
 """Separable convolutions: see `dfm_fast.ops.separables` for what is computed.
 
-Two launches: norm, SiLU and depthwise convolution in one pass (`convolutions`), then a product of
-pixels and the pointwise weight that ends in the sums with bias, shift and residual and in the
-moments of its tile's channels, which one small kernel merges in order. A single launch would hold
-the depthwise map in shared memory, but has to make it again for every tile of output channels, and
-none holds all of them.
+Versions, of C channels, O outputs and P pixels in 2 bytes an element. Times are predictions for
+an H200 (4.8 TB/s, products at 0.7 of 990 TFLOP/s, taps and SiLU at 34 TFLOP/s), in ps per element
+of a map: **not measured yet**.
+
+    1. eager: norm, SiLU, depthwise, product, shift, residual, statistics, each reading and writing.
+    2. norm, SiLU and depthwise in one pass (`convolutions`), bound by memory: 0.8 an element of x;
+       cuBLAS: 0.7 an element of y at C = 256, 1.5 at 512, 2.6 at 896, 5.2 at 1792; then shift,
+       residual and statistics: 1.2 an element of y.
+    3. the same pass, then a product that ends in these sums and in the moments of its tile's
+       channels, which one small kernel merges in order: what `_pointwise_kernel` does. Saves 1.2 an
+       element of y; so it wins over 2 where its product reaches 0.4 (C = 256), 0.55 (512), 0.7
+       (896), 0.75 (1024, 1408), 0.8 (1792) of cuBLAS's speed.
+    4. one kernel (`_separable_kernel`): the depthwise tile is the product's left operand and never
+       leaves the chip. Saves the map between, 0.8 an element of x where it is not in the L2, and
+       computes it again for every BN = 256 outputs, 0.8 an element and time: expected to win for
+       O = 256 (the second convolution of blocks of 256), to draw at 512, to lose beyond.
+
+3 serves, 4 where `MEASURED` says so.
 
 The gradients of the pointwise convolution are torch's (cuDNN's, cuBLAS's) products.
 """
 
+# ruff: noqa: RUF005 (Triton's tuples do not unpack)
+
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,54 +38,50 @@ from torch import Tensor
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
-from dfm_fast.kernels.convolutions import depthwise_conv2d
-from dfm_fast.kernels.group_norms import Plan, merge_moments
+from dfm_fast.kernels.convolutions import depthwise_conv2d, load_row, norm_of, taps
+from dfm_fast.kernels.group_norms import Plan, applied_norm, merge_moments
+from dfm_fast.kernels.products import (
+    ARCHITECTURES,
+    SIZES,
+    TILES,
+    accumulator,
+    architecture,
+    is_last,
+    multiply_step,
+    precision,
+    row_of,
+    tile_of,
+)
 from dfm_fast.kernels.resample import on_device
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.group_norms import wide_dtype
 from dfm_fast.ops.separables import pointwise_backward
 
 
-class Tile(NamedTuple):
-    """What a program computes, and how: outputs BM x BN, BK channels at a time."""
-
-    BM: int
-    BN: int
-    BK: int
-    warps: int
-    stages: int
-
-
-# By bytes an element, and whether in channels_last: planes take more registers, as their tiles are
-# not loaded in vectors where the number of pixels is any. Those of 2 bytes are products of tensor
-# cores (wgmma on sm_90); float32 in TF32 too where torch's convolutions are allowed to.
-TILES = {
-    (2, True): Tile(128, 128, 64, 8, 3),
-    (2, False): Tile(128, 64, 32, 8, 3),
-    (4, True): Tile(64, 64, 32, 4, 2),
-    (4, False): Tile(64, 64, 32, 4, 2),
-    (8, True): Tile(16, 16, 16, 4, 1),
-    (8, False): Tile(16, 16, 16, 4, 1),
-}
-
-
-def tile_of(x: Tensor) -> Tile:
-    """The interpreter's time is per operation: there large ones."""
-    last = memory_format(x) != torch.contiguous_format
-    return Tile(256, 256, 256, 4, 1) if INTERPRET else TILES[x.element_size(), last]
-
-
-def precision(x: Tensor) -> str:
-    return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee"
-
-
 @triton.jit
-def multiply_step(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, products of float64 without tensor cores."""
-    if acc.dtype == tl.float64:
-        return acc + tl.sum(a[:, :, None] * b[None, :, :], 1)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+def _finish(
+    acc, bias_ptr, shift_ptr, residual_ptr, y_ptr, mean_ptr, m2_ptr,
+    n, o, at, mask, pixels, part, OUT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The epilogue: sums, y, and the moments of its channels in this tile of `pixels` pixels."""
+    kept = o < OUT
+    if bias_ptr is not None:
+        acc += row_of(bias_ptr, o, kept, ACC)
+    if shift_ptr is not None:
+        acc += row_of(shift_ptr, n * OUT + o, kept, ACC)
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + at, mask, 0).to(ACC)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask)
+    if mean_ptr is not None:
+        pixels = pixels.to(ACC)
+        v = tl.where(mask, y.to(ACC), 0.0)
+        centre = tl.sum(v, 0) / pixels
+        d = tl.where(mask, v - centre[None, :], 0.0)
+        rest = tl.sum(d, 0)
+        m2 = tl.maximum(tl.sum(d * d, 0) - rest * (rest / pixels), 0.0)
+        tl.store(mean_ptr + part * OUT + o, centre + rest / pixels, kept)
+        tl.store(m2_ptr + part * OUT + o, m2, kept)
 
 
 @triton.jit
@@ -101,33 +113,146 @@ def _pointwise_kernel(
         kept = (c < C)[:, None] & (o < OUT)[None, :]
         w = tl.load(weight_ptr + o[None, :] * C + c[:, None], kept, 0)
         acc = multiply_step(a, w, acc, PRECISION)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o, o < OUT, 0).to(ACC)[None, :]
-    if shift_ptr is not None:
-        acc += tl.load(shift_ptr + n * OUT + o, o < OUT, 0).to(ACC)[None, :]
     mask = (p < P)[:, None] & (o < OUT)[None, :]
     if LAST:
         at = (n * P + p[:, None]) * OUT + o[None, :]
     else:
         at = (n * OUT + o[None, :]) * P + p[:, None]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + at, mask, 0).to(ACC)
-    y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + at, y, mask)
-    if mean_ptr is not None:
-        v = tl.where(mask, y.to(ACC), 0.0)
-        pixels = tl.minimum(P - block * BM, BM).to(ACC)
-        centre = tl.sum(v, 0) / pixels
-        d = tl.where(mask, v - centre[None, :], 0.0)
-        rest = tl.sum(d, 0)
-        m2 = tl.maximum(tl.sum(d * d, 0) - rest * (rest / pixels), 0.0)
-        partial = (n * blocks + block) * OUT + o
-        tl.store(mean_ptr + partial, centre + rest / pixels, o < OUT)
-        tl.store(m2_ptr + partial, m2, o < OUT)
+    _finish(
+        acc, bias_ptr, shift_ptr, residual_ptr, y_ptr, mean_ptr, m2_ptr,
+        n, o, at, mask, tl.minimum(P - block * BM, BM), n * blocks + block, OUT, ACC,
+    )  # fmt: skip
 
 
-def _acc(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+@triton.jit
+def _stacked(tiles, N: tl.constexpr):
+    """[N M, K] of N tiles [M, K]: row m N + i is row m of tile i. N is a power of two."""
+    for level in tl.static_range(6):
+        if N >> (level + 1) > 0:
+            pairs = ()
+            for i in tl.static_range(N >> (level + 1)):
+                pair = tl.join(tiles[i], tiles[i + (N >> (level + 1))])
+                pair = tl.permute(pair, (0, 2, 1))
+                pairs = pairs + (tl.reshape(pair, (2 * pair.shape[0], pair.shape[2])),)
+            tiles = pairs
+    return tiles[0]
+
+
+@triton.jit
+def _separable_kernel(
+    x_ptr,  # [N, H, W, C]
+    depthwise_ptr,  # [C, 3, 3]
+    scale_ptr, offset_ptr, centre_ptr,  # [N, C] or None
+    weight_ptr,  # [O, C]
+    bias_ptr, shift_ptr,  # [O], [N, O] or None
+    residual_ptr, y_ptr,  # [N, H, W, O]; residual or None
+    mean_ptr, m2_ptr,  # [N, blocks, O] or None
+    H, W, C: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile of ROWS x (LANES COLS) pixels, whole: they divide H and W. A lane has COLS columns."""
+    NC: tl.constexpr = COLS + 2
+    PART: tl.constexpr = ROWS * COLS  # pixels of a lane
+    NORM: tl.constexpr = scale_ptr is not None
+    columns, across = tl.cdiv(OUT, BN), W // (LANES * COLS)
+    blocks = H // ROWS * across
+    pid = tl.program_id(0)
+    block = pid // columns % blocks
+    n = pid // (columns * blocks)
+    if WIDE:
+        n = n.to(tl.int64)
+    h, left = block // across * ROWS, block % across * (LANES * COLS)
+    w = left + tl.arange(0, LANES)[:, None] * COLS - 1
+    o = pid % columns * BN + tl.arange(0, BN)
+    acc = tl.zeros([PART * LANES, BN], ACC)
+    for first in range(0, C, BK):
+        c = first + tl.arange(0, BK)[None, :]
+        kept, base = c < C, n * (H * W) * C + c
+        norm = norm_of(scale_ptr, offset_ptr, centre_ptr, n * C + c, kept)
+        weights = ()
+        for t in tl.static_range(9):
+            weights = weights + (tl.load(depthwise_ptr + c * 9 + t, kept, 0).to(ACC),)
+        rows = ()
+        for i in tl.static_range(2):
+            rows = rows + load_row(
+                x_ptr, base, C, norm, kept, h + i - 1, w, H, W, NC, False, NORM, ACC
+            )
+        tiles = ()
+        for r in tl.static_range(ROWS):
+            rows = rows + load_row(
+                x_ptr, base, C, norm, kept, h + r + 1, w, H, W, NC, False, NORM, ACC
+            )
+            for p in tl.static_range(COLS):
+                a = taps(weights, rows, r * NC + p, 3, NC)
+                tiles = tiles + (a.to(x_ptr.dtype.element_ty),)
+        k = first + tl.arange(0, BK)[:, None]
+        b = tl.load(weight_ptr + o[None, :] * C + k, (k < C) & (o < OUT)[None, :], 0)
+        acc = multiply_step(_stacked(tiles, PART), b, acc, PRECISION)
+    m = tl.arange(0, PART * LANES)
+    p = (h + m % PART // COLS) * W + left + m // PART * COLS + m % COLS
+    at, pixels = (n * (H * W) + p[:, None]) * OUT + o[None, :], tl.full([], PART * LANES, tl.int32)
+    mask = (o < OUT)[None, :] & (p >= 0)[:, None]
+    _finish(
+        acc, bias_ptr, shift_ptr, residual_ptr, y_ptr, mean_ptr, m2_ptr,
+        n, o, at, mask, pixels, n * blocks + block, OUT, ACC,
+    )  # fmt: skip
+
+
+# --- Launching ------------------------------------------------------------------------------------
+
+
+class Whole(NamedTuple):
+    """What a program of the one kernel computes, and how: ROWS x (LANES COLS) pixels, BN outputs,
+    BK channels at a time."""
+
+    ROWS: int
+    COLS: int
+    LANES: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+
+    @property
+    def pixels(self) -> int:
+        return self.ROWS * self.COLS * self.LANES
+
+
+# NVIDIA's, AMD's. From registers and limits, not from measurements: of 64 pixels and 256 outputs a
+# thread has 64 sums; as many outputs again would leave too few registers for the taps.
+WHOLE = Whole(4, 4, 4, 256, 64, 8, 2), Whole(4, 2, 8, 128, 32, 8, 1)
+
+# Where one kernel was found faster than two (`separable_one_kernel` in
+# benchmarks/bench_separables.py): (compute capability, dtype) -> (fewest pixels, most outputs).
+# Nothing has been measured yet, so two serve.
+MEASURED: dict[tuple[tuple[int, int], torch.dtype], tuple[int, int]] = {}
+# "1": wherever it can, "0": nowhere, else as measured.
+ONE_KERNEL = os.environ.get("DFM_FAST_SEPARABLE", "")
+
+
+def whole_of(x: Tensor) -> Whole:
+    return WHOLE[architecture(x.device) == 0]
+
+
+def _one_kernel_serves(x: Tensor, depthwise_weight: Tensor, outputs: int) -> bool:
+    if ONE_KERNEL == "0" or not (ONE_KERNEL or MEASURED):
+        return False
+    whole = whole_of(x)
+    return (
+        (INTERPRET or x.element_size() == 2)
+        and is_last(x)
+        and depthwise_weight.shape[-1] == 3
+        and x.shape[2] % whole.ROWS == 0
+        and x.shape[3] % (whole.COLS * whole.LANES) == 0
+        and (ONE_KERNEL == "1" or _measured_faster(x, outputs))
+    )
+
+
+def _measured_faster(x: Tensor, outputs: int) -> bool:
+    found = MEASURED.get((torch.cuda.get_device_capability(x.device), x.dtype))
+    pixels = x.numel() // x.shape[1]
+    return found is not None and pixels >= found[0] and outputs <= found[1]
 
 
 def separable_conv2d(
@@ -146,31 +271,56 @@ def separable_conv2d(
     *,
     with_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, channels, height, width = x.shape
+    n, _, height, width = x.shape
     outputs, pixels = pointwise_weight.shape[0], height * width
     y = empty_in(memory_format(x), x, (n, outputs, height, width))
     wide, size = wide_dtype(x), y.shape[:2] if with_statistics else (0,)
     found = x.new_empty(size, dtype=wide), x.new_empty(size, dtype=wide)
     if not y.numel():
         return y, *found
-    norm = mean, m2, norm_weight, norm_bias, None, num_groups, eps
-    padding = [depthwise_weight.shape[-1] // 2] * 2
-    a = depthwise_conv2d(x, depthwise_weight, None, *norm, 1, padding)
-    tile = tile_of(x)
-    blocks = triton.cdiv(pixels, tile.BM)
+    one = _one_kernel_serves(x, depthwise_weight, outputs)
+    block_pixels = whole_of(x).pixels if one else tile_of(x).BM
+    blocks = triton.cdiv(pixels, block_pixels)
     partials: tuple[Tensor | None, ...] = (None, None)
     if with_statistics:
         partials = tuple(x.new_empty((n, blocks, outputs), dtype=wide) for _ in range(2))
+    norm = mean, m2, norm_weight, norm_bias, None, num_groups, eps
+    rest = pointwise_weight, bias, shift, residual, y, *partials
     with on_device(x):
-        _pointwise_kernel[(n * blocks * triton.cdiv(outputs, tile.BN),)](
-            a, pointwise_weight, bias, shift, residual, y, *partials, pixels, channels, outputs,
-            ACC=_acc(x), PRECISION=precision(x), LAST=memory_format(x) != torch.contiguous_format,
-            BM=tile.BM, BN=tile.BN, BK=tile.BK, WIDE=max(a.numel(), y.numel()) >= 2**31,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        (_one_kernel if one else _two_kernels)(x, depthwise_weight, norm, n * blocks, *rest)
         if with_statistics:
-            merge_moments(y, Plan(0, pixels, blocks, tile.BM, (0, 0, 0), {}), partials, found)
+            merge_moments(y, Plan(0, pixels, blocks, block_pixels, (0, 0, 0), {}), partials, found)
     return y, *found
+
+
+def _two_kernels(
+    x: Tensor, depthwise_weight: Tensor, norm: tuple[Any, ...], tiles: int, *rest: Tensor | None
+) -> None:
+    """`rest`: the pointwise weight, what the epilogue reads, and what it writes."""
+    padding = [depthwise_weight.shape[-1] // 2] * 2
+    a = depthwise_conv2d(x, depthwise_weight, None, *norm, 1, padding)
+    outputs, y, tile = len(rest[0]), rest[4], tile_of(x)
+    _pointwise_kernel[(tiles * triton.cdiv(outputs, tile.BN),)](
+        a, *rest, x.shape[2] * x.shape[3], x.shape[1], outputs,
+        ACC=accumulator(x), PRECISION=precision(x), LAST=is_last(x),
+        BM=tile.BM, BN=tile.BN, BK=tile.BK, WIDE=max(a.numel(), y.numel()) >= 2**31,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _one_kernel(
+    x: Tensor, depthwise_weight: Tensor, norm: tuple[Any, ...], tiles: int, *rest: Tensor | None
+) -> None:
+    outputs, y, whole = len(rest[0]), rest[4], whole_of(x)
+    _separable_kernel[(tiles * triton.cdiv(outputs, whole.BN),)](
+        x, depthwise_weight, *applied_norm(x, *norm), *rest, *x.shape[2:], x.shape[1], outputs,
+        ACC=accumulator(x), PRECISION=precision(x), WIDE=max(x.numel(), y.numel()) >= 2**31,
+        **_blocks(whole), num_warps=whole.warps, num_stages=whole.stages,
+    )  # fmt: skip
+
+
+def _blocks(tile: NamedTuple) -> dict[str, int]:
+    return {name: v for name, v in tile._asdict().items() if name not in ("warps", "stages")}
 
 
 def pointwise_conv2d_backward(
@@ -182,25 +332,46 @@ def pointwise_conv2d_backward(
 
 # --- Ahead of time --------------------------------------------------------------------------------
 
-SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-
 
 def specialisations() -> Iterator[Specialisation]:
     shape = {"C": 512, "OUT": 1024}
     for dtype, last in itertools.product(SIZES, (True, False)):
-        tile, wide = TILES[SIZES[dtype], last], "*fp64" if dtype == "fp64" else "*fp32"
         acc = tl.float64 if dtype == "fp64" else tl.float32
-        blocks = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
-        constants: dict[str, Any] = {**shape, **blocks, "ACC": acc, "LAST": last, "WIDE": False}
-        names = [name for name in _pointwise_kernel.arg_names if name.endswith("_ptr")]
-        pointers = {name: wide if name in ("mean_ptr", "m2_ptr") else "*" for name in names}
-        yield Specialisation(
-            f"pointwise {'NHWC' if last else 'NCHW'}",
-            _pointwise_kernel,
-            dtype,
-            {**pointers, "P": "i32"},
-            {**constants, "PRECISION": "ieee"},
-            warps=tile.warps,
-            load_bits=128,
-            options={"num_stages": tile.stages},
-        )
+        constants = {**shape, "ACC": acc, "PRECISION": "ieee", "LAST": last, "WIDE": False}
+        name = f"pointwise {'NHWC' if last else 'NCHW'}"
+        yield _specialisation(name, _pointwise_kernel, dtype, TILES[SIZES[dtype], last], constants)
+    shape = {"C": 512, "OUT": 256}
+    for dtype, norm in itertools.product(("bf16", "fp16"), (True, False)):
+        constants = {**shape, "ACC": tl.float32, "PRECISION": "ieee", "WIDE": False}
+        absent = () if norm else ("scale_ptr", "offset_ptr", "centre_ptr")
+        name = f"separable_conv2d{' norm' * norm}"
+        given = name, _separable_kernel, dtype
+        yield _specialisation(*given, WHOLE[0], constants, absent, NVIDIA)
+        yield _specialisation(*given, WHOLE[1], constants, absent, AMD)
+
+
+NVIDIA = tuple(target for target, arch in ARCHITECTURES.items() if arch)
+AMD = tuple(target for target, arch in ARCHITECTURES.items() if not arch)
+WIDE = ("mean_ptr", "m2_ptr", "scale_ptr", "offset_ptr", "centre_ptr")
+
+
+def _specialisation(
+    name: str,
+    kernel: triton.JITFunction,
+    dtype: str,
+    tile: Any,
+    constants: dict[str, Any],
+    absent: tuple[str, ...] = (),
+    targets: tuple[str, ...] = tuple(ARCHITECTURES),
+) -> Specialisation:
+    constants = {**constants, **_blocks(tile)}
+    wide = "*fp64" if dtype == "fp64" else "*fp32"
+    arguments: dict[str, str | None] = {
+        a: (wide if a in WIDE else "*") if a.endswith("_ptr") else "i32"
+        for a in kernel.arg_names
+        if a not in constants
+    }
+    return Specialisation(
+        name, kernel, dtype, arguments | dict.fromkeys(absent), constants, tile.warps, targets,
+        128, {"num_stages": tile.stages}, matrix=SIZES[dtype] == 2,
+    )  # fmt: skip

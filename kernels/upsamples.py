@@ -14,15 +14,23 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.products import (
+    SIZES,
+    TILES,
+    accumulator,
+    is_last,
+    multiply_step,
+    precision,
+    row_of,
+    tile_of,
+)
 from dfm_fast.kernels.resample import on_device
-from dfm_fast.kernels.separables import SIZES, TILES, multiply_step, precision, tile_of
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.upsamples import (
     gradients_of_phases,
@@ -67,7 +75,7 @@ def _upsample_kernel(
         w = tl.load(weight_ptr + (matrix + o)[None, :] * C + c[:, None], kept, 0)
         acc = multiply_step(x, w, acc, PRECISION)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o, o < OUT, 0).to(ACC)[None, :]
+        acc += row_of(bias_ptr, o, o < OUT, ACC)
     row, col = 2 * i + phase // 2, 2 * j + phase % 2
     mask = (pixel < H * W)[:, None] & (o < OUT)[None, :]
     if LAST:
@@ -89,9 +97,9 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with on_device(x):
         _upsample_kernel[(programs,)](
             x, phases, bias, y, height, width, channels, outputs,
-            ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, PRECISION=precision(x),
-            LAST=memory_format(x) != torch.contiguous_format, BM=tile.BM, BN=tile.BN, BK=tile.BK,
-            WIDE=max(x.numel(), y.numel()) >= 2**31, num_warps=tile.warps, num_stages=tile.stages,
+            ACC=accumulator(x), PRECISION=precision(x), LAST=is_last(x),
+            BM=tile.BM, BN=tile.BN, BK=tile.BK, WIDE=max(x.numel(), y.numel()) >= 2**31,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
 
@@ -123,4 +131,5 @@ def specialisations() -> Iterator[Specialisation]:
             warps=tile.warps,
             load_bits=128,
             options={"num_stages": tile.stages},
+            matrix=SIZES[dtype] == 2,
         )

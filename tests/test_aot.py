@@ -95,17 +95,32 @@ def test_a_failed_gate_is_an_exit_status(monkeypatch, tmp_path, capsys):
     assert main(["check", "--target", "sm_1"]) == 1
 
 
-def test_a_gated_linear_layer_multiplies_with_wgmma():
+# `test_kernels_compile_within_the_limits_of_every_target` looks at all of them on sm_90.
+@pytest.mark.parametrize(
+    "name",
+    ["linear_glu", "pointwise NHWC", "separable_conv2d norm", "upsample_conv2d NHWC",
+     "multi_query_attention 256"],
+)  # fmt: skip
+def test_products_are_those_of_tensor_cores(name):
+    """HGMMA is wgmma."""
     from dfm_fast.kernels import _aot
 
-    spec = next(
+    specs = [
         s for s in _aot.specialisations()
-        if (s.name, s.dtype, s.targets) == ("linear_glu", "bf16", ("sm_90",))
-    )  # fmt: skip
-    assert spec.instruction == "HGMMA"
-    assert _aot.check(spec, "sm_90").failures == ()
-    (failure,) = _aot.check(_with(spec, instruction="UTC.MMA"), "sm_90").failures
-    assert failure == "instructions: expected UTC.MMA, got none"
+        if s.name == name and s.dtype in ("bf16", "fp16") and "sm_90" in s.targets
+    ]  # fmt: skip
+    assert [s.dtype for s in specs] == ["bf16", "fp16"]
+    assert all(s.matrix for s in specs)
+    assert _aot.MATRIX["sm_90"] == "HGMMA"
+    assert _aot.check(specs[0], "sm_90").failures == ()
+
+
+def test_a_product_without_tensor_cores_fails():
+    from dfm_fast.kernels import _aot
+
+    spec = next(s for s in _aot.specialisations() if s.name == "resample 32-bit")
+    (failure,) = _aot.check(_with(spec, matrix=True), "sm_90").failures
+    assert failure == "instructions: expected HGMMA, got none"
 
 
 def _with(spec, **changes):

@@ -229,13 +229,77 @@ def test_block_compiles():
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("kernel", ["pointwise NHWC", "upsample_conv2d NHWC"])
-def test_products_are_those_of_tensor_cores(kernel):
-    pytest.importorskip("triton")
-    from dfm_fast.kernels import _aot
+# --- In one kernel --------------------------------------------------------------------------------
 
-    specs = [s for s in _aot.specialisations() if s.name == kernel and s.dtype in ("bf16", "fp16")]
-    assert len(specs) == 2
-    for spec in specs:
-        assert "wgmma.mma_async" in _aot._compile(spec, _aot.TARGETS["sm_90"][0]).asm["ptx"]
+of_triton = pytest.mark.skipif(
+    not INTERPRET and len(DEVICES) == 1, reason="of Triton's kernels: interpreted, or on a GPU"
+)
+
+
+def calls_of(kernels, monkeypatch):
+    """A list that grows with every launch of the one kernel."""
+    calls, run = [], kernels._one_kernel
+    monkeypatch.setattr(kernels, "_one_kernel", lambda *a: calls.append(0) or run(*a))
+    return calls
+
+
+@of_triton
+@pytest.mark.parametrize("way", ["norm", "no norm", "columns"])
+def test_one_kernel_is_the_definition(way, monkeypatch):
+    """Several tiles and samples; steps and columns with a rest; its statistics; 64-bit offsets."""
+    kernels = pytest.importorskip("dfm_fast.kernels.separables")
+    device, calls = DEVICES[-1], calls_of(kernels, monkeypatch)
+    monkeypatch.setattr(kernels, "ONE_KERNEL", "1")
+    if way == "columns":
+        whole = kernels.Whole(4, 2, 8, 16, 32, 4, 1)
+        monkeypatch.setattr(kernels, "WHOLE", (whole, whole))
+    groups = None if way == "no norm" else GROUPS
+    shape = (2, 72, 8, 32) if way == "norm" else (1, 40, 4, 16)
+    for dtype in dtypes(device):
+        given = inputs(device, dtype, "channels_last", shape, 40)
+        given[3:] = [v if i % 2 == (way == "norm") else None for i, v in enumerate(given[3:])]
+        given[6:] = [None, None] if groups is None else given[6:]
+        y, found = dfm_fast.separable_conv2d(*given, num_groups=groups, with_statistics=True)
+        plain = [None if v is None else v.contiguous() for v in given]
+        wide = [None if v is None else v.double().cpu() for v in plain]
+        ref, exact = (separable_conv2d_ref(*v, num_groups=groups) for v in (plain, wide))
+        assert_within_budget(y, ref, exact, cap=64, what=f"{way} {dtype}", inputs=dtype)
+        want = channel_statistics_ref(y)
+        torch.testing.assert_close(found.mean, want.mean, atol=2e-6, rtol=2e-6)
+        torch.testing.assert_close(found.m2, want.m2, atol=0, rtol=1e-5)
+    served = [d for d in dtypes(device) if INTERPRET or d.itemsize == 2]
+    assert len(calls) == len(served)
+
+
+@of_triton
+def test_one_kernel_only_where_it_can(monkeypatch):
+    kernels = pytest.importorskip("dfm_fast.kernels.separables")
+    device, calls = DEVICES[-1], calls_of(kernels, monkeypatch)
+
+    def call(shape=(1, 8, 4, 16), layout="channels_last", side=3):
+        given = inputs(device, torch.float16, layout, shape, 8)
+        given[1] = torch.zeros(shape[1], 1, side, side, device=device, dtype=torch.float16)
+        return dfm_fast.separable_conv2d(*given, num_groups=GROUPS)
+
+    call()  # nothing is measured: two kernels
+    monkeypatch.setattr(kernels, "ONE_KERNEL", "1")
+    for options in ({"layout": "contiguous"}, {"shape": (1, 8, 5, 16)}, {"side": 5}):
+        call(**options)
+    call(shape=(1, 8, 4, 12))
+    assert not calls
+    call()
+    assert len(calls) == 1
+    monkeypatch.setattr(kernels, "ONE_KERNEL", "0")
+    call()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "outputs", "taken"), [(8, 64, True), (8, 65, False), (7, 64, False)]
+)
+def test_one_kernel_as_measured(size, outputs, taken, monkeypatch):
+    kernels = pytest.importorskip("dfm_fast.kernels.separables")
+    monkeypatch.setattr(kernels, "MEASURED", {((9, 0), torch.bfloat16): (64, 64)})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    x = torch.empty(1, 3, size, 8, dtype=torch.bfloat16)
+    assert kernels._measured_faster(x, outputs) == taken
