@@ -178,13 +178,22 @@ def reference_block(x, temb, w1, b1, d1, p1, wt, bt, w2, b2, d2, p2, *short):
 
 
 def functional(make: Callable[[], torch.nn.Module]) -> Callable[..., Tensor]:
-    """A layer, with the weights that it is given."""
-    with torch.device("meta"):
-        layer = make()
+    """A layer, with the weights that it is given: loaded once for the same ones, as users do."""
+    layers: dict[int, torch.nn.Module] = {}
+
+    def loaded(weights: tuple[Tensor, ...]) -> torch.nn.Module:
+        with torch.device("meta"):
+            layer = make()
+        for name, weight in zip(NAMES, weights, strict=False):
+            owner, leaf = name.rsplit(".", 1)
+            layer.get_submodule(owner)._parameters[leaf] = weight
+        return layer
 
     def call(x: Tensor, temb: Tensor, *weights: Tensor) -> Tensor:
-        given = dict(zip(NAMES, weights, strict=False))
-        return torch.func.functional_call(layer, given, (x, temb))
+        key = id(weights[0])  # which its layer keeps alive
+        if key not in layers:
+            layers[key] = loaded(weights)
+        return layers[key](x, temb)
 
     return call
 

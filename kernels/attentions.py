@@ -118,7 +118,7 @@ def _forward_kernel(
 
 def _shape(S: int, d: int, group: int, arch: int) -> dict[str, Any]:
     """Constants of a launch. Keys stay on chip where one block has them all: 256 of 64 elements, of
-    which gfx942 spills registers: 64 there. wgmma and tcgen05 need 64 rows, of which others spill."""
+    which gfx942 spills registers: 64 there. wgmma and tcgen05 need 64 rows; others spill then."""
     d_pad = max(16, triton.next_power_of_2(d))
     most = min(256, max(16, (1 << 14) // d_pad)) if arch else 64
     keys = max(16, triton.next_power_of_2(S))

@@ -129,19 +129,28 @@ void multiply_rest(int64_t rows, int64_t K, const E* a, int64_t lda, const E* pa
   if constexpr (most > 1) multiply_rest<add, most - 1>(rows, K, a, lda, panel, c, ldc);
 }
 
-template <bool add, class E, class A>
+struct Nothing {
+  void operator()(int64_t, int64_t) const {}
+};
+
+template <bool add, class E, class A, class Before = Nothing>
 void multiply_chain(int64_t rows, int64_t K, const E* a, int64_t lda, const E* panel, A* c,
-                    int64_t ldc) {
-  for (; rows >= kTileRows; rows -= kTileRows, a += kTileRows * lda, c += kTileRows * ldc)
+                    int64_t ldc, Before before = {}) {
+  int64_t row = 0;
+  for (; row + kTileRows <= rows; row += kTileRows, a += kTileRows * lda, c += kTileRows * ldc) {
+    before(row, row + kTileRows);
     multiply_tile<kTileRows, add>(K, a, lda, panel, c, ldc);
-  multiply_rest<add, kTileRows - 1>(rows, K, a, lda, panel, c, ldc);
+  }
+  before(row, rows);
+  multiply_rest<add, kTileRows - 1>(rows - row, K, a, lda, panel, c, ldc);
 }
 
-// c [rows, kPanel] = a [rows, K] panel [K, kPanel], of numbers of type A, or bf16.
-template <class E, class A>
+// c [rows, kPanel] = a [rows, K] panel [K, kPanel], of numbers of type A, or bf16. before(first,
+// end) is called once for every few rows, to ask memory for what comes after the product.
+template <class E, class A, class Before = Nothing>
 void multiply_panel(int64_t rows, int64_t K, const E* a, int64_t lda, const E* panel, A* c,
-                    int64_t ldc) {
-  multiply_chain<false>(rows, std::min(K, kChainOf), a, lda, panel, c, ldc);
+                    int64_t ldc, Before before = {}) {
+  multiply_chain<false>(rows, std::min(K, kChainOf), a, lda, panel, c, ldc, before);
   for (int64_t k = kChainOf; k < K; k += kChainOf)
     multiply_chain<true>(rows, std::min(K - k, kChainOf), a + k, lda, panel + k * kPanel<A>, c,
                          ldc);

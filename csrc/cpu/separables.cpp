@@ -126,33 +126,60 @@ void finish_last(const Sizes& s, const Arguments<T>& given, int64_t n, int64_t p
     for_vectors<A>(columns, [=](int64_t i, auto count) DFM_INLINE {
       Vec<A> v = load(from + i, count) + load(constant + i, count);
       if (residual) v += load(residual + i, count);
-      store(to + i, v, count);
+      round_store(to + i, v, count);
       if (keep) store(from + i, load(to + i, count), count);
     });
   }
 }
 
-// y [columns, pixels] in planes, from pixels `ld` apart.
+// y [columns, pixels] in planes, from pixels `ld` apart. Transposed in scratch, some columns at a
+// time, and then written row by row: the same place of many planes would be one place of the
+// first-level cache, where half of a line waits in vain for the other half.
 template <class T, class From>
 void finish_planes(const Sizes& s, const Arguments<T>& given, int64_t n, int64_t pixel,
                    int64_t pixels, int64_t first, int64_t columns, const From* from, int64_t ld,
                    const acc_t<T>* constant) {
   using A = acc_t<T>;
-  const int64_t at = (n * s.outputs + first) * s.pixels() + pixel;
-  for_blocks<A>(pixels, columns, [&](int64_t p, int64_t o, auto down, auto across) DFM_INLINE {
-    Vec<A> v[kLanes<A>];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<A>; ++i) {
-      v[i] = i < down ? load(from + (p + i) * ld + o, across) : Vec<A>{};
-      if (constant) v[i] += load(constant + o, across);
+  constexpr int64_t some = kLanes<A>;
+  const int64_t row = (pixels + some - 1) / some * some + some;
+  const Aligned<A> turned(some * row);
+  for (int64_t begin = 0; begin < columns; begin += some) {
+    const int64_t count = std::min(some, columns - begin);
+    transpose_rows(from + begin, ld, pixels, count, turned.data(), row);
+    for (int64_t o = begin; o < begin + count; ++o) {
+      const A* sums = &turned[(o - begin) * row];
+      const int64_t at = (n * s.outputs + first + o) * s.pixels() + pixel;
+      const A added = constant ? constant[o] : 0;
+      const T* residual = given.residual ? given.residual + at : nullptr;
+      T* to = given.y + at;
+      for_vectors<A>(pixels, [=](int64_t p, auto count) DFM_INLINE {
+        Vec<A> v = load(sums + p, count) + added;
+        if (residual) v += load(residual + p, count);
+        round_store(to + p, v, count);
+      });
     }
-    transpose<A>(v);
-    for (int i = 0; i < across; ++i) {
-      const int64_t to = at + (o + i) * s.pixels() + p;
-      if (given.residual) v[i] += load(given.residual + to, down);
-      store(given.y + to, v[i], down);
-    }
-  });
+  }
+}
+
+// Asks for what `finish_last` and `finish_planes` write and read of pixels [begin, end).
+template <class T>
+void ask_for(const Sizes& s, const Arguments<T>& given, int64_t n, int64_t pixel, int64_t begin,
+             int64_t end, int64_t first) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t columns = std::min(s.outputs - first, kPanel<acc_t<T>>);
+  auto ask = [&](int64_t at) {
+    __builtin_prefetch(given.y + at, 0, 2);
+    if (given.residual) __builtin_prefetch(given.residual + at, 0, 2);
+  };
+  if (s.last) {
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t o = 0; o < columns; o += line)
+        ask((n * s.pixels() + pixel + p) * s.outputs + first + o);
+  } else {
+    for (int64_t p = (begin + line - 1) / line * line; p < end; p += line)
+      for (int64_t o = 0; o < columns; ++o)
+        ask((n * s.outputs + first + o) * s.pixels() + pixel + p);
+  }
 }
 
 // Mean and M2 of a tile's columns, in two passes over it: it lies in a cache, and one merge a block
@@ -200,16 +227,27 @@ struct BandMoments {
   }
   template <class A>
   void merge(const Sizes& s, A* mean, A* m2) {
-    parallel(s.samples, s.bands() * s.outputs, [&](int64_t n) {
-      for (int64_t o = 0; o < s.outputs; ++o) {
-        Moments all;
-        for (int64_t b = 0; b < s.bands(); ++b) {
-          const int64_t rows = std::min(s.band(), s.window.height - b * s.band());
-          all.merge(rows * s.window.width, at(s, n, b)[o], at(s, n, b)[padded + o]);
+    constexpr int64_t some = kPanel<A>;
+    const int64_t panels = padded / some;
+    parallel(s.samples * panels, s.bands() * some, [&](int64_t i) {
+      const int64_t n = i / panels, first = i % panels * some;
+      double centre[some] = {}, squares[some] = {};
+      int64_t count = 0;
+      for (int64_t b = 0; b < s.bands(); ++b) {  // as Moments::merge does, of many at once
+        const int64_t rows = std::min(s.band(), s.window.height - b * s.band());
+        const double* here = at(s, n, b) + first;
+        count += rows * s.window.width;
+        const double share = double(rows * s.window.width) / count;
+        const double weight = (count - rows * s.window.width) * share;
+        for (int64_t o = 0; o < some; ++o) {
+          const double delta = here[o] - centre[o];
+          centre[o] += delta * share;
+          squares[o] += here[padded + o] + delta * delta * weight;
         }
-        mean[n * s.outputs + o] = all.mean;
-        m2[n * s.outputs + o] = all.m2;
       }
+      const int64_t columns = std::min(some, s.outputs - first), to = n * s.outputs + first;
+      std::copy_n(centre, columns, mean + to);
+      std::copy_n(squares, columns, m2 + to);
     });
   }
 };
@@ -248,7 +286,10 @@ void in_bands(const Sizes& s, const Arguments<T>& given, const Map& map, acc_t<T
         const int64_t pixels = (end - first) * W;
         const Aligned<A> tile(pixels * kPanel<A>);
         for (int64_t o = 0; o < O; o += kPanel<A>) {
-          multiply_panel(pixels, terms, a, ld, &panels[o * terms], tile.data(), kPanel<A>);
+          auto ask = [&](int64_t begin, int64_t end) {
+            ask_for(s, given, n, first * W, begin, end, o);
+          };
+          multiply_panel(pixels, terms, a, ld, &panels[o * terms], tile.data(), kPanel<A>, ask);
           if (!s.last) {
             finish_planes(s, given, n, first * W, pixels, o, std::min(O - o, kPanel<A>),
                           tile.data(), kPanel<A>, given.constant + n * O + o);
@@ -328,14 +369,29 @@ void by_onednn(const Sizes& s, Arguments<T> given, const MaybeTensor& residual, 
 
 // --- Operators ---
 
-// In the arithmetic type, kept alive by whoever holds it.
-Tensor widened(const MaybeTensor& v, const Tensor& x) {
-  return v ? v->to(accumulation(x)).contiguous() : Tensor();
-}
+// Few numbers in the arithmetic type: `at` is null where there are none. Tensors of torch would
+// take some microseconds each.
 template <class A>
-const A* maybe(const Tensor& v) {
-  return v.defined() ? data<A>(v) : nullptr;
-}
+struct Widened {
+  Tensor given;
+  std::vector<A> own;
+  const A* at = nullptr;
+
+  explicit Widened(const MaybeTensor& v) {
+    if (!v) return;
+    given = v->contiguous();
+    dispatch(given.scalar_type(), "separable_conv2d", [&](auto t) {
+      using T = decltype(t);
+      if constexpr (std::is_same_v<T, A>) {
+        at = data<T>(given);
+      } else {
+        own.resize(given.numel());
+        for (size_t i = 0; i < own.size(); ++i) own[i] = load_one(data<T>(given) + i);
+        at = own.data();
+      }
+    });
+  }
+};
 
 Sizes check(const Tensor& x, const Tensor& depthwise, const Tensor& pointwise,
             const MaybeTensor& residual, const MaybeTensor& mean, int64_t groups) {
@@ -360,11 +416,12 @@ Sizes check(const Tensor& x, const Tensor& depthwise, const Tensor& pointwise,
 }
 
 // bias + shift [N, O]
-Tensor constants_of(const Sizes& s, const Tensor& x, const MaybeTensor& bias,
-                    const MaybeTensor& shift) {
-  Tensor sum = at::empty({s.samples, s.outputs}, x.options().dtype(accumulation(x))).zero_();
-  if (bias) sum += *bias;
-  if (shift) sum += *shift;
+template <class A>
+std::vector<A> constants_of(const Sizes& s, const MaybeTensor& bias, const MaybeTensor& shift) {
+  const Widened<A> b(bias), more(shift);
+  std::vector<A> sum(s.samples * s.outputs);
+  for (size_t i = 0; i < sum.size(); ++i)
+    sum[i] = (b.at ? b.at[i % s.outputs] : 0) + (more.at ? more.at[i] : 0);
   return sum;
 }
 
@@ -389,18 +446,17 @@ std::tuple<Tensor, Tensor, Tensor> separable_conv2d_cpu(
   const std::vector<int64_t> size =
       with_statistics ? std::vector<int64_t>{s.samples, s.outputs} : std::vector<int64_t>{0};
   Tensor found_mean = at::empty(size, wide), found_m2 = at::empty(size, wide);
-  const Tensor taps = widened(depthwise, x), constant = constants_of(s, x, bias, shift);
-  const Tensor weight = widened(norm_weight, x), beta = widened(norm_bias, x);
-  const Tensor means = widened(mean, x), squares = widened(m2, x);
   dispatch(x.scalar_type(), "separable_conv2d", [&](auto t) {
     using T = decltype(t);
     using A = acc_t<T>;
+    const Widened<A> taps(depthwise), weight(norm_weight), beta(norm_bias), means(mean), all(m2);
+    const std::vector<A> constant = constants_of<A>(s, bias, shift);
     std::optional<Affines<A>> norms;
-    const NormParameters<A> parameters = {maybe<A>(weight), maybe<A>(beta), nullptr};
-    if (mean) norms.emplace(Map(x, num_groups), data<A>(means), data<A>(squares), parameters, eps);
+    const NormParameters<A> parameters = {weight.at, beta.at, nullptr};
+    if (mean) norms.emplace(Map(x, num_groups), means.at, all.at, parameters, eps);
     const Arguments<T> given = {data<T>(x),        norms ? &*norms : nullptr,
-                                data<A>(taps),     pointwise,
-                                data<A>(constant), residual ? data<T>(*residual) : nullptr,
+                                taps.at,           pointwise,
+                                constant.data(),   residual ? data<T>(*residual) : nullptr,
                                 mutable_data<T>(y)};
     A* to_mean = with_statistics ? mutable_data<A>(found_mean) : nullptr;
     A* to_m2 = with_statistics ? mutable_data<A>(found_m2) : nullptr;
