@@ -400,6 +400,8 @@ def test_layers_compile(backend):
         ),
         (lambda: nn.SeparableConvAttention(32, 4, kernel_size=2), "kernel_size"),
         (lambda: nn.SeparableConvAttention(24, 4), "rope"),
+        (lambda: nn.SeparableConvAttention(32, 3), "num_heads"),
+        (lambda: nn.SeparableConvAttention(32, 4, 3), "num_kv_heads"),
         (lambda: nn.SeparableConvAttention(32, 4)(randn(1, 16, 2, 2)), "x"),
         (lambda: nn.SeparableConvAttention(32, 4)(randn(1, 32, 2)), "x"),
     ],

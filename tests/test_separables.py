@@ -109,6 +109,21 @@ def test_module_refuses_other_kernels():
         SeparableConv2d(4, 8, 4)
 
 
+@pytest.mark.parametrize(
+    ("x", "temb", "message"),
+    [
+        ((2, 32, 4, 4), (2, 20), r"temb: expected shape \[2, 24\], got \[2, 20\]"),
+        ((2, 32, 4, 4), (1, 24), r"temb: expected shape \[2, 24\], got \[1, 24\]"),
+        ((2, 32, 4, 4), (24,), r"temb: expected 2 dimensions, got \[24\]"),
+        ((32, 4, 4), (2, 24), r"x: expected 4 dimensions, got \[32, 4, 4\]"),
+    ],
+)
+def test_bad_calls_of_the_block(x, temb, message):
+    block = SeparableConvBlock(32, 32, 24)
+    with pytest.raises(ValueError, match=f"^SeparableConvBlock: {message}"):
+        block(torch.zeros(x), torch.zeros(temb))
+
+
 # --- The block, against diffusers' ----------------------------------------------------------------
 
 

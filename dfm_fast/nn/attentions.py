@@ -106,6 +106,7 @@ class _Attention(nn.Module):
     """What the layers below have in common: their parameters."""
 
     packs = ("to_q", "to_k", "to_v")  # what reads the same input
+    counts = "heads", "kv_heads"  # the names of these arguments
 
     def __init__(
         self,
@@ -124,10 +125,11 @@ class _Attention(nn.Module):
         super().__init__()
         op = type(self).__name__
         _checks.integer(op, "dim", dim, 1)
-        if _checks.integer(op, "heads", heads, 1) and head_dim is None and dim % heads:
-            _checks.fail(op, "heads", f"a divisor of dim = {dim}, or a head_dim", heads)
-        if heads % _checks.integer(op, "kv_heads", kv_heads, 1):
-            _checks.fail(op, "kv_heads", f"a divisor of {heads} heads", kv_heads)
+        of_q, of_k = self.counts
+        if _checks.integer(op, of_q, heads, 1) and head_dim is None and dim % heads:
+            _checks.fail(op, of_q, f"a divisor of dim = {dim}, or a head_dim", heads)
+        if heads % _checks.integer(op, of_k, kv_heads, 1):
+            _checks.fail(op, of_k, f"a divisor of {heads} heads", kv_heads)
         head_dim = dim // heads if head_dim is None else head_dim
         self.heads, self.kv_heads, self.head_dim, self.eps = heads, kv_heads, head_dim, eps
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -255,6 +257,8 @@ class SeparableConvAttention(MultiQueryAttention):
         qk_norm, rope: whether there is either.
         base: of the rotary angles.
     """
+
+    counts = "num_heads", "num_kv_heads"
 
     def __init__(
         self,

@@ -105,6 +105,7 @@ class SeparableConvBlock(nn.Module):
         hidden = expansion * out_channels
         self.norm1 = nn.GroupNorm(groups, in_channels, eps, **options)
         self.conv1 = SeparableConv2d(in_channels, hidden, **options)
+        self.time_channels = time_channels
         self.time_emb_proj = nn.Linear(time_channels, hidden, **options)
         self.norm2 = nn.GroupNorm(groups, hidden, eps, **options)
         self.conv2 = SeparableConv2d(hidden, out_channels, **options)
@@ -124,6 +125,12 @@ class SeparableConvBlock(nn.Module):
         """x [N, C, H, W], temb [N, time_channels], `channel_statistics(x)` or None ->
         y [N, out_channels, H, W] in the memory format of x; or (y, those of y), for the block that
         follows, which then reads its input once less."""
+        op = "SeparableConvBlock"
+        _checks.tensor(op, "x", x, (4,))
+        _checks.tensor(op, "temb", temb, (2,))
+        if temb.shape != (x.shape[0], self.time_channels):
+            wanted = [x.shape[0], self.time_channels]
+            _checks.fail(op, "temb", f"shape {wanted}", list(temb.shape))
         statistics = channel_statistics(x.detach()) if statistics is None else statistics
         shift = self.time_emb_proj(F.silu(temb))
         h, found = self.conv1(x, shift, None, self.norm1, statistics, with_statistics=True)
