@@ -215,6 +215,9 @@ def test_one_graph_under_the_compiler(name):
         assert_close(
             torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), 1e-4
         )
+    modulations = model.modulation_table(t.unsqueeze(0), active, y=y)[0]
+    got = compiled([levels[0], None], t, active, modulations=modulations)
+    assert_close(got, model([levels[0], None], t, active, y=y))
 
 
 def test_under_autocast_the_sum_of_blocks_stays_wide():

@@ -319,7 +319,8 @@ class DFMTransformer(Pretrained):
             where it would be larger than the weights, or these are sharded.
         """
         steps, batch = t.shape[:2]
-        sharded = type(self.modulation.weight) is not nn.Parameter  # whole in forward only
+        # FSDP2's and other subclasses are whole in forward only.
+        sharded = type(self.modulation.weight) not in (Tensor, nn.Parameter)
         if sharded or steps * batch > self.hidden_size:
             return None
         self._check_labels(y, batch)
