@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -328,9 +327,14 @@ def autocast(op: Operator, case: Case, device: str) -> None:
 @of_tensors
 def dtensor_batch_sharding(op: Operator, case: Case, device: str) -> None:
     """Sharded along the batch, every rank computes its own part and the result stays sharded."""
+    with fake_mesh() as mesh:
+        _shard_batch(op, case, mesh)
+
+
+def _shard_batch(op: Operator, case: Case, mesh: Any) -> None:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    mesh, shapes = _fake_mesh(), case.shapes()
+    shapes = case.shapes()
     # An uneven batch: the other rank has one sample less.
     mine = next(shape.sizes[0] for shape in shapes if shape.batched)
     args = case.args(torch.float32, "cpu", batch=2 * mine - 1)
@@ -367,15 +371,17 @@ def dtensor_batch_sharding(op: Operator, case: Case, device: str) -> None:
         torch.testing.assert_close(g.to_local(), w, msg=lambda m: f"{case.id}: gradient: {m}")
 
 
-@functools.cache
-def _fake_mesh() -> Any:
+@contextlib.contextmanager
+def fake_mesh() -> Iterator[Any]:
     """Two ranks of which this process is the first; nothing is communicated."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if not dist.is_initialized():
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    return init_device_mesh("cpu", (2,))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield init_device_mesh("cpu", (2,))
+    finally:
+        dist.destroy_process_group()
 
 
 # --- Formulas ----------------------------------------------------------------------------------

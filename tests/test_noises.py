@@ -293,15 +293,16 @@ def test_offsets_of_a_shard_are_those_of_its_samples():
 
 
 def test_dtensors_need_a_seed_and_shards_see_their_part():
-    from properties import _fake_mesh
+    from properties import fake_mesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor import Shard as Split
 
-    x = DTensor.from_local(torch.zeros(2, 3), _fake_mesh(), [Split(0)], run_check=False)
-    t = DTensor.from_local(torch.ones(2), _fake_mesh(), [Split(0)], run_check=False)
-    with pytest.raises(ValueError, match=r"add_noise: seed: expected .* got None"):
-        dfm_fast.add_noise(x, t)
-    got, _ = dfm_fast.add_noise(x, t, 3)
+    with fake_mesh() as mesh:
+        x = DTensor.from_local(torch.zeros(2, 3), mesh, [Split(0)], run_check=False)
+        t = DTensor.from_local(torch.ones(2), mesh, [Split(0)], run_check=False)
+        with pytest.raises(ValueError, match=r"add_noise: seed: expected .* got None"):
+            dfm_fast.add_noise(x, t)
+        got, _ = dfm_fast.add_noise(x, t, 3)
     assert torch.equal(got.to_local(), dfm_fast.philox_normal((4, 3), 3)[:2])
 
 

@@ -1,6 +1,7 @@
 """The commands: configurations, presets, logs, pictures of trained and exported models."""
 
 import math
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -123,6 +124,18 @@ def test_bad_command_lines(tmp_path, monkeypatch, capfd, arguments, message):
     out, err = capfd.readouterr()
     assert message in out + err
     assert "Traceback" not in out + err
+
+
+def test_a_process_in_somebody_elses_group_lives_on(monkeypatch):
+    """Only torchrun's processes end at once."""
+    from properties import fake_mesh
+
+    from dfm_fast.training import distributed
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"left with {status}"))
+    with fake_mesh():
+        assert distributed.leave(2) == 2
 
 
 def test_other_commands_take_no_unknown_options(capsys):

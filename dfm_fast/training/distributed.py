@@ -74,8 +74,8 @@ def start(device: str = "auto") -> World:
 def leave(status: int) -> int:
     """The end of a process: one among others ends without the interpreter's shutdown, in which a
     thread of gloo that still frees a tensor would abort (pytorch/pytorch#179291)."""
-    if not dist.is_initialized():
-        return status
+    if not (dist.is_initialized() and "WORLD_SIZE" in os.environ):
+        return status  # one process, or a group that is not torchrun's
     if status == 0:
         # Only when all are done, or the first to go would take the others' connections along.
         dist.barrier()
