@@ -38,8 +38,9 @@ ROWS = 8  # that a lane walks down
 COLS = 2  # of a lane where the kernel is 3 wide
 VECTORS = {3: 16, 5: 8, 7: 4}  # bytes of channels of a lane: K K weights of each are in registers
 # Of the gradient of the weights: lanes, channels of them at most (by whether in channels_last), and
-# pixels that a lane sums one after the other.
-LANES, SIDE, STEPS = (4096, (64, 64), 4) if INTERPRET else (128, (1, 16), 32)
+# pixels that a lane sums one after the other. The interpreter's, too: it would add up more lanes
+# one by one, and lose more than the budget.
+LANES, SIDE, STEPS = 128, (1, 16), 32
 SIDE_BY_SIDE = 64 if INTERPRET else 32  # vectors of channels of a program, in channels_last
 MERGED = 256  # sums of a program of the second kernel
 

@@ -27,8 +27,8 @@ void forward_direct(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights
     const T* sample = x + n * s.in_pixels() * C;
     auto row_of = [&](int64_t row) { return sample + row * g.width * C; };
     const Rows<To> to = {y + (n * g.out_height + first) * g.out_width * C, g.out_width * C, C};
-    convolve_band<K, S, A>(g, first, std::min(first + kRows, g.out_height), row_of, C, 0, C,
-                           weights, to);
+    convolve_band<K, S, A>(g, first, std::min(first + kRows, g.out_height), row_of, C, C, weights,
+                           to);
   });
 }
 
@@ -68,7 +68,7 @@ void forward_spread(const Sizes& s, const T* x, const Weights<acc_t<T>>& weights
                   fill};
         const Rows<To> to = {y + (n * g.out_height + first) * g.out_width * C + c, g.out_width * C,
                              C};
-        convolve_band<K, 1, A>(g, first, end, ring, channels, 0, channels, weights.from(c), to);
+        convolve_band<K, 1, A>(g, first, end, ring, channels, channels, weights.from(c), to);
       });
 }
 

@@ -265,10 +265,10 @@ void convolve_rows(const Window& g, const From* const* row, int64_t pixel, int64
 }
 
 // Rows [first, end) of output; row_of(i) is row i of the input, its pixels `pixel` apart. Nothing
-// is asked for ahead any more: without, none of six maps was slower.
+// is asked for ahead: none of six maps was faster with it.
 template <int K, int S, class A, class RowOf, class To>
 void convolve_band(const Window& g, int64_t first, int64_t end, RowOf&& row_of, int64_t pixel,
-                   int64_t /* ahead */, int64_t channels, const Weights<A>& weights, Rows<To> to) {
+                   int64_t channels, const Weights<A>& weights, Rows<To> to) {
   constexpr int rows_in = (kRows - 1) * S + K;
   using From = std::remove_const_t<std::remove_pointer_t<decltype(row_of(0))>>;
   for (int64_t out = first; out < end; out += kRows, to.at += kRows * to.row) {
@@ -300,7 +300,7 @@ void norm_silu_convolve_band(const Window& g, int64_t first, int64_t end, const 
               const T* from = x + i * g.width * stride;
               norm_silu_pixels(from, stride, g.width, norm, channels, row, channels);
             }};
-  convolve_band<K, S>(g, first, end, ring, channels, 0, channels, weights, to);
+  convolve_band<K, S>(g, first, end, ring, channels, channels, weights, to);
 }
 
 // --- contiguous ---

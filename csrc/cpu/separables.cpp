@@ -102,7 +102,7 @@ void for_bands(const Sizes& s, const Arguments<T>& given, PlaceOf place_of, int6
       const int64_t first = i % bands * rows, stop = std::min(first + rows, g.height);
       if (i == begin || first == 0) ring.next = std::max<int64_t>(first - g.pad_h, 0);
       To* a = place_of(n, first, own.data());
-      convolve_band<K, 1, A>(g, first, stop, ring, leading(s), 0, s.channels, weights,
+      convolve_band<K, 1, A>(g, first, stop, ring, leading(s), s.channels, weights,
                              Rows<To>{a, g.width * ld, ld});
       f(n, i % bands, first, stop, a);
     }
