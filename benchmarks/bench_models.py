@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Row
+from benchmarks.harness import Rival, Row
+from dfm_fast.flow import DecomposableFlow, Laplacian
 from dfm_fast.models import DFM_S, DFM_XL, DFMTransformer
 from dfm_fast.models._functions import sincos_2d
 from dfm_fast.models.dfm_plain import plain_forward
@@ -23,6 +24,8 @@ MODELS = {
     "dfm_s_256": (DFM_S, 4, (16, 32)),
     "dfm_xl_512": (DFM_XL, 8, (32, 64)),
 }
+# Steps of a row of sampling: on a CPU a quarter of the usual 40.
+STEPS = {"cpu": (7, 3), "cuda": (30, 10)}
 
 
 class Written(nn.Module):
@@ -32,8 +35,25 @@ class Written(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, levels: Sequence[Tensor], t: Tensor) -> list[Tensor | None]:
-        return plain_forward(self.model, levels, t)
+    def forward(
+        self, levels: Sequence[Tensor], t: Tensor, active: Tensor | None = None
+    ) -> list[Tensor | None]:
+        return plain_forward(self.model, levels, t, active)
+
+
+class Sampling(nn.Module):
+    """One sample by the library's loop, for all: the model is what differs."""
+
+    def __init__(self, network: nn.Module, side: int, steps: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.shape, self.steps = network, (1, 4, side, side), steps
+        self.flow = DecomposableFlow(Laplacian(2))
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        w = next(self.network.parameters())
+        options = {"steps": self.steps, "seed": 0, "device": w.device, "dtype": w.dtype}
+        return self.flow.sample(self.network, self.shape, **options)
 
 
 def call(module: nn.Module, prefix: str, names: Sequence[str]) -> Callable[..., list[Any]]:
@@ -46,19 +66,28 @@ def call(module: nn.Module, prefix: str, names: Sequence[str]) -> Callable[..., 
     return run
 
 
-def model_row(name: str, dtype: torch.dtype = F32, **options: Any) -> Row:
-    make, batch, sides = MODELS[name]
+def prepared(name: str) -> tuple[DFMTransformer, dict[str, Tensor]]:
+    """The model with no memory, and what a row gives it: positions and parameters."""
+    make, _, sides = MODELS[name]
     with torch.device("meta"):
         model = make(input_size=(sides[0],) * 2).eval()
-    state = {"position_table": model.position_table, **dict(model.named_parameters())}
+    return model, {"position_table": model.position_table, **dict(model.named_parameters())}
+
+
+def given_to(model: DFMTransformer, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Weights that keep the magnitude, small biases and embeddings."""
+    weights = [w / math.sqrt(w.shape[-1]) if w.ndim == 2 else 0.1 * w for w in inputs[1:]]
+    return [sincos_2d(*model.input_size, model.hidden_size), *weights]
+
+
+def model_row(name: str, dtype: torch.dtype = F32, **options: Any) -> Row:
+    _, batch, sides = MODELS[name]
+    model, state = prepared(name)
     levels = tuple((batch, 4, side, side) for side in sides)
     shapes = (*levels, (batch, 2), *(tuple(v.shape) for v in state.values()))
 
     def adapt(inputs: list[Tensor]) -> list[Tensor]:
-        """t from 0 to 1; weights that keep the magnitude, small biases and embeddings."""
-        weights = [w / math.sqrt(w.shape[-1]) if w.ndim == 2 else 0.1 * w for w in inputs[4:]]
-        table = sincos_2d(*model.input_size, model.hidden_size)
-        return [*inputs[:2], inputs[2].sigmoid(), table, *weights]
+        return [*inputs[:2], inputs[2].sigmoid(), *given_to(model, inputs[3:])]
 
     plain = call(Written(model), "model.", list(state))
     moved = sum(map(math.prod, shapes)) + sum(map(math.prod, levels))
@@ -79,9 +108,55 @@ def model_row(name: str, dtype: torch.dtype = F32, **options: Any) -> Row:
     )
 
 
+def sampling_row(name: str, dtype: torch.dtype = F32, device: str = "cpu", **options: Any) -> Row:
+    """A batch of one. The loop itself does not compile: the rival's model does."""
+    make, _, sides = MODELS[name]
+    model, state = prepared(name)
+    shapes = tuple(tuple(v.shape) for v in state.values())
+    result = (1, 4, sides[-1], sides[-1])
+
+    def sampling(network: nn.Module, prefix: str) -> Callable[..., Tensor]:
+        loop = Sampling(network, sides[-1], STEPS[device])
+        names = [f"network.{prefix}{name}" for name in state]
+
+        def run(*given: Tensor) -> Tensor:
+            return torch.func.functional_call(loop, dict(zip(names, given, strict=True)), ())
+
+        return run
+
+    def compiled(table: Tensor, *weights: Tensor) -> Callable[[], Tensor]:
+        own = make(input_size=model.input_size).eval()
+        own.load_state_dict(dict(zip(list(state)[1:], weights, strict=True)), False, assign=True)
+        own.position_table = table
+        mode = "max-autotune-no-cudagraphs" if table.is_cuda else None
+        network = torch.compile(Written(own), fullgraph=True, dynamic=False, mode=mode)
+        return Sampling(network, sides[-1], STEPS[device])
+
+    plain = sampling(Written(model), "model.")
+    weights = sum(map(math.prod, shapes))
+    return Row(
+        op="dfm_sampling",
+        variant="steps_" + "_".join(map(str, STEPS[device])),
+        case=name,
+        shapes=shapes,
+        ours=sampling(model, ""),
+        reference=plain,
+        least_bytes=(sum(STEPS[device]) * weights + math.prod(result)) * dtype.itemsize,
+        eager=plain,
+        compiled={},
+        rivals={"compiled model": Rival(compiled)},
+        dtype=dtype,
+        adapt=lambda inputs: given_to(model, inputs),
+        device=device,
+        **options,
+    )
+
+
 def rows() -> Iterator[Row]:
     yield model_row("dfm_s_256", direction="training", quick=True)
     yield model_row("dfm_s_256")
+    yield sampling_row("dfm_s_256")
+    yield sampling_row("dfm_xl_512", BF16, "cuda", quick=True)
     yield model_row("dfm_xl_512", BF16, direction="training", device="cuda", quick=True)
 
 

@@ -164,6 +164,12 @@ GOALS = (
     Goal("cuda", "gated_linear-*-large_snapgen-*-forward", "cublas", 1.0),
     Goal("cpu", "qk_norm_rope-*-heads_16x64-float32-contiguous-forward", "eager", 5.0),
     Goal("*", "dit_block-*-training", "memory", 0.25),
+    Goal("cpu", "dfm-*-training", "eager", 1.2),
+    Goal("cpu", "dfm-*-training", "compiled", 1.1),
+    Goal("cpu", "dfm_sampling-*", "eager", 1.2),
+    Goal("cpu", "dfm_sampling-*", "compiled", 1.1),
+    Goal("cuda", "dfm-*-training", "compiled", 1.15),
+    Goal("cuda", "dfm_sampling-*", "compiled", 1.5),
     Goal("*", "multi_query_attention-*", "eager", 1.0),
     Goal("*", "multi_query_attention-*", "compiled", 1.0),
     Goal("*", "multi_query_attention-[!g]*", "view", 1.0),  # grouped keys have no such view

@@ -243,39 +243,78 @@ struct Matrix {
   Matrix transpose() const { return {at, columns, rows, ld, !turned}; }
 };
 
-// c [rows of a, columns of b] (+)= a b. A task is some rows times a panel; which changes no sum.
+// The rows of a matrix as numbers of type A, one after the other: in place where they are.
 template <class T>
-void multiply(const Matrix<T>& a, const Matrix<T>& b, bool add, acc_t<T>* c) {
+class RowsOf {
   using A = acc_t<T>;
-  constexpr int64_t some = 16 * kTileRows;
+  Aligned<A> own;
+
+ public:
+  const A* at;
+  int64_t ld;
+
+  explicit RowsOf(const Matrix<T>& m)
+      : own(in_place(m) ? 0 : m.rows * padded(m)), at(own.data()), ld(padded(m)) {
+    if constexpr (std::is_same_v<T, A>)
+      if (in_place(m)) {
+        at = m.at, ld = m.ld;
+        return;
+      }
+    constexpr int64_t some = 4 * kLanes<A>;
+    at::parallel_for(0, panels_of(m.rows, some), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin * some; row < std::min(end * some, m.rows); row += some)
+        fill(m, row, std::min(some, m.rows - row));
+    });
+  }
+
+ private:
+  static bool in_place(const Matrix<T>& m) { return std::is_same_v<T, A> && !m.turned; }
+  void fill(const Matrix<T>& m, int64_t first, int64_t rows) {
+    A* to = &own[first * ld];
+    if (m.turned) return transpose_rows(m.at + first, m.ld, m.columns, rows, to, ld);
+    for (int64_t r = 0; r < rows; ++r)
+      convert_row(to + r * ld, m.at + (first + r) * m.ld, m.columns);
+  }
+  // A power of two between rows would put those of a tile into the same sets of the caches.
+  static int64_t padded(const Matrix<T>& m) { return m.columns + kLanes<A>; }
+};
+
+// c [rows of a, columns of b] (+)= a b. A task is some rows times a panel, which changes no sum; it
+// goes over the terms once, and what it needs of b for a chain of them stays in the nearest cache.
+template <class T, class To>
+void multiply(const Matrix<T>& a, const Matrix<T>& b, bool add, To* c) {
+  using A = acc_t<T>;
   const int64_t M = a.rows, K = a.columns, N = b.columns, panels = panels_of(N, kPanel<A>);
-  const int64_t parts = panels < at::get_num_threads() ? panels_of(M, some) : 1;
-  const int64_t part = (M + parts - 1) / parts;
+  // Parts alike, of rows that stay in the second-level cache while all panels pass.
+  const int64_t most = (panels < at::get_num_threads() ? 16 : 64) * kTileRows;
+  const int64_t tiles = panels_of(panels_of(M, panels_of(M, most)), kTileRows);
+  const int64_t part = tiles * kTileRows, parts = panels_of(M, part);
+  const RowsOf<T> left(a);
   at::parallel_for(0, panels * parts, 1, [&](int64_t begin, int64_t end) {
-    Aligned<A> panel(K * kPanel<A>), left(some * K), tile(some * kPanel<A>);
+    Aligned<A> panel(kChainOf * kPanel<A>), tile(part * kPanel<A>);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / parts * kPanel<A>, columns = std::min(N - first, kPanel<A>);
-      if (b.turned)
-        pack_panel(K, columns, b.at + first * b.ld, b.ld, panel.data());
-      else
-        for (int64_t k = 0; k < K; ++k)
-          convert_row(&panel[k * kPanel<A>], b.at + k * b.ld + first, columns);
-      const int64_t stop = std::min((i % parts + 1) * part, M);
-      for (int64_t row = i % parts * part; row < stop; row += some) {
-        const int64_t rows = std::min(some, stop - row);
-        if (a.turned)
-          transpose_rows(a.at + row, a.ld, K, rows, left.data(), K);
+      const int64_t first = i % panels * kPanel<A>, columns = std::min(N - first, kPanel<A>);
+      const int64_t row = i / panels * part, rows = std::min(part, M - row);
+      for (int64_t k = 0; k < K; k += kChainOf) {
+        const int64_t terms = std::min(K - k, kChainOf);
+        if (b.turned)
+          pack_panel(terms, columns, b.at + first * b.ld + k, b.ld, panel.data());
         else
-          for (int64_t r = 0; r < rows; ++r) convert_row(&left[r * K], a.at + (row + r) * a.ld, K);
-        multiply_panel(rows, K, left.data(), K, panel.data(), tile.data(), kPanel<A>);
-        for (int64_t r = 0; r < rows; ++r) {
-          A* to = c + (row + r) * N + first;
-          const A* from = &tile[r * kPanel<A>];
-          for_vectors<A>(columns, [=](int64_t j, auto count) DFM_INLINE {
-            Vec<A> v = load(from + j, count);
-            store(to + j, add ? v + load(to + j, count) : v, count);
-          });
-        }
+          for (int64_t t = 0; t < terms; ++t)
+            convert_row(&panel[t * kPanel<A>], b.at + (k + t) * b.ld + first, columns);
+        const A* from = left.at + row * left.ld + k;
+        if (k)
+          multiply_chain<true>(rows, terms, from, left.ld, panel.data(), tile.data(), kPanel<A>);
+        else
+          multiply_chain<false>(rows, terms, from, left.ld, panel.data(), tile.data(), kPanel<A>);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        To* to = c + (row + r) * N + first;
+        const A* from = &tile[r * kPanel<A>];
+        for_vectors<A>(columns, [=](int64_t j, auto count) DFM_INLINE {
+          Vec<A> v = load(from + j, count);
+          store(to + j, add ? v + load(to + j, count) : v, count);
+        });
       }
     }
   });

@@ -479,21 +479,15 @@ std::tuple<Tensor, Tensor, Tensor> separable_conv2d_cpu(
 template <class T>
 void pointwise_backward(const Tensor& dy, const Tensor& a, const Tensor& weight, T* da,
                         acc_t<T>* dweight) {
-  using A = acc_t<T>;
   const int64_t C = a.size(1), O = dy.size(1), P = a.size(2) * a.size(3);
   const bool last = layout_of(a) != at::MemoryFormat::Contiguous;
   const Matrix<T> w = {data<T>(weight), O, C, C, false};
-  const Aligned<A> wide(da ? P * C : 0);
   for (int64_t n = 0; n < a.size(0); ++n) {
     const T *dy_n = data<T>(dy) + n * O * P, *a_n = data<T>(a) + n * C * P;
     const Matrix<T> d = last ? Matrix<T>{dy_n, P, O, O, false} : Matrix<T>{dy_n, O, P, P, false};
     if (da) {
-      last ? multiply(d, w, false, wide.data()) : multiply(w.transpose(), d, false, wide.data());
       T* to = da + n * C * P;
-      const A* from = wide.data();
-      parallel((P * C + kTask - 1) / kTask, kTask, [=](int64_t i) {
-        convert_row(to + i * kTask, from + i * kTask, std::min(kTask, P * C - i * kTask));
-      });
+      last ? multiply(d, w, false, to) : multiply(w.transpose(), d, false, to);
     }
     if (!dweight) continue;
     if (last)
