@@ -224,9 +224,10 @@ DFM_INLINE inline void convolve_tile(const At& at, const A* taps, int64_t stride
 
 // Up to kRows rows of output; row[i] is null outside of the map. What lies outside is read from a
 // row of zeros, so that no load of an edge has a branch: half of the tiles of a small map are one.
+// `ahead`, where it is not 0, is how far apart rows are: those of the tiles below are asked for.
 template <int K, int S, class From, class A, class To>
 void convolve_rows(const Window& g, const From* const* row, int64_t pixel, int64_t channels,
-                   const Weights<A>& weights, const Rows<To>& to, int rows) {
+                   const Weights<A>& weights, const Rows<To>& to, int rows, int64_t ahead) {
   constexpr int rows_in = (kRows - 1) * S + K, cols_in = (kPixels - 1) * S + K;
   bool whole = rows == kRows;
   for (int i = 0; i < rows_in; ++i) whole &= row[i] != nullptr;
@@ -237,7 +238,12 @@ void convolve_rows(const Window& g, const From* const* row, int64_t pixel, int64
     if (whole && col >= 0 && col + cols_in <= g.width && cols == kPixels) {
       const From* from[rows_in];
       for (int i = 0; i < rows_in; ++i) from[i] = row[i] + col * pixel;
+      const From* const soon = row[rows_in - 1] + ahead + at * S * pixel;
       for_vectors<A>(channels, [&](int64_t c, auto count) DFM_INLINE {
+        if (ahead)
+          for (int r = 0; r < kRows * S; ++r)
+            for (int p = 0; p < kPixels * S; ++p)
+              __builtin_prefetch(soon + r * ahead + p * pixel + c);
         convolve_tile<K, S, false>(
             [&](auto i, auto j) DFM_INLINE { return from[i] + c + j * pixel; }, weights.taps + c,
             weights.stride,
@@ -264,11 +270,10 @@ void convolve_rows(const Window& g, const From* const* row, int64_t pixel, int64
   }
 }
 
-// Rows [first, end) of output; row_of(i) is row i of the input, its pixels `pixel` apart. Nothing
-// is asked for ahead: none of six maps was faster with it.
+// Rows [first, end) of output; row_of(i) is row i of the input, its pixels `pixel` apart.
 template <int K, int S, class A, class RowOf, class To>
 void convolve_band(const Window& g, int64_t first, int64_t end, RowOf&& row_of, int64_t pixel,
-                   int64_t channels, const Weights<A>& weights, Rows<To> to) {
+                   int64_t channels, const Weights<A>& weights, Rows<To> to, int64_t ahead = 0) {
   constexpr int rows_in = (kRows - 1) * S + K;
   using From = std::remove_const_t<std::remove_pointer_t<decltype(row_of(0))>>;
   for (int64_t out = first; out < end; out += kRows, to.at += kRows * to.row) {
@@ -279,7 +284,7 @@ void convolve_band(const Window& g, int64_t first, int64_t end, RowOf&& row_of, 
       const bool wanted = i < (rows - 1) * S + K && in >= 0 && in < g.height;
       row[i] = wanted ? row_of(in) : nullptr;
     }
-    convolve_rows<K, S>(g, row, pixel, channels, weights, to, rows);
+    convolve_rows<K, S>(g, row, pixel, channels, weights, to, rows, ahead);
   }
 }
 
