@@ -35,6 +35,8 @@ from dfm_fast.training.loop import CHECKPOINTS, EXPORT, train
 
 METHODS = ("dfm", "dfm, untrained", "flow matching", "flow matching, untrained")
 TRAINING = "training split"
+# Deeper than the rows that `dfm-fast report` reads.
+OUT = Path(__file__).parent / "results" / "local" / "comparisons" / "dfm_against_flow_matching"
 BATCH = 128  # samples that are drawn at once
 SAVES = 2  # checkpoints per fraction of a run that is measured
 CFGS = {"digits": (1.0, 1.5), "photos": (1.0,)}
@@ -228,8 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("data", nargs="+", choices=list(CFGS))
-    default = Path(__file__).parent / "results" / "local" / "dfm_against_flow_matching"
-    add("--out", type=Path, default=default)
+    add("--out", type=Path, default=OUT)
     add("--seeds", type=int, default=3)
     add("--steps", type=int, help="of training; default: the preset's")
     add("--batch", type=int, help="default: the preset's")

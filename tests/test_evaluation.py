@@ -1,13 +1,22 @@
 """Fréchet distances against closed forms; features and classifiers that need no weights."""
 
+import json
+import math
+import sys
+
 import pytest
 import torch
-from helpers import run_python
+from helpers import ROOT, run_python
 
 from dfm_fast._library import INTERPRET
+from dfm_fast.cli import report
 from dfm_fast.training import evaluation
 from dfm_fast.training.datasets import DataConfig, open_dataset
 from dfm_fast.training.evaluation import FeatureNetwork, frechet_distance, network_distance
+
+sys.path.append(str(ROOT))  # `benchmarks` is not installed
+
+from benchmarks import dfm_against_flow_matching
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="no kernels in it")
 
@@ -226,3 +235,25 @@ from dfm_fast.training.evaluation import network_distance
 network_distance([], [], None)
 """
     assert "expected torchmetrics, got none" in run_python("-c", code).stderr
+
+
+def test_the_comparison_is_made_once_and_is_no_row_of_the_report(tmp_path, capsys):
+    out = tmp_path / dfm_against_flow_matching.OUT.relative_to(ROOT / report.DEFAULT)
+    short = ["--steps", "2", "--batch", "8", "--samples", "32", "--seeds", "1", "--points", "1"]
+    argv = ["digits", "--out", str(out), *short]
+    assert dfm_against_flow_matching.main(argv) == 0
+    found = json.loads((out / "digits.json").read_text())["entries"]
+    assert [(e["method"], e.get("cfg")) for e in found] == [
+        ("training split", None),
+        *((m, cfg) for m in dfm_against_flow_matching.METHODS for cfg in (1.0, 1.5)),
+    ]
+    floor, *others = found
+    for e in others:
+        assert 0 < floor["pca"] < e["pca"] < math.inf  # two steps train nothing
+    times = [p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.is_file()]
+    table = capsys.readouterr().out.partition("against the test split")[2]
+    assert dfm_against_flow_matching.main(argv) == 0  # nothing is left to do
+    assert capsys.readouterr().out.partition("against the test split")[2] == table
+    assert [p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.is_file()] == times
+    with pytest.raises(report.ReportError, match="found none"):
+        report.load(tmp_path)
