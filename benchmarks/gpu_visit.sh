@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # One visit to a machine with a GPU, in one call of at most 9 minutes:
-#   bash benchmarks/gpu_visit.sh OUT_DIR [quick|full]
+#   bash benchmarks/gpu_visit.sh OUT_DIR [quick|full|training]
 # Installs, tests, checks memory, measures the ceilings, runs the benchmarks and makes the report.
 # A step that fails or runs out of time stops nothing; the summary at the end says which did.
+# "training" is a visit for the models: their rows alone, and small DFMs trained and compared with
+# flow matching, in place of tests, memcheck, photographs and the other rows.
 # With no GPU (or --dry-run as third argument) it runs the same steps on the CPU, cut short.
 # SKIP="tests memcheck" leaves steps out; with SKIP=benchmarks and then SKIP=tests a full set of rows
 # has two visits' time.
 # DFM_FAST_COMMIT names the commit where the folder is no git repository.
 set -uo pipefail
 
-out=${1:?usage: gpu_visit.sh OUT_DIR [quick|full] [--dry-run]}
+out=${1:?usage: gpu_visit.sh OUT_DIR [quick|full|training] [--dry-run]}
 rows=${2:-quick}
 mode=${3:-}
+[ "$rows" = training ] && SKIP="tests memcheck photographs ${SKIP:-}"
 cd "$(dirname "$0")/.." || exit 2
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 python=${PYTHON:-python3}
@@ -116,12 +119,23 @@ else
 fi
 step ceilings 40 bash -c ceilings
 options=(--benchmark-only --results "$work/results" -p no:cacheprovider)
-[ "$rows" = full ] && options+=(--full)
-[ "$gpu" = 1 ] || options+=(--device cpu --seconds 0.1 -k "haar_build or video")
+[ "$rows" = quick ] || options+=(--full)
+families=benchmarks/
+[ "$gpu" = 1 ] || options+=(--device cpu --seconds 0.1 -k "haar_build or video or (dfm_s_256 and forward and not sampling)")
 step photographs 40 "$python" -m benchmarks.photographs --out "$work/results/photographs" \
     --device "$device"
+if [ "$rows" = training ]; then
+    families=benchmarks/bench_models.py
+    compared=(digits photos --seeds 1 --points 1)
+    [ "$gpu" = 1 ] || compared=(digits --seeds 1 --points 1 --steps 2 --batch 8 --samples 32)
+    step comparison $((deadline - SECONDS - 180)) \
+        "$python" -m benchmarks.dfm_against_flow_matching "${compared[@]}" \
+        --device "$device" --out "$work/comparison"
+    cp "$work"/comparison/*.json "$out/" 2>/dev/null
+    grep '^|' "$work/step.log" >"$out/comparison.md" 2>/dev/null
+fi
 # The benchmarks write their results row by row: what the time limit cuts off is the last rows.
-step benchmarks $((deadline - SECONDS - 25)) "$python" -m pytest benchmarks/ "${options[@]}"
+step benchmarks $((deadline - SECONDS - 25)) "$python" -m pytest "$families" "${options[@]}"
 cp "$work/step.log" "$out/benchmarks.log" 2>/dev/null
 step report 25 "$python" -c 'import sys; from dfm_fast.cli import main; sys.exit(main(sys.argv[1:]))' \
     report "$work/results" --out "$work/results/report"
