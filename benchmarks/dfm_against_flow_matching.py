@@ -146,7 +146,7 @@ class Results:
         )
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        whole = {"weights": None, **key, "samples": self.samples}
+        whole = {**key, "samples": self.samples}
         return next((e for e in self.entries if all(e.get(k) == v for k, v in whole.items())), None)
 
     def add(self, key: dict[str, Any], scores: dict[str, float]) -> None:
@@ -158,12 +158,9 @@ class Results:
 def keys(data: str, config: TrainConfig, method: str, averaged: bool) -> list[dict[str, Any]]:
     """What each result of a run is found by: all that it depends on."""
     plain = {k: v for k, v in to_json(config).items() if k not in ("out", "workers", "keep")}
-    last = {} if averaged else {"weights": "last"}
-    return [
-        {"method": method, "seed": config.seed, "step": step, "cfg": cfg, "config": plain, **last}
-        for step in marks(config)
-        for cfg in CFGS[data]
-    ]
+    same = {"method": method, "seed": config.seed, "config": plain}
+    same["weights"] = None if averaged else "last"
+    return [{**same, "step": step, "cfg": cfg} for step in marks(config) for cfg in CFGS[data]]
 
 
 def measure(data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -194,7 +191,7 @@ def line(entry: dict[str, Any]) -> str:
     return "  ".join(
         f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
         for k, v in entry.items()
-        if k not in ("config", "samples")
+        if k not in ("config", "samples") and v is not None
     )
 
 
