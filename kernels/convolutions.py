@@ -210,6 +210,8 @@ def _products_kernel(
         i, j = pixel // DW, pixel % DW
         valid = kept & (pixel < pixels)
         inside = valid & (i < H) & (j < W)
+        d = tl.load(dy_ptr + dbase + (i * OW + j) * step, valid & (i < OH) & (j < OW), 0).to(ACC)
+        own = sums[K * K] + d  # before the taps: after them ptxas spills
         u = tl.load(x_ptr + base + (i * W + j) * step, inside, 0).to(ACC)
         u = _activate(u, inside, norm, NORM)
         new = ()
@@ -217,11 +219,10 @@ def _products_kernel(
             a, b = i + PH - t // K, j + PW - t % K
             met = inside & (a >= 0) & (b >= 0) & (a < S * OH) & (b < S * OW)
             if S == 2:
-                met = met & (a % 2 == 0) & (b % 2 == 0)
+                met = met & ((a | b) % 2 == 0)
             offs = dbase + (a // S * OW + b // S) * step
             new = new + (sums[t] + u * tl.load(dy_ptr + offs, met, 0).to(ACC),)
-        d = tl.load(dy_ptr + dbase + (i * OW + j) * step, valid & (i < OH) & (j < OW), 0).to(ACC)
-        sums = new + (sums[K * K] + d,)
+        sums = new + (own,)
     for t in tl.static_range(K * K + 1):
         offs = ((place * parts + part) * (K * K + 1) + t) * C + c
         tl.store(part_ptr + offs, tl.sum(sums[t], 0, keep_dims=True), kept)
