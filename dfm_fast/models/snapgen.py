@@ -350,16 +350,14 @@ class _Walk:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, None, ChannelStatistics]:
         """The first map -> what the last norm takes."""
-        now, unet = Map(x), self.unet
-        kept = [now]
+        unet = self.unet
+        kept = [Map(x).known()]  # read again on the way up
         for s, stage in enumerate(unet.down_blocks):
             for i in range(len(stage.resnets)):
-                now = self.layer(stage, i, now, s)
-                kept.append(now)
+                kept.append(self.layer(stage, i, kept[-1], s).known())
             if stage.downsamplers is not None:
-                now = Map(stage.downsamplers[0](now.x))
-                kept.append(now)
-        now = self.layer(unet.mid_block, 0, now, s)
+                kept.append(Map(stage.downsamplers[0](kept[-1].x)).known())
+        now = self.layer(unet.mid_block, 0, kept[-1], s)
         now = self.layer(unet.mid_block, 1, now, s)
         for s, stage in zip(reversed(range(len(unet.channels))), unet.up_blocks, strict=True):
             for i in range(len(stage.resnets)):
