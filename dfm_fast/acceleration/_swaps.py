@@ -40,14 +40,18 @@ class AccelerateReport:
                 lines = ["Nothing was swapped: no module is of a class that dfm_fast knows."]
         else:
             saved = f"{self.bytes_saved:,} bytes of activations less per position"
-            lines = [f"{len(self.swapped)} modules swapped, {saved}:"]
+            lines = [f"Swapped {_counted(len(self.swapped))}, {saved}:"]
             pairs = Counter((old, new) for _, old, new in self.swapped)
             lines += [f"  {n:4} x {old} -> {new}" for (old, new), n in sorted(pairs.items())]
         if self.kept:
-            lines.append(f"{len(self.kept)} modules kept:")
+            lines.append(f"Kept {_counted(len(self.kept))}:")
             reasons = Counter(reason for _, reason in self.kept)
             lines += [f"  {n:4} x {reason}" for reason, n in sorted(reasons.items())]
         return "\n".join(lines)
+
+
+def _counted(n: int) -> str:
+    return "1 module" if n == 1 else f"{n} modules"
 
 
 def accelerate(model: nn.Module, *, only: Collection[str] | None = None) -> AccelerateReport:

@@ -29,7 +29,10 @@ from dfm_fast.ops import ada_layer_norm, channel_statistics, geglu, rms_norm, sw
 
 def _residual_refusal(block: Any) -> str | None:
     return first_reason(
-        (block.time_embedding_norm != "default", "time_embedding_norm is not 'default'"),
+        (
+            block.time_emb_proj is not None and block.time_embedding_norm != "default",
+            "an embedding that is not simply added",
+        ),
         (not same(block.nonlinearity, (nn.SiLU,)), "an activation that is not SiLU"),
     )
 
