@@ -48,7 +48,7 @@ def run(model, inputs, given, dtype=torch.float32):
     """Output, and all gradients as one vector."""
     inputs = {k: v.to(dtype).requires_grad_() for k, v in inputs.items()}
     y = output(model, inputs, cast(given, dtype))
-    leaves = [*inputs.values(), *model.parameters()]
+    leaves = [*inputs.values(), *(p for p in model.parameters() if p.requires_grad)]
     grads = torch.autograd.grad(y, leaves, randn(*y.shape, seed=9).to(y), allow_unused=True)
     flat = [g.flatten() for g in grads if g is not None]
     return y.detach(), torch.cat(flat).detach()
@@ -313,8 +313,10 @@ def test_adapters(first):
     else:
         ours = copy.deepcopy(theirs)
         assert dfm_fast.accelerate(ours).swapped
-    for got, want in zip(run(ours, inputs, given), run(theirs, inputs, given), strict=True):
-        assert relative(got, want) < 1e-5
+    exact = run(copy.deepcopy(theirs).double(), inputs, given, torch.float64)
+    both = run(ours, inputs, given), run(theirs, inputs, given)
+    for got, low, ex in zip(*both, exact, strict=True):
+        assert relative(got, ex) <= 2 * relative(low, ex) + torch.finfo(torch.float32).eps / 2
     with torch.no_grad():
         seen = operators(output, ours, inputs, given)
     assert "qk_norm_rope" in seen  # projections are called; the norms of heads stay fused
@@ -534,20 +536,41 @@ def test_checkpointing():
 # --- Compiled and sharded -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "official_dit", "autoencoder_tiny"])
+class Graphs:
+    """A backend of torch.compile that runs what it is given, and knows its operators."""
+
+    def __init__(self):
+        self.names = []
+
+    def __call__(self, graph, inputs):
+        self.names += [str(node.target) for node in graph.graph.nodes]
+        return graph.forward
+
+
+# Operators of the graph.
+COMPILED = {
+    "sd3": ("gated_residual_ada_layer_norm", "qk_norm_rope"),
+    "flux": ("gated_residual", "qk_norm_rope"),
+    "official_dit": ("gated_residual_ada_layer_norm", "gelu_tanh"),
+    "autoencoder_tiny": ("upsample_conv2d",),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name):
     model, inputs, given = make(name)
+    torch._dynamo.reset()
+    graphs = Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
     with torch.no_grad():
-        want = output(model, inputs, given)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        output(compiled, inputs, given)  # a graph of the old code
-        assert dfm_fast.accelerate(compiled).swapped  # inside of it
+        want = output(compiled, inputs, given)
+        assert not any("dfm_fast" in target for target in graphs.names)
+        assert dfm_fast.accelerate(compiled).swapped  # what is inside, after it was compiled
         assert relative(output(compiled, inputs, given), want) < 1e-5
-        assert operators(output, compiled, inputs, given)
+        for op in COMPILED[name]:
+            assert any(f"dfm_fast.{op}" in target for target in graphs.names), op
         dfm_fast.restore(compiled)
-        assert relative(output(compiled, inputs, given), want) < 1e-5
-        assert not operators(output, compiled, inputs, given)
+        assert torch.equal(output(compiled, inputs, given), want)
 
 
 def test_dreamlite_compiled_with_its_gradients():
@@ -652,22 +675,20 @@ def test_layers_of_torch(name, dtype, layout):
     x = randn(*shape, dtype=dtype)
     if len(shape) == 4:
         x = x.contiguous(memory_format=layout)
-    exact = run(copy.deepcopy(layer).double(), {"input": x.double()}, {}, torch.float64) if (
-        "rms" not in name) else None  # fmt: skip
-    key = "x" if "rms" in name else "input"
-    low = run(layer, {key: x}, {}, dtype)
-    if exact is None:
-        exact = run(copy.deepcopy(layer).double(), {"x": x}, {}, torch.float64)
+    given = {"x" if "rms_norm" in name else "input": x}
+    exact = run(copy.deepcopy(layer).double(), given, {}, torch.float64)
+    low = run(layer, given, {}, dtype)
     assert dfm_fast.accelerate(layer).swapped
-    got = run(layer, {key: x}, {}, dtype)
-    for g, lo, ex in zip(got, low, exact, strict=True):
+    # In float64 there is nothing wider: two orders of summation, each of a few roundings.
+    rounding = 1e-14 if dtype == torch.float64 else torch.finfo(dtype).eps / 2
+    for g, lo, ex in zip(run(layer, given, {}, dtype), low, exact, strict=True):
         assert g.dtype == lo.dtype
-        assert relative(g, ex) <= 2 * relative(lo, ex) + torch.finfo(dtype).eps
+        assert relative(g, ex) <= 2 * relative(lo, ex) + rounding
     with torch.no_grad():
         seen = operators(layer, x)
         assert all(op in seen for op in expected), seen
         y = layer(x)
-        assert relative(y, exact[0]) <= 2 * relative(low[0], exact[0]) + torch.finfo(dtype).eps
+        assert relative(y, exact[0]) <= 2 * relative(low[0], exact[0]) + rounding
         assert y.stride() == dfm_fast.restore(layer)(x).stride()
 
 
@@ -720,22 +741,17 @@ def test_a_sequence_may_change():
 
 
 def test_inputs_that_no_kernel_takes():
-    norm = fill(nn.RMSNorm(4))
-    dfm_fast.accelerate(norm)
+    norm, conv = fill(nn.RMSNorm(4)), nn.Conv2d(8, 8, 3, groups=8)
+    mixed = randn(3, 4, dtype=torch.bfloat16)
+    want = norm(mixed)
+    for layer in (norm, conv):
+        assert dfm_fast.accelerate(layer).swapped
     assert norm(torch.empty(0, 4)).shape == (0, 4)
-    assert (
-        norm(randn(3, 4, dtype=torch.bfloat16)).dtype
-        == nn.RMSNorm.forward(norm, randn(3, 4, dtype=torch.bfloat16)).dtype
-    )
-    assert norm(torch.empty(3, 4, device="meta")).device.type == "meta" if norm.to("meta") else 0
-    with pytest.raises(RuntimeError):
-        dfm_fast.accelerate(nn.Conv2d(8, 8, 3, groups=8)) and nn.Conv2d(8, 8, 3, groups=8)(
-            randn(1, 4, 5, 5)
-        )
-    conv = nn.Conv2d(8, 8, 3, groups=8)
-    dfm_fast.accelerate(conv)
-    with pytest.raises(RuntimeError, match="channels"):
+    assert norm(mixed).dtype == want.dtype
+    assert torch.equal(norm(mixed), want)
+    with pytest.raises(RuntimeError, match="channels"):  # torch's own message
         conv(randn(1, 4, 5, 5))
+    assert norm.to("meta")(torch.empty(3, 4, device="meta")).device.type == "meta"
 
 
 # --- Layouts that only look alike -----------------------------------------------------------------

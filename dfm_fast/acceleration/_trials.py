@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dfm_fast._library import INTERPRET
-from dfm_fast.acceleration._units import Unit
+from dfm_fast.acceleration._units import Unit, unwrapped
 
 # Relative, of float64 results (float32 under Triton's interpreter, whose kernels have no float64).
 CLOSE = 1e-4 if INTERPRET else 1e-9
@@ -20,7 +20,7 @@ _FOUND: dict[Any, str | None] = {}
 def agrees(module: nn.Module, unit: Unit) -> str | None:
     """None if the unit computes what the module does, else why it is not taken. Tried once for all
     modules of one class and configuration, on a copy with random weights on the CPU."""
-    key = type(module), unit.package, unit.of, _configuration(module)
+    key = unwrapped(type(module)), unit.package, unit.of, _configuration(module)
     if key not in _FOUND:
         _FOUND[key] = _compare(module, unit)
     return _FOUND[key]
@@ -49,16 +49,28 @@ def _compare(module: nn.Module, unit: Unit) -> str | None:
 
 
 def _shadow(module: nn.Module) -> nn.Module:
-    """A copy without hooks, with random weights; nothing of the module's own is copied."""
-    empty = {id(p): _empty(p) for p in (*module.parameters(), *module.buffers())}
-    shadow = copy.deepcopy(module, empty).eval()
+    """A copy without hooks and without FSDP, in eval mode, with random weights."""
+    shadow = _copied(module, {})
     generator = torch.Generator().manual_seed(0)
-    for m in shadow.modules():
-        m._forward_hooks.clear()
-        m._forward_pre_hooks.clear()
     for p in shadow.parameters():
         p.normal_(generator=generator).mul_(p[0].numel() ** -0.5 if p.ndim > 1 else 1)
     return shadow
+
+
+def _copied(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """All modules new, their tensors new and empty, every other attribute the same object."""
+    if module in done:
+        return done[module]
+    kind = unwrapped(type(module))
+    new = done[module] = kind.__new__(kind)
+    hooks = {name: OrderedDict() for name in vars(module) if name.endswith("_hooks")}
+    vars(new).update({**vars(module), **hooks, "training": False})
+    new._parameters, new._buffers = (
+        {name: None if p is None else _empty(p) for name, p in tensors.items()}
+        for tensors in (module._parameters, module._buffers)
+    )
+    new._modules = {k: m if m is None else _copied(m, done) for k, m in module._modules.items()}
+    return new
 
 
 def _empty(p: Tensor) -> Tensor:
