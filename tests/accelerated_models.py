@@ -1,8 +1,12 @@
-"""Small models of other packages, and stand-ins for such that cannot be installed here."""
+"""Small models of other packages, stand-ins for such that cannot be installed here, and what runs
+them."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # The configuration of SnapGen's UNet in diffusers: 17 residual blocks, 60 attentions, 36
 # feed-forward layers.
@@ -272,3 +276,60 @@ MODELS = {
     "autoencoder_tiny": autoencoder_tiny,
     "official_dit": official_dit,
 }
+
+
+# --- Running them ---------------------------------------------------------------------------------
+
+DIFFUSERS = [name for name in MODELS if name != "official_dit"]
+
+
+def make(name):
+    if name in DIFFUSERS:
+        pytest.importorskip("diffusers.models.unets.unet_dreamlite")
+    model, inputs, given = MODELS[name]()
+    return model.eval(), inputs, given
+
+
+def cast(tree, dtype):
+    """Floating tensors only."""
+    return pytree.tree_map(
+        lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v, tree
+    )
+
+
+def output(model, inputs, given):
+    (y,) = (v for v in pytree.tree_leaves(model(**inputs, **given)) if v is not None)
+    return y
+
+
+def run(model, inputs, given, dtype=torch.float32):
+    """Output, and all gradients as one vector."""
+    inputs = {k: v.to(dtype).requires_grad_() for k, v in inputs.items()}
+    y = output(model, inputs, cast(given, dtype))
+    leaves = [*inputs.values(), *(p for p in model.parameters() if p.requires_grad)]
+    grads = torch.autograd.grad(y, leaves, randn(*y.shape, seed=9).to(y), allow_unused=True)
+    flat = [g.flatten() for g in grads if g is not None]
+    return y.detach(), torch.cat(flat).detach()
+
+
+def relative(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+class Operators(TorchDispatchMode):
+    """Names of this library's operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dfm_fast":
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def operators(function, *args, **kwargs):
+    with Operators() as seen:
+        function(*args, **kwargs)
+    return seen.names

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ def takes_the_same(unit: Unit, kind: type) -> bool:
 
 def original(kind: type) -> type:
     """The class that a swapped one stands for."""
-    return getattr(kind, "_dfm_fast_original", kind)
+    return vars(kind).get("_dfm_fast_original", kind)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -110,13 +110,15 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def plain(module: Any, *kinds: type | str) -> bool:
-    """Whether it is exactly one of these classes, and may be left out because nobody would notice.
-    A str is the name of a class of diffusers."""
-    if not isinstance(module, nn.Module) or hooked(module):
-        return False
+def same(module: Any, *kinds: type | str) -> bool:
+    """Whether it is exactly of one of these classes; a str is the name of a class of diffusers."""
     kind = original(type(module))
     return kind in kinds or (kind.__module__.startswith("diffusers.") and kind.__name__ in kinds)
+
+
+def plain(module: Any, *kinds: type | str) -> bool:
+    """Whether it is the `same`, and may be left out because nobody would notice."""
+    return same(module, *kinds) and not hooked(module)
 
 
 def idle(dropout: Any) -> bool:
@@ -161,9 +163,3 @@ def _transformed() -> bool:
 def first_reason(*conditions: tuple[Any, str]) -> str | None:
     """The reason of the first condition that holds."""
     return next((reason for holds, reason in conditions if holds), None)
-
-
-def same(module: Any, kinds: Sequence[type | str]) -> bool:
-    """`plain`, whether or not it is hooked: what configurations are judged by."""
-    kind = original(type(module))
-    return kind in kinds or (kind.__module__.startswith("diffusers.") and kind.__name__ in kinds)

@@ -33,7 +33,7 @@ def _residual_refusal(block: Any) -> str | None:
             block.time_emb_proj is not None and block.time_embedding_norm != "default",
             "an embedding that is not simply added",
         ),
-        (not same(block.nonlinearity, (nn.SiLU,)), "an activation that is not SiLU"),
+        (not same(block.nonlinearity, nn.SiLU), "an activation that is not SiLU"),
     )
 
 
@@ -49,9 +49,9 @@ def _residual_saved(block: Any) -> int:
 def _separable(block: Any) -> bool:
     """Whether both convolutions are separable, in the form that has a kernel."""
     return all(
-        same(conv, ("DepthwiseSeparableConv",))
-        and same(conv.depthwise, (nn.Conv2d,))
-        and same(conv.pointwise, (nn.Conv2d,))
+        same(conv, "DepthwiseSeparableConv")
+        and same(conv.depthwise, nn.Conv2d)
+        and same(conv.pointwise, nn.Conv2d)
         and conv.depthwise.bias is None
         and conv.depthwise.kernel_size == (3, 3)
         and conv.depthwise.stride == conv.depthwise.padding == (1, 1)
@@ -94,7 +94,8 @@ def _separable_block(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
     h, found = SeparableConv2d.forward(
         block.conv1, x, shift, None, block.norm1, statistics, with_statistics=True
     )
-    shortcut = SeparableConvBlock._shortcut(block, x)
+    seen = block.conv_shortcut is not None and hooked(block.conv_shortcut)
+    shortcut = block.conv_shortcut(x) if seen else SeparableConvBlock._shortcut(block, x)
     return SeparableConv2d.forward(block.conv2, h, None, shortcut, block.norm2, found)
 
 
@@ -196,7 +197,7 @@ def rms_norm_of_rows(module: Any, hidden_states: Tensor) -> Tensor | None:
 
 def without_weights(norm: Any) -> bool:
     """Whether a norm is a LayerNorm of the last dimension and nothing more."""
-    known = same(norm, (nn.LayerNorm, "FP32LayerNorm"))
+    known = same(norm, nn.LayerNorm, "FP32LayerNorm")
     return known and norm.weight is norm.bias is None and len(norm.normalized_shape) == 1
 
 
@@ -294,13 +295,13 @@ def ada_layer_norm_of_timestep(
 
 def _activation(first: Any) -> str | None:
     """What `nn.FeedForward` calls a first layer, if it has it."""
-    if same(first, ("GEGLU",)):
+    if same(first, "GEGLU"):
         return "geglu"
-    if same(first, ("SwiGLU",)):
-        return "swiglu" if same(first.activation, (nn.SiLU,)) else None
-    if same(first, ("GELU",)):
+    if same(first, "SwiGLU"):
+        return "swiglu" if same(first.activation, nn.SiLU) else None
+    if same(first, "GELU"):
         return GELU.get(first.approximate)
-    if same(first, ("LinearActivation",)) and same(first.activation, (nn.SiLU,)):
+    if same(first, "LinearActivation") and same(first.activation, nn.SiLU):
         return "linear-silu"
     return None
 
@@ -320,7 +321,7 @@ def _known_layers(ff: Any) -> bool:
     "FeedForward",
     refusal=lambda ff: None if _known_layers(ff) else "layers that nn.FeedForward does not have",
     # SiLU or GELU alone; gates count with their own layers.
-    saved=lambda ff: 2 * ff.net[2].in_features if same(ff.net[0], ("GELU",)) else 0,
+    saved=lambda ff: 2 * ff.net[2].in_features if same(ff.net[0], "GELU") else 0,
 )
 def feed_forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     if args or kwargs or not _known_layers(module):

@@ -94,7 +94,7 @@ def depthwise_conv2d(module: nn.Conv2d, input: Tensor) -> Tensor | None:
 def upsamples(conv: Any) -> bool:
     """Whether a convolution is the one that `upsample_conv2d` computes after doubling."""
     return (
-        same(conv, (nn.Conv2d,))
+        same(conv, nn.Conv2d)
         and conv.kernel_size == (3, 3)
         and conv.stride == (1, 1)
         and conv.dilation == (1, 1)

@@ -26,9 +26,9 @@ def _has(*names: str) -> Callable[[Any], bool]:
 
 def _mlp_refusal(mlp: Any) -> str | None:
     return first_reason(
-        (not isinstance(mlp.act, nn.GELU), "an activation that is not GELU"),
-        (type(mlp.fc1) is not nn.Linear or type(mlp.fc2) is not nn.Linear, "no linear layers"),
-        (not same(getattr(mlp, "norm", nn.Identity()), (nn.Identity,)), "a norm inside"),
+        (not same(mlp.act, nn.GELU), "an activation that is not GELU"),
+        (not (same(mlp.fc1, nn.Linear) and same(mlp.fc2, nn.Linear)), "no linear layers"),
+        (not same(getattr(mlp, "norm", None), nn.Identity, type(None)), "a norm inside"),
     )
 
 
@@ -44,11 +44,10 @@ def _mlp_refusal(mlp: Any) -> str | None:
 )
 def mlp(module: Any, x: Tensor) -> Tensor | None:
     """timm's `Mlp`: fc1, act, drop1, norm, fc2, drop2."""
-    inner = module.fc1, module.act, module.drop1, module.fc2
-    norm = getattr(module, "norm", None)
+    inner = [module.fc1, module.act, module.drop1, module.fc2]
+    if getattr(module, "norm", None) is not None:
+        inner.append(module.norm)
     if any(map(hooked, inner)) or not idle(module.drop1) or _mlp_refusal(module):
-        return None
-    if norm is not None and hooked(norm):
         return None
     y = projected(x, module.fc1, GELU[module.act.approximate], module.fc2)
     return None if y is None else module.drop2(y)
