@@ -157,6 +157,16 @@ def test_twice_is_once():
     assert dfm_fast.accelerate(model).swapped == first.swapped
 
 
+def test_bytes_saved():
+    """SiLU reads and writes 64 channels; a doubled map of 4 times 64 is written and read."""
+    model = nn.Sequential(
+        nn.GroupNorm(8, 64), nn.SiLU(), nn.Upsample(scale_factor=2), nn.Conv2d(64, 8, 3, padding=1)
+    )
+    assert dfm_fast.accelerate(model).bytes_saved == 4 * (2 * 64 + 8 * 64)
+    dfm_fast.restore(model).bfloat16()
+    assert dfm_fast.accelerate(model).bytes_saved == 2 * (2 * 64 + 8 * 64)
+
+
 def test_a_model_that_is_not_known():
     class Own(nn.Linear):
         pass
@@ -247,6 +257,19 @@ def test_a_forward_of_other_arguments_is_kept():
             return scale * super().forward(x)
 
     assert "other arguments" in dict(dfm_fast.accelerate(Mlp(8, 16)).kept)[""]
+
+
+def test_another_version_of_a_known_class_is_kept():
+    def forward(self, hidden_states, output_size=None, *args, **kwargs):
+        return hidden_states
+
+    body = {"__module__": "diffusers.models.upsampling", "forward": forward, "use_conv": True}
+    module = type("Upsample2D", (nn.Module,), body)()
+    ((_, reason),) = dfm_fast.accelerate(module).kept
+    assert "not the version that is known" in reason
+    assert "use_conv_transpose" in reason
+    body["use_conv"] = property(lambda self: self.missing)
+    assert not dfm_fast.accelerate(type("Upsample2D", (nn.Module,), body)()).kept
 
 
 def test_a_layout_that_is_not_meant():

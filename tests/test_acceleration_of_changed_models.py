@@ -258,6 +258,29 @@ def test_torch_func_and_forward_mode_use_the_old_code():
     torch.testing.assert_close(got, want)
 
 
+def test_vmap_of_units_uses_the_old_code():
+    layers = pytest.importorskip("diffusers.models.unets.unet_dreamlite")
+    from diffusers.models import attention, normalization, resnet, upsampling
+
+    widths = {"in_channels": 32, "out_channels": 64, "temb_channels": 16}
+    image, temb, tokens = randn(3, 1, 32, 4, 4), randn(3, 1, 16), randn(3, 1, 6, 32)
+    cases = [
+        (layers.ResnetBlock2DDreamLite(**widths, use_sep_conv=True), (image, temb)),
+        (resnet.ResnetBlock2D(**widths), (image, temb)),
+        (upsampling.Upsample2D(32, use_conv=True), (image,)),
+        (attention.FeedForward(32), (tokens,)),
+        (normalization.AdaLayerNormContinuous(32, 16, False), (tokens, temb)),
+        (models.DiTBlock(32, 4), (tokens, randn(3, 1, 32))),
+        (nn.Conv2d(32, 32, 3, groups=32), (image,)),
+    ]
+    for module, given in cases:
+        fill(module)
+        want = torch.stack([module(*each) for each in zip(*given, strict=True)])
+        assert dfm_fast.accelerate(module).swapped
+        torch.testing.assert_close(torch.vmap(module)(*given), want, rtol=1e-4, atol=1e-5)
+        assert operators(module, *(v[0] for v in given))
+
+
 def test_checkpointing():
     model, inputs, given = make("dreamlite")
     other = copy.deepcopy(model)

@@ -144,7 +144,11 @@ def _refusal(module: nn.Module, unit: Unit) -> str | None:
         return "its forward is replaced, by a hook of another library or by hand"
     if not takes_the_same(unit, kind):
         return "its forward takes other arguments than the version that is known"
-    if reason := unit.refusal(module):
+    try:
+        reason = unit.refusal(module)
+    except AttributeError as error:
+        reason = f"not the version that is known: {error}"
+    if reason is not None:
         return reason
     if unit.trial is not None:
         return agrees(module, unit)

@@ -72,7 +72,10 @@ def unit_of(module: nn.Module) -> Unit | None:
     kind = unwrapped(type(module))
     package = kind.__module__.partition(".")[0]
     unit = UNITS.get((package, kind.__name__)) or UNITS.get(("", kind.__name__))
-    return unit if unit is not None and unit.knows(module) else None
+    try:
+        return unit if unit is not None and unit.knows(module) else None
+    except AttributeError:  # another class of that name
+        return None
 
 
 def unwrapped(kind: type) -> type:
