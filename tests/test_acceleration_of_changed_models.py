@@ -420,6 +420,16 @@ def test_fsdp(process_group, first):
     ] == kinds
 
 
+def test_ddp(process_group):
+    model, inputs, given = make("official_dit")
+    want = run(model, inputs, given)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    assert dfm_fast.accelerate(wrapped).swapped
+    for got, w in zip(run(wrapped, inputs, given), want, strict=True):
+        assert relative(got, w) < 1e-5
+    assert "gated_residual_ada_layer_norm" in operators(output, wrapped, inputs, given)
+
+
 def test_exported_as_the_old_code():
     model, inputs, given = make("official_dit")
     want = output(model, inputs, given)
