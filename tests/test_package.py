@@ -58,9 +58,16 @@ assert torch.allclose(dfm_fast.laplacian_collapse(dfm_fast.laplacian_build(x, 3)
 
 
 def test_kernels_are_importable_under_one_name_only():
-    result = run_python("-c", "import kernels")
+    result = run_python("-c", "from kernels import pyramids")
     assert result.returncode != 0
+    assert "import name 'pyramids' from 'kernels'" in result.stderr
+    result = run_python("-c", "import kernels.pyramids")
+    assert "No module named 'kernels.pyramids'" in result.stderr
+    result = run_python("-c", "import kernels; kernels.pyramids")
     assert "expected import as dfm_fast.kernels, got kernels" in result.stderr
+    # As transformers looks for another package of that name.
+    result = run_python("-c", "import kernels; assert not hasattr(kernels, '__version__')")
+    assert result.returncode == 0, result.stderr
 
 
 def test_sdist_holds_the_sources_of_the_extension(source, tmp_path):
