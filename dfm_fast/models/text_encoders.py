@@ -1,15 +1,15 @@
 """Texts through frozen encoders of transformers, from local folders: CLIP-L, CLIP-G, Gemma 2.
 
-| encoder | states of tokens | pooled |
-|---|---|---|
-| CLIP-L, CLIP-G | before the last layer, without the final norm, as SDXL and Stable Diffusion 3 | at the end of the text, projected where the model has a projection |
-| Gemma 2 | after the last layer and the final norm | none |
+CLIP: states before the last layer and without the final norm, as SDXL and Stable Diffusion 3 take
+them; pooled, the state at the end of the text, projected where the model has a projection. It sees
+the whole length it takes, padding included, without a mask, as it does there.
+Gemma 2: states after the last layer and the final norm; no pooled state. Its attention is plain
+products: its scores are capped, which torch's fused attention cannot do.
 
-CLIP sees the whole length it takes, padding included, and no mask, as in SDXL and Stable Diffusion
-3; both are causal, so that a text's own states do not depend on what follows it. Gemma is padded on
-the right, whatever its tokenizer prefers, and computes attention by plain products: its scores are
-capped, which torch's fused attention cannot do.
-"""  # noqa: E501 (a table)
+All are causal and padded on the right, whatever the tokenizers prefer: states of a text do not
+depend on the padding behind it, and no mask is needed. (With one, a query behind the text whose
+window is all padding has no key: nan in float64.)
+"""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ class TextEncoder:
 
     def _forward(self, rows: Sequence[list[int]], fixed: int) -> list[TokenStates]:
         """fixed: how many states count; 0: as many as tokens are given."""
-        ids, mask = self._padded(rows, fixed)
-        hidden, pooled = self._clip(ids) if self.is_clip else self._gemma(ids, mask)
+        ids = self._padded(rows, fixed)
+        hidden, pooled = self._clip(ids) if self.is_clip else self._gemma(ids)
         if not hidden.isfinite().all():
             expected = "finite states (float16 is too narrow for some models; bfloat16 is not)"
             _checks.fail(type(self).__name__, self.name, expected, f"inf or nan in {hidden.dtype}")
@@ -154,9 +154,8 @@ class TextEncoder:
         projected = getattr(out, "text_embeds", None)
         return out.hidden_states[-2], out.pooler_output if projected is None else projected
 
-    def _gemma(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, None]:
-        out = self.module(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-        return out.last_hidden_state, None
+    def _gemma(self, ids: Tensor) -> tuple[Tensor, None]:
+        return self.module(input_ids=ids, use_cache=False).last_hidden_state, None
 
     def _tokens(self, texts: Sequence[str], limit: int) -> list[list[int]]:
         """Token numbers of each text, with the first and last that the tokenizer adds."""
@@ -173,14 +172,13 @@ class TextEncoder:
         message = f"{self.name} takes {limit} tokens of {length}; cut: {cut!r}"
         warnings.warn(f"{type(self).__name__}: {message}", UserWarning, stacklevel=2)
 
-    def _padded(self, rows: Sequence[list[int]], fixed: int) -> tuple[Tensor, Tensor]:
-        """(ids, mask) [B, S], on the right."""
+    def _padded(self, rows: Sequence[list[int]], fixed: int) -> Tensor:
+        """[B, S], on the right."""
         pad = self.tokenizer.pad_token_id
         pad = (self.tokenizer.eos_token_id or 0) if pad is None else pad
         length = max(fixed, 1, *map(len, rows))
-        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
-        mask = torch.arange(length) < torch.tensor([len(row) for row in rows]).view(-1, 1)
-        return ids.to(self.device), mask.to(self.device)
+        ids = [row + [pad] * (length - len(row)) for row in rows]
+        return torch.tensor(ids, device=self.device)
 
 
 # --- Folders --------------------------------------------------------------------------------------
