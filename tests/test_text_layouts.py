@@ -23,7 +23,7 @@ from dfm_fast.training.orders import draw
 pytestmark = pytest.mark.skipif(INTERPRET, reason="no kernels in it")
 
 SMALL = TextLayout(4, 6, 12, clip_length=5, max_tokens=7)  # D = 12, of which CLIP fills 10
-LENGTHS = {"clip_l": (5, 3), "clip_g": (5, 4), "gemma": (2, 6)}  # of two texts
+LENGTHS = {"clip_l": (5, 4), "clip_g": (5, 3), "gemma": (2, 6)}  # of two texts
 
 
 def some_states(layout=SMALL, dtype=torch.float32):
