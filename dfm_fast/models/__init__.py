@@ -10,17 +10,27 @@ from dfm_fast.models.dfm import DFM_B, DFM_L, DFM_S, DFM_XL, DFMTransformer
 from dfm_fast.models.expansions import expand_to_dfm
 from dfm_fast.models.flux import FluxDFM
 from dfm_fast.models.snapgen import SnapGenUNet, snapgen_imagenet, snapgen_t2i
+from dfm_fast.models.text_encoders import TextEncoder, TextEncoders
+from dfm_fast.models.text_layouts import TextConditions, TextLayout, draw_kept
+from dfm_fast.models.text_tables import ClassTokens, TextTable
 
 __all__ = [
     "DFM_B",
     "DFM_L",
     "DFM_S",
     "DFM_XL",
+    "ClassTokens",
     "DFMTransformer",
     "FluxDFM",
     "SnapGenUNet",
+    "TextConditions",
+    "TextEncoder",
+    "TextEncoders",
+    "TextLayout",
+    "TextTable",
     "dfm_sit_state_dict",
     "dit_state_dict",
+    "draw_kept",
     "expand_to_dfm",
     "sit_state_dict",
     "snapgen_from_dreamlite",
