@@ -1,6 +1,6 @@
-"""SnapGen's tiny decoder (arXiv 2412.09619): latents of an autoencoder with 16 channels and an eighth
-of the sides, such as Stable Diffusion 3's, to pictures. Separable convolutions, no attention, no
-norm at all, no convolution beside a residual; blocks are fewer where maps are larger.
+"""SnapGen's tiny decoder (arXiv 2412.09619): latents of 16 channels and an eighth of the sides, such
+as Stable Diffusion 3's, to pictures. Separable convolutions, no attention, no norm at all, no
+convolution beside a residual; blocks are fewer where maps are larger.
 
 The paper gives 1.38 M parameters and no table of layers. This one is our choice:
 
@@ -193,9 +193,14 @@ class SnapGenDecoder(Pretrained):
         return lay_out(silu_separable(self.conv_out, x), memory_format(latents))
 
     def decode(
-        self, latents: Tensor, return_dict: bool = True, *, tile: int | None = None,
-        scaled: bool = False, generator: torch.Generator | None = None,
-    ) -> Decoded:  # fmt: skip
+        self,
+        latents: Tensor,
+        return_dict: bool = True,
+        *,
+        tile: int | None = None,
+        scaled: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Decoded:
         """Pictures of latents, as `AutoencoderKL.decode` of diffusers gives them.
 
         Args:
