@@ -1,5 +1,5 @@
-"""SnapGen's tiny decoder (arXiv 2412.09619): latents of 16 channels and an eighth of the sides, such
-as Stable Diffusion 3's, to pictures. Separable convolutions, no attention, no norm at all, no
+"""SnapGen's tiny decoder (arXiv 2412.09619): latents of 16 channels and an eighth of the sides, as
+Stable Diffusion 3's, to pictures. Separable convolutions, no attention, no norm at all, no
 convolution beside a residual; blocks are fewer where maps are larger.
 
 The paper gives 1.38 M parameters and no table of layers. This one is our choice:
