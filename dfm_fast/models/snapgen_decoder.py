@@ -183,6 +183,10 @@ class SnapGenDecoder(Pretrained):
     def dtype(self) -> torch.dtype:
         return self.conv_in.pointwise.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.conv_in.pointwise.weight.device
+
     def forward(self, latents: Tensor) -> Tensor:
         """latents z [N, C, h, w], like the parameters -> [N, out_channels, f h, f w]."""
         self._check_latents(latents)
