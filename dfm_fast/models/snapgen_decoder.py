@@ -103,9 +103,6 @@ class Upsample(SeparableConv2d):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, 4 * out_channels, bias=True)
-        with torch.no_grad():  # the parts alike at first: nearest upsampling, no checkerboard
-            for parts in (p.unflatten(0, (4, -1)) for p in self.pointwise.parameters()):
-                parts[1:] = parts[:1].clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, O, 2H, 2W], channels_last."""
@@ -173,6 +170,24 @@ class SnapGenDecoder(Pretrained):
             )
         )
         self.conv_out = SeparableConv2d(widths[-2], out_channels, bias=True)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal weights that keep variances, as no norm does (torch's own would divide them by 9
+        in every separable convolution); no biases. At first blocks are the identity, and the four
+        pixels of an upsampling are alike: nearest, no checkerboard."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Block):
+                nn.init.zeros_(module.conv2.pointwise.weight)
+            elif isinstance(module, Upsample):
+                parts = module.pointwise.weight.unflatten(0, (4, -1))
+                parts[1:] = parts[:1].clone()
 
     @property
     def factor(self) -> int:
