@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Rival, Row
 from dfm_fast.flow import DecomposableFlow, Laplacian
-from dfm_fast.models import DFM_S, DFM_XL, DFMTransformer
+from dfm_fast.models import DFM_S, DFM_XL, DFMTransformer, SnapGenDecoder, snapgen_decoder_plain
 from dfm_fast.models._functions import sincos_2d
 from dfm_fast.models.dfm_plain import plain_forward
 
@@ -24,6 +24,8 @@ MODELS = {
     "dfm_s_256": (DFM_S, 4, (16, 32)),
     "dfm_xl_512": (DFM_XL, 8, (32, 64)),
 }
+# Latents that SnapGen's decoder makes pictures of.
+PICTURES = {"pixels_512": (1, 16, 64, 64), "pixels_1024": (1, 16, 128, 128)}
 # Steps of a row of sampling: on a CPU a quarter of the usual 40.
 STEPS = {"cpu": (7, 3), "cuda": (30, 10)}
 
@@ -152,12 +154,73 @@ def sampling_row(name: str, dtype: torch.dtype = F32, device: str = "cpu", **opt
     )
 
 
+# --- SnapGen's decoder ----------------------------------------------------------------------------
+
+
+class WrittenDecoder(nn.Module):
+    """The same parameters, in plain torch."""
+
+    def __init__(self, model: SnapGenDecoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return snapgen_decoder_plain.plain_forward(self.model, latents)
+
+
+def decoder_row(name: str, layout: str, dtype: torch.dtype, **options: Any) -> Row:
+    with torch.device("meta"):
+        model = SnapGenDecoder().eval()
+    state = dict(model.named_parameters())
+    shapes = (PICTURES[name], *(tuple(p.shape) for p in state.values()))
+    n, _, h, w = shapes[0]
+
+    def of(module: nn.Module, prefix: str) -> Callable[..., Tensor]:
+        names = [prefix + name for name in state]
+
+        def run(latents: Tensor, *weights: Tensor) -> Tensor:
+            given = dict(zip(names, weights, strict=True))
+            return torch.func.functional_call(module, given, (latents,))
+
+        return run
+
+    def adapt(inputs: list[Tensor]) -> list[Tensor]:
+        """Weights that keep the magnitude, small biases."""
+        weights = inputs[1:]
+        return [
+            inputs[0],
+            *(v / math.sqrt(v[0].numel()) if v.ndim == 4 else 0.1 * v for v in weights),
+        ]
+
+    plain = of(WrittenDecoder(model), "model.")
+    pictures = n * 3 * model.factor**2 * h * w
+    return Row(
+        op="snapgen_decoder",
+        variant="",
+        case=name,
+        shapes=shapes,
+        ours=of(model, ""),
+        reference=plain,
+        least_bytes=(sum(map(math.prod, shapes)) + pictures) * dtype.itemsize,  # in and out
+        eager=plain,
+        compiled={"written out": plain},
+        dtype=dtype,
+        layout=layout,
+        adapt=adapt,
+        **options,
+    )
+
+
 def rows() -> Iterator[Row]:
     yield model_row("dfm_s_256", direction="training", quick=True)
     yield model_row("dfm_s_256")
     yield sampling_row("dfm_s_256")
     yield sampling_row("dfm_xl_512", BF16, "cuda", quick=True)
     yield model_row("dfm_xl_512", BF16, direction="training", device="cuda", quick=True)
+    for layout in ("channels_last", "contiguous"):
+        for dtype in (F32, BF16):
+            yield decoder_row("pixels_512", layout, dtype, device="cpu")
+    yield decoder_row("pixels_1024", "channels_last", BF16, device="cuda", quick=True)
 
 
 ROWS = {r.id: r for r in rows()}

@@ -170,6 +170,10 @@ GOALS = (
     Goal("cpu", "dfm_sampling-*", "compiled", 1.1),
     Goal("cuda", "dfm-*-training", "compiled", 1.15),
     Goal("cuda", "dfm_sampling-*", "compiled", 1.5),
+    Goal("cpu", "snapgen_decoder-*", "eager", 1.3),
+    Goal("cpu", "snapgen_decoder-*", "compiled", 1.0),
+    Goal("cuda", "snapgen_decoder-*", "eager", 1.5),
+    Goal("cuda", "snapgen_decoder-*", "compiled", 1.0),
     Goal("*", "multi_query_attention-*", "eager", 1.0),
     Goal("*", "multi_query_attention-*", "compiled", 1.0),
     Goal("*", "multi_query_attention-[!g]*", "view", 1.0),  # grouped keys have no such view

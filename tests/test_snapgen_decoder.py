@@ -13,6 +13,9 @@ from dfm_fast.models import DFMTransformer, SnapGenDecoder, snapgen_decoder
 from dfm_fast.models.snapgen_decoder_plain import plain_forward
 from dfm_fast.training import saved
 
+# Triton's kernels take no float64, and its interpreter takes seconds for a picture.
+once = pytest.mark.skipif(INTERPRET, reason="the same layers in every backend")
+
 TINY = {
     "latent_channels": 4, "block_out_channels": (6, 10, 12), "layers_per_block": (1, 1, 2),
 }  # fmt: skip
@@ -62,6 +65,7 @@ def table():
     return [(c[1], int(c[2].replace(",", "")), float(c[3])) for c in cells]
 
 
+@once
 def test_the_table_is_the_model():
     with torch.device("meta"):
         model = SnapGenDecoder()
@@ -110,6 +114,7 @@ def run(forward, model, z):
     return [y, *torch.autograd.grad(y, [z, *model.parameters()], dy)]
 
 
+@once
 @pytest.mark.parametrize(
     ("device", "dtype"), [(device, dtype) for device in DEVICES for dtype in dtypes(device)]
 )
@@ -141,6 +146,7 @@ def test_silu_takes_no_pass_without_gradients():
     assert inference.names.count("separable_conv2d") == 2 * blocks + 2 + 2
 
 
+@once
 def test_gradients_of_frozen_parts():
     """The last convolution trained alone: its input has no gradient, so that SiLU is fused."""
     model, z = tiny().double(), latents(4, 4, dtype=torch.float64)
@@ -154,7 +160,7 @@ def test_gradients_of_frozen_parts():
         assert relative(g, w) < 1e-12
 
 
-@pytest.mark.skipif(INTERPRET, reason="the same graph in every backend")
+@once
 def test_compiles_as_one_graph():
     model, z = tiny(), latents(4, 4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -162,6 +168,7 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(compiled(z), model(z))
 
 
+@once
 def test_a_new_decoder_keeps_variances():
     """It is upsampling by nearest pixels, and blocks do nothing yet."""
     torch.manual_seed(0)
@@ -179,6 +186,7 @@ def test_a_new_decoder_keeps_variances():
 # --- Tiles ----------------------------------------------------------------------------------------
 
 
+@once
 @pytest.mark.parametrize("size", [(19, 24), (1, 30)])
 def test_tiles_are_the_whole(size):
     model, z = tiny().double(), latents(*size, n=1, dtype=torch.float64)
@@ -190,15 +198,17 @@ def test_tiles_are_the_whole(size):
             assert got.is_contiguous()
 
 
+@once
 @pytest.mark.parametrize("device", DEVICES)
 def test_tiles_in_low_precision(device):
     """Other sums, at most: those of a pixel stay in one order on a CPU."""
-    low = torch.float16 if INTERPRET else torch.bfloat16
+    low = torch.bfloat16
     model, z = tiny().to(device, low), latents(16, 16, n=1, dtype=low, device=device)
     with torch.no_grad():
         assert relative(model.decode(z, tile=6).sample, model(z)) < 2 * torch.finfo(low).eps
 
 
+@once
 def test_margins_are_what_a_pixel_sees():
     """No smaller than the reach of a pixel, and hardly larger."""
     model, side = tiny().double(), 41
@@ -211,6 +221,7 @@ def test_margins_are_what_a_pixel_sees():
     assert reach <= margin <= reach + 2
 
 
+@once
 @pytest.mark.parametrize("less", [(3, 0), (0, 1)])
 def test_a_smaller_margin_would_show(less, monkeypatch):
     model, z = tiny().double(), latents(24, 24, n=1, dtype=torch.float64)
@@ -224,6 +235,7 @@ def test_a_smaller_margin_would_show(less, monkeypatch):
         assert relative(model.decode(z, tile=8).sample, model(z)) > 1e-9
 
 
+@once
 def test_memory_is_that_of_a_tile():
     model = tiny()
     largest = []
@@ -240,6 +252,7 @@ def test_memory_is_that_of_a_tile():
 # --- As others use it -----------------------------------------------------------------------------
 
 
+@once
 def test_scaled_latents():
     model, z = tiny(scaling_factor=0.5, shift_factor=0.25), latents(4, 4)
     with torch.no_grad():
@@ -254,7 +267,7 @@ def test_scaled_latents():
         _ = default.no_such
 
 
-@pytest.mark.skipif(INTERPRET, reason="the same code in every backend")
+@once
 def test_in_a_pipeline_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     sizes = {"sample_size": 8, "patch_size": 1, "num_layers": 1, "num_attention_heads": 2}
@@ -282,6 +295,7 @@ def test_in_a_pipeline_of_diffusers():
     torch.testing.assert_close(pictures, want)
 
 
+@once
 def test_saved_and_loaded(tmp_path):
     model, z = tiny(scaling_factor=0.7), latents(4, 4)
     model.save_pretrained(tmp_path)
