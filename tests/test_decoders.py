@@ -311,7 +311,12 @@ def test_encoded_latents_train_alike(tmp_path, autoencoder, data, latents):
     assert (model.config.scaling_factor, model.config.shift_factor) == (0.5, 0.25)
 
 
-def test_latents_of_other_data(tmp_path, data, latents):
+def test_latents_of_other_data(tmp_path, autoencoder, data, latents):
+    config = config_for(tmp_path / "a", autoencoder, DataConfig("latents", root=latents))
+    with pytest.raises(
+        ValueError, match=r"data: expected pictures \[1 or 3, H, W\], got \[4, 4, 4"
+    ):
+        train_decoder(config)
     config = config_for(tmp_path / "a", None, data, latents=latents)
     with pytest.raises(ValueError, match=r"data\.flip: expected False with latents"):
         train_decoder(dataclasses.replace(config, data=dataclasses.replace(data, flip=True)))

@@ -297,8 +297,8 @@ class Run:
         """The data, and the arguments of a decoder of its latents."""
         op, config = "train_decoder", self.config
         pictures = open_dataset(config.data)
-        if len(pictures.shape) != 3:
-            _checks.fail(op, "data", "pictures [C, H, W]", list(pictures.shape))
+        if len(pictures.shape) != 3 or pictures.shape[0] not in (1, 3):
+            _checks.fail(op, "data", "pictures [1 or 3, H, W]", list(pictures.shape))
         if config.latents is not None:
             pairs = Pairs(pictures, Latents(config.latents))
             info = pairs.latents.info
