@@ -142,7 +142,7 @@ def test_silu_takes_no_pass_without_gradients():
     blocks = sum(TINY["layers_per_block"])
     assert "silu" not in inference.names
     assert training.names.count("silu") == blocks + 1
-    # One for each half of a block, three more for each upsampling and the ends.
+    # Halves of blocks, two upsamplings, both ends.
     assert inference.names.count("separable_conv2d") == 2 * blocks + 2 + 2
 
 
