@@ -1,4 +1,4 @@
-"""Whole models: rows only; the measuring is in harness.py. Rivals are the same network with its
+"""DFM transformers: rows only; the measuring is in harness.py. Rivals are the same network with its
 parameters, written out in plain torch."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Rival, Row
 from dfm_fast.flow import DecomposableFlow, Laplacian
-from dfm_fast.models import DFM_S, DFM_XL, DFMTransformer, SnapGenUNet, snapgen_from_dreamlite
+from dfm_fast.models import DFM_S, DFM_XL, DFMTransformer
 from dfm_fast.models._functions import sincos_2d
 from dfm_fast.models.dfm_plain import plain_forward
 
@@ -152,116 +152,12 @@ def sampling_row(name: str, dtype: torch.dtype = F32, device: str = "cpu", **opt
     )
 
 
-# --- SnapGen's UNet -------------------------------------------------------------------------------
-
-# name: (batch, latent side, tokens of text)
-UNETS = {"snapgen_512": (1, 64, 77), "snapgen_1024": (1, 128, 256), "snapgen_1024_8": (8, 128, 256)}
-UNET = {
-    "block_out_channels": (256, 512, 896),
-    "attention_head_dim": (4, 8, 14),
-    "transformer_layers_per_block": (1, 2, 4),
-    "cross_attention_dim": 2304,
-    "time_embedding_dim": 1024,
-    "ff_mult": 3,
-    "use_linear_projection": True,
-}
-
-
-def dreamlite() -> nn.Module:
-    """diffusers' UNet of SnapGen's design, with no memory."""
-    from diffusers.models.unets.unet_dreamlite import DreamLiteUNetModel
-
-    with torch.device("meta"):
-        return DreamLiteUNetModel(in_channels=16, out_channels=16, **UNET).eval()
-
-
-def of_weights(make: Callable[[], nn.Module], call: Callable[..., Any]) -> Callable[..., Any]:
-    """call(module, x, t, text) as a function of these and the weights, whose module is built when
-    weights are seen first."""
-    built: dict[int, nn.Module] = {}
-
-    def run(x: Tensor, t: Tensor, text: Tensor, *weights: Tensor) -> Any:
-        key = weights[0].data_ptr()
-        if key not in built:
-            module = make()
-            names = [name for name, _ in module.named_parameters()]
-            module.load_state_dict(dict(zip(names, weights, strict=True)), assign=True)
-            built[key] = module.requires_grad_(False).to(memory_format=torch.channels_last)
-        return call(built[key], x, t, text)
-
-    return run
-
-
-def unet_row(name: str, dtype: torch.dtype, cached: bool = False, **options: Any) -> Row:
-    """One velocity. Cached: what a sampler knows before the first step is computed ahead."""
-    batch, side, tokens = UNETS[name]
-    state = dict(dreamlite().named_parameters())
-    given = (batch, 16, side, side), (batch,), (batch, tokens, 2304)
-    shapes = (*given, *(tuple(v.shape) for v in state.values()))
-    known: dict[int, tuple[Any, Tensor]] = {}
-
-    def ours(unet: SnapGenUNet, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        if not cached:
-            return unet(x, t, text)
-        if id(unet) not in known:
-            known[id(unet)] = unet.key_values(text), unet.time_shifts(t)
-        texts, shifts = known[id(unet)]
-        return unet(x, text=texts, shifts=shifts)
-
-    def theirs(unet: nn.Module, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return unet(x, 1000 * t, text, return_dict=False)[0]
-
-    def compiled(x: Tensor, t: Tensor, text: Tensor, *weights: Tensor) -> Callable[[], Tensor]:
-        def whole(*given: Tensor) -> nn.Module:
-            unet = dreamlite()
-            unet.load_state_dict(dict(zip(state, given, strict=True)), assign=True)
-            return unet.requires_grad_(False).to(memory_format=torch.channels_last)
-
-        mode = "max-autotune-no-cudagraphs" if x.is_cuda else None
-        unet = torch.compile(whole(*weights), fullgraph=True, dynamic=False, mode=mode)
-        x = x.contiguous(memory_format=torch.channels_last)
-        return lambda: theirs(unet, x, t, text)
-
-    def adapt(inputs: list[Tensor]) -> list[Tensor]:
-        weights = [
-            1 + 0.1 * w if w.ndim == 1 else w / math.sqrt(math.prod(w.shape[1:]))
-            for w in inputs[3:]
-        ]
-        return [inputs[0], inputs[1].sigmoid(), inputs[2], *weights]
-
-    eager = of_weights(dreamlite, theirs)
-    return Row(
-        op="snapgen_unet",
-        variant="cached" if cached else "",
-        case=name,
-        shapes=shapes,
-        ours=of_weights(own_unet, ours),
-        reference=eager,
-        least_bytes=(sum(map(math.prod, shapes)) + math.prod(given[0])) * dtype.itemsize,
-        eager=eager,
-        compiled={},
-        rivals={"compiled model": Rival(compiled, package="diffusers")},
-        dtype=dtype,
-        adapt=adapt,
-        **options,
-    )
-
-
-def own_unet() -> SnapGenUNet:
-    return snapgen_from_dreamlite(dreamlite())
-
-
 def rows() -> Iterator[Row]:
     yield model_row("dfm_s_256", direction="training", quick=True)
     yield model_row("dfm_s_256")
     yield sampling_row("dfm_s_256")
     yield sampling_row("dfm_xl_512", BF16, "cuda", quick=True)
     yield model_row("dfm_xl_512", BF16, direction="training", device="cuda", quick=True)
-    for cached in (False, True):
-        yield unet_row("snapgen_512", BF16, cached)
-        yield unet_row("snapgen_512", F32, cached)
-        yield unet_row("snapgen_1024", BF16, cached, device="cuda", quick=cached)
-        yield unet_row("snapgen_1024_8", BF16, cached, device="cuda", quick=cached)
 
 
 ROWS = {r.id: r for r in rows()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ import torch
 from benchmarks import records
 from benchmarks.harness import Row, Say, measure
 
-# transformers looks for a package of this name, and would find the folder of this repository.
-sys.modules["kernels"] = None
 LOCAL = Path(__file__).parent / "results" / "local"
 
 

@@ -5,8 +5,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-# transformers looks for a package of this name, and would find the folder of this repository.
-sys.modules["kernels"] = None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -26,3 +28,10 @@ def reported(prog: str, call: Callable[[], None]) -> int:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def out_of(args: list[str]) -> Path | None:
+    """`--out` of a command line, before the rest of it is understood."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_known_args(args)[0].out

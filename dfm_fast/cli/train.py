@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from dfm_fast.cli import _configs
+
 DESCRIPTION = """\
 Train a DFM transformer on images, videos or latents. Two options come before all others: --preset
 NAME takes the defaults of one of {presets} (digits); --resume goes on from the last checkpoint in
@@ -55,7 +57,8 @@ def parse(preset: str | None, resume: bool, rest: list[str]):
         raise ImportError(f"expected tyro for the command line, got none: {error}") from error
     from dfm_fast.training import config, loop
 
-    saved = _out(rest) / loop.CONFIG if _out(rest) else None
+    out = _configs.out_of(rest)
+    saved = out / loop.CONFIG if out else None
     if resume and saved is not None and saved.exists():
         base = config.from_json(config.TrainConfig, json.loads(saved.read_text()))
     else:
@@ -65,12 +68,6 @@ def parse(preset: str | None, resume: bool, rest: list[str]):
     return tyro.cli(
         config.TrainConfig, default=base, args=rest, prog="dfm-fast train", description=description
     )
-
-
-def _out(rest: list[str]) -> Path | None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--out", type=Path)
-    return parser.parse_known_args(rest)[0].out
 
 
 def _tell(outcome, config) -> None:

@@ -12,16 +12,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dfm_fast.training.distributed import World
-from dfm_fast.training.recipes import Recipe
 
 PREFIX, TEMPORARY = "step-", ".tmp-"
+
+
+class Written(Protocol):
+    """What a run's weights are, as files beside them: its recipe."""
+
+    def write(self, folder: Path) -> None: ...
 
 
 class CheckpointError(RuntimeError):
@@ -44,7 +49,7 @@ class Checkpoints:
         found = self.all()
         return found[-1] if found else None
 
-    def save(self, step: int, state: dict[str, Any], recipe: Recipe) -> Path:
+    def save(self, step: int, state: dict[str, Any], recipe: Written) -> Path:
         """All ranks call it. Raises CheckpointError on all of them where one cannot write."""
         target = self.folder / f"{PREFIX}{step:08d}"
         if target.exists():  # the same run at the same step
@@ -78,7 +83,7 @@ class Checkpoints:
             shutil.rmtree(left)
         temporary.mkdir()
 
-    def _finish(self, temporary: Path, target: Path, recipe: Recipe) -> None:
+    def _finish(self, temporary: Path, target: Path, recipe: Written) -> None:
         recipe.write(temporary)
         flush(temporary)
         os.rename(temporary, target)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dfm_fast.models import DFMTransformer
-from dfm_fast.models._pretrained import WEIGHTS
+from dfm_fast.models import DFMTransformer, SnapGenDecoder
+from dfm_fast.models._pretrained import CONFIG, WEIGHTS
 from dfm_fast.training import recipes
 from dfm_fast.training.checkpoints import Checkpoints, load
 from dfm_fast.training.recipes import Recipe
@@ -39,8 +40,18 @@ def open_model(path: Path, device: torch.device | str = "cpu") -> tuple[Recipe, 
     return recipe, model.to(device).eval()
 
 
+def class_name(folder: Path) -> str | None:
+    """Of what is saved in a folder, by its config.json."""
+    path = Path(folder) / CONFIG
+    return json.loads(path.read_text()).get("_class_name") if path.is_file() else None
+
+
 def decoder(path: Path, recipe: Recipe, device: str) -> Callable[[Tensor], Tensor]:
-    """Latents -> pictures in [-1, 1], by diffusers' autoencoder in a local folder."""
+    """Latents -> pictures in [-1, 1], by diffusers' autoencoder or a `SnapGenDecoder` in a local
+    folder."""
     from dfm_fast.training.encoders import Autoencoder
 
+    if class_name(path) == SnapGenDecoder.__name__:
+        own = SnapGenDecoder.from_pretrained(path, device=device)
+        return torch.no_grad()(lambda latents: own.decode(latents, scaled=True).sample)
     return torch.no_grad()(Autoencoder.load(path, device).decode)
