@@ -9,7 +9,10 @@ from helpers import ROOT, run_python
 from dfm_fast._library import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the same code in every backend")
-PAGES = ("README.md", "docs/models.md", "docs/text.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{page}.md" for page in ("acceleration", "models", "snapgen", "text")),
+)
 
 
 def blocks(path):
