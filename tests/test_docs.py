@@ -9,7 +9,8 @@ from helpers import ROOT, run_python
 from dfm_fast._library import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the same code in every backend")
-PAGES = (
+NAMES = ("acceleration", "models", "snapgen", "text")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
     "README.md",
     *(f"docs/{page}.md" for page in ("acceleration", "models", "snapgen", "text")),
 )
