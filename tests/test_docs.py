@@ -11,9 +11,6 @@ from dfm_fast._library import INTERPRET
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the same code in every backend")
 NAMES = ("acceleration", "models", "snapgen", "text")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
-    "README.md",
-    *(f"docs/{page}.md" for page in ("acceleration", "models", "snapgen", "text")),
-)
 
 
 def blocks(path):
