@@ -2,10 +2,10 @@
 
 The same transformer, data order, steps, optimizer, sampling steps and seeds; plain flow matching is
 the one-level case, whose patches are those of DFM's finest level. Samples are drawn from the
-average of the weights at fractions of the run, and compared with the test split by the Fréchet
-distance in feature spaces that are fitted on the training split. Beside them stand the floor, the
-training split's own distance, and the ceiling, an untrained model's; and, with labels, how often a
-classifier trained apart names the class that was asked for.
+average of the weights (`--last`: from the weights themselves) at fractions of the run, and compared
+with the test split by the Fréchet distance in feature spaces that are fitted on the training split.
+Beside them stand the floor, the training split's own distance, and the ceiling, an untrained
+model's; and, with labels, how often a classifier trained apart names the class that was asked for.
 
 Every result is written at once, and runs go on from their checkpoints: an interrupted command may
 be given again. Where nothing is left to do it prints the tables.
@@ -146,7 +146,7 @@ class Results:
         )
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        whole = {**key, "samples": self.samples}
+        whole = {"weights": None, **key, "samples": self.samples}
         return next((e for e in self.entries if all(e.get(k) == v for k, v in whole.items())), None)
 
     def add(self, key: dict[str, Any], scores: dict[str, float]) -> None:
@@ -155,11 +155,12 @@ class Results:
         write_bytes(self.path, (json.dumps({"entries": self.entries}, indent=1) + "\n").encode())
 
 
-def keys(data: str, config: TrainConfig, method: str) -> list[dict[str, Any]]:
+def keys(data: str, config: TrainConfig, method: str, averaged: bool) -> list[dict[str, Any]]:
     """What each result of a run is found by: all that it depends on."""
     plain = {k: v for k, v in to_json(config).items() if k not in ("out", "workers", "keep")}
+    last = {} if averaged else {"weights": "last"}
     return [
-        {"method": method, "seed": config.seed, "step": step, "cfg": cfg, "config": plain}
+        {"method": method, "seed": config.seed, "step": step, "cfg": cfg, "config": plain, **last}
         for step in marks(config)
         for cfg in CFGS[data]
     ]
@@ -175,12 +176,14 @@ def measure(data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     if results.find(wanted[0]) is None:
         results.add(wanted[0], judge().floor)
     for method, config in runs:
-        own = keys(data, config, method)
+        own = keys(data, config, method, not args.last)
         wanted += own
         missing = [key for key in own if results.find(key) is None]
         paths = trained(config) if missing else {}
         for key in missing:
-            recipe, model = saved.open_model(paths[key["step"]], args.device)
+            recipe, model = saved.open_model(
+                paths[key["step"]], args.device, averaged=not args.last
+            )
             seed = 10_000 * (config.seed + 1)
             results.add(key, judge()(drawn(recipe, model, judge(), key["cfg"], seed, args.device)))
             print(f"{data}: {line(results.entries[-1])}", flush=True)
@@ -236,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch", type=int, help="default: the preset's")
     add("--points", type=int, default=2, help="fractions of a run that are measured")
     add("--samples", type=int, help="drawn per model; default: 1437 (digits), 1000 (photos)")
+    add("--last", action="store_true", help="samples of the last step's weights, not averaged")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=int, default=0)
     args = parser.parse_args(argv)

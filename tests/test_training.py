@@ -51,11 +51,11 @@ def run(config, **options):
     return losses, outcome
 
 
-def weights(folder):
-    """All that a checkpoint holds, by key."""
+def weights(folder, path=None):
+    """All that a checkpoint holds, by key: the last, or the one at path."""
     import torch.distributed.checkpoint as dcp
 
-    path = Checkpoints(folder / loop.CHECKPOINTS).latest()
+    path = path or Checkpoints(folder / loop.CHECKPOINTS).latest()
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     state = {
         name: torch.empty(v.size, dtype=v.properties.dtype) if hasattr(v, "size") else None
@@ -153,12 +153,19 @@ def test_parts_of_a_batch_give_the_losses_of_the_batch(whole, tmp_path):
     assert losses == pytest.approx({k: whole[1][k] for k in losses}, rel=1e-5)
 
 
-def test_the_average_is_of_the_weights(whole):
-    """EMA of decay 0.5, from the trajectory: after one step it is the weights."""
-    state = weights(whole[0])
-    a, b = state["ema.heads.weight"], state["model.heads.weight"]
-    assert not torch.equal(a, b)
-    assert (a - b).abs().max() < b.abs().max()
+def test_the_average_forgets_the_first_weights(tmp_path):
+    """After the first step it is the weights; then it keeps (1 + n) / (10 + n), at most the decay:
+    2/11, 3/12 and 0.3 of itself here."""
+    run(tiny(tmp_path, optimizer=OptimizerConfig(ema=0.3), steps=4, save_every=1, keep=4))
+    paths = Checkpoints(tmp_path / loop.CHECKPOINTS, 4).all()
+    states = [weights(tmp_path, path) for path in paths]
+    names = [n.removeprefix("ema.") for n in states[0] if n.startswith("ema.")]
+    assert len(paths) == 4
+    for name in names:
+        average = states[0][f"model.{name}"]
+        for state, keeps in zip(states[1:], (2 / 11, 3 / 12, 0.3), strict=True):
+            average = keeps * average + (1 - keeps) * state[f"model.{name}"]
+        torch.testing.assert_close(states[-1][f"ema.{name}"], average, rtol=1e-5, atol=1e-7)
 
 
 def test_a_folder_with_checkpoints_needs_resume(whole):

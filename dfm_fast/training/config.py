@@ -102,6 +102,8 @@ class OptimizerConfig:
     """Largest norm of the gradient; 0 does not clip."""
 
     ema: float = 0.9999
+    """Share that the average of the weights keeps at a step; at first no more than
+    (1 + step) / (10 + step)."""
 
 
 @dataclass(frozen=True)

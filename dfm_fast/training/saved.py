@@ -16,9 +16,11 @@ from dfm_fast.training.checkpoints import Checkpoints, load
 from dfm_fast.training.recipes import Recipe
 
 
-def open_model(path: Path, device: torch.device | str = "cpu") -> tuple[Recipe, DFMTransformer]:
+def open_model(
+    path: Path, device: torch.device | str = "cpu", *, averaged: bool = True
+) -> tuple[Recipe, DFMTransformer]:
     """The averaged weights of a training folder's last checkpoint, of one checkpoint, or of an
-    exported folder; in eval mode.
+    exported folder; in eval mode. Of checkpoints also those of the last step, not averaged.
 
     Raises:
         FileNotFoundError: it is none of these.
@@ -36,7 +38,7 @@ def open_model(path: Path, device: torch.device | str = "cpu") -> tuple[Recipe, 
         )
     recipe = Recipe.read(checkpoint)
     model = recipe.build_model()
-    load(checkpoint, {"ema": dict(model.state_dict())})
+    load(checkpoint, {"ema" if averaged else "model": dict(model.state_dict())})
     return recipe, model.to(device).eval()
 
 
