@@ -3,6 +3,7 @@ folders and the command. Models are tiny and random; text encoders are those of 
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from test_snapgen import SMALL, randomise
 
 from dfm_fast import cli, philox_normal
 from dfm_fast._library import INTERPRET
-from dfm_fast.flow import DecomposableFlow, Laplacian
+from dfm_fast.flow import DecomposableFlow, Laplacian, sampler
 from dfm_fast.models import (
     ClassTokens,
     SnapGenDecoder,
@@ -23,7 +24,7 @@ from dfm_fast.models import (
     snapgen_plain,
 )
 
-pytest.importorskip("safetensors")
+safetensors = pytest.importorskip("safetensors.torch")
 Image = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.skipif(INTERPRET, reason="no kernels in it")
 
@@ -284,6 +285,26 @@ def test_guidance_within_an_interval(classes, calls):
     assert relative(inner, whole) > 1e-3
 
 
+def test_replays_of_a_step_are_the_plain_loop(classes, monkeypatch):
+    """Capture is replaced by the call: states are written over by each step, as a graph does."""
+    monkeypatch.setattr(sampler, "capture", lambda call, state: call)
+    run, seen = sampler.Sampler.__call__, []
+
+    def keep(pipeline, step, t, given):
+        seen.append(given["latents"])
+        return {"latents": given["latents"] / 2} if step == 1 else None
+
+    options = {"class_labels": [1, 2], "num_inference_steps": 3, "seed": 0}
+    options |= {"output_type": "latent", "callback_on_step_end": keep}
+    plain = classes(**options).images
+    monkeypatch.setattr(sampler.Sampler, "__call__", lambda self, *a: run(self, *a[:-1], True))
+    replayed = classes(**options).images
+    torch.testing.assert_close(replayed, plain)
+    assert len(seen) == 6
+    for a, b in zip(seen[:3], seen[3:], strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_callback_after_each_step(classes):
     options = {"class_labels": [1, 2], "seed": 0, "output_type": "latent"}
     seen = []
@@ -350,15 +371,38 @@ def test_saved_and_loaded_with_text_encoders(texts, tmp_path):
         SnapGenPipeline.from_pretrained(tmp_path)
 
 
-def test_an_autoencoder_of_diffusers(classes, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    block = {"norm_num_groups": 4, "latent_channels": 4, "sample_size": 16}
+def test_a_folder_that_was_whole_stays_so(texts, tmp_path, monkeypatch):
+    texts.save_pretrained(tmp_path)
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    module = texts.conditions.encoders["gemma"].module
+
+    def half(folder):
+        (Path(folder) / "model.safetensors").write_bytes(b"half of it")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(module, "save_pretrained", half)
+    with pytest.raises(OSError, match="the disk is full"):
+        texts.save_pretrained(tmp_path)
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def autoencoder(diffusers, name):
+    """Of two stages, and four channels."""
+    torch.manual_seed(0)
+    if name == "AutoencoderTiny":
+        widths = {f"{way}_block_out_channels": (8, 8) for way in ("encoder", "decoder")}
+        counts = {f"num_{way}_blocks": (1, 1) for way in ("encoder", "decoder")}
+        return diffusers.AutoencoderTiny(**widths, **counts, scaling_factor=0.5, shift_factor=0.25)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2}
     blocks["up_block_types"] = ("UpDecoderBlock2D",) * 2
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8), scaling_factor=0.5, shift_factor=0.25, **blocks, **block
-    )
+    widths = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
+    return diffusers.AutoencoderKL(**blocks, **widths, scaling_factor=0.5, shift_factor=0.25)
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderTiny"])
+def test_an_autoencoder_of_diffusers(classes, tmp_path, name):
+    vae = autoencoder(pytest.importorskip("diffusers"), name).eval()
     pipeline = SnapGenPipeline(classes.unet, vae, classes.conditions, sample_size=8)
     assert (pipeline.factor, pipeline.multiple) == (2, 8)
     options = {"class_labels": [0, 3], "num_inference_steps": 1, "seed": 1}
@@ -366,11 +410,18 @@ def test_an_autoencoder_of_diffusers(classes, tmp_path):
     with torch.no_grad():
         want = (vae.decode(x / 0.5 + 0.25).sample / 2 + 0.5).clamp(0, 1)
     got = pipeline(**options, output_type="pt").images
+    assert got.shape == (2, 3, 16, 16)
     torch.testing.assert_close(got, want)
     pipeline.save_pretrained(tmp_path)
     assert not (tmp_path / "decoder").exists()
     again = SnapGenPipeline.from_pretrained(tmp_path)
     assert torch.equal(again(**options, output_type="pt").images, got)
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    state = safetensors.load_file(weights)
+    del state["decoder.layers.0.weight" if "Tiny" in name else "decoder.conv_in.weight"]
+    safetensors.save_file(state, weights)
+    with pytest.raises(ValueError, match=r"vae: expected all weights of the model, got .*\.weight"):
+        SnapGenPipeline.from_pretrained(tmp_path)
 
 
 def test_an_autoencoder_without_a_shift(classes):

@@ -126,7 +126,7 @@ class SnapGenPipeline:
         offset = decoder.config.shift_factor if shift_factor is None else shift_factor
         # None in configs of older autoencoders.
         self.shift_factor = finite_number(op, "shift_factor", 0 if offset is None else offset)
-        self.flow, self.velocity = DecomposableFlow(Laplacian(1)), UNetVelocity(unet)
+        self.flow = DecomposableFlow(Laplacian(1))
 
     # --- Folders ---
 
@@ -297,7 +297,7 @@ class SnapGenPipeline:
         """Latents like the noise."""
         texts = self._key_values(request, guided=scale != 1)
         return self.flow.sample(
-            self.velocity,
+            UNetVelocity(self.unet),
             noise.shape,
             steps=steps,
             shift=self.shift,
