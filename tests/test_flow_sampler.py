@@ -347,7 +347,9 @@ def test_noise_that_is_given_is_what_levels_start_from():
         for s, o in zip(flow.decomposition.shapes(shape), starts, strict=True)
     ]
     before = [v.clone() for v in noise]
+    state = torch.get_rng_state()
     given = flow.sample(model, shape, noise=noise, **options)
+    assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(given, flow.sample(model, shape, seed=5, **options))
     flow.sample(model, shape, noise=noise, on_step=lambda k, x: x[1].zero_(), **options)
     assert all(map(torch.equal, noise, before))

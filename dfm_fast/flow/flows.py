@@ -271,7 +271,9 @@ class DecomposableFlow(nn.Module):
         what = op, model, self.decomposition, schedule, guidance, solver, cond
         run = sampler.Sampler(*what, self.check, preview, on_step, noise)
         captured = cuda_graph if cuda_graph is not None else device.type == "cuda"
-        return run(shapes, _start(seed, device), device, dtype, progress, captured)
+        # Nothing is drawn from the device's generator that is not used.
+        key = 0 if noise is not None else _start(seed, device)
+        return run(shapes, key, device, dtype, progress, captured)
 
 
 # Seeds of t, apart from those of the noise: far from any rank's.
