@@ -11,7 +11,8 @@ OP = "sample"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pipelines", "folders with model_index.json")
+    about = "folders with model_index.json; --count is 1 by default, --steps one number"
+    group = parser.add_argument_group("pipelines", about)
     add = group.add_argument
     add("--prompt", action="append", help="a text; repeat for several: a row of pictures for each")
     add("--negative-prompt", help="what guidance leads away from")
