@@ -76,10 +76,8 @@ def randomise(model):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Of the three encoders."""
-    root = tmp_path_factory.mktemp("encoders")
+def write_encoders(root):
+    """Folders of the three."""
     small, big = clip_tokenizer("<|endoftext|>"), clip_tokenizer("!")
     clip_l = randomise(transformers.CLIPTextModel(clip_config(small, 16)))
     clip_g = randomise(transformers.CLIPTextModelWithProjection(clip_config(big, 24)))
@@ -89,6 +87,11 @@ def folders(tmp_path_factory):
         "clip_g": write(root / "clip_g", clip_g, big),
         "gemma": write(root / "gemma", gemma, gemma_tokenizer()),
     }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_encoders(tmp_path_factory.mktemp("encoders"))
 
 
 @pytest.fixture

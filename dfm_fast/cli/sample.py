@@ -6,13 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from dfm_fast.cli import _pipelines
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "checkpoint",
         type=Path,
-        help="a training folder, one of its checkpoints, or an exported model",
+        help="a training folder, one of its checkpoints, an exported model, or a pipeline",
     )
     add(
         "--out",
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decoder", type=Path, help="a local folder of diffusers' autoencoder, for latents")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--precision", choices=("fp32", "bf16"), default="fp32")
+    _pipelines.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,6 +51,8 @@ def _run(args: argparse.Namespace) -> int:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if _pipelines.is_one(args):
+        return _pipelines.run(args, device)
     recipe, model = saved.open_model(args.checkpoint, device)
     labels, count, columns = chosen(recipe, args.classes, args.count)
     decode = saved.decoder(args.decoder, recipe, device) if args.decoder else lambda x: x

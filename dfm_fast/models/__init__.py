@@ -11,6 +11,7 @@ from dfm_fast.models.expansions import expand_to_dfm
 from dfm_fast.models.flux import FluxDFM
 from dfm_fast.models.snapgen import SnapGenUNet, snapgen_imagenet, snapgen_t2i
 from dfm_fast.models.snapgen_decoder import SnapGenDecoder
+from dfm_fast.models.snapgen_pipeline import SnapGenPipeline, UNetVelocity
 from dfm_fast.models.text_encoders import TextEncoder, TextEncoders
 from dfm_fast.models.text_layouts import TextConditions, TextLayout, draw_kept
 from dfm_fast.models.text_tables import ClassTokens, TextTable
@@ -24,12 +25,14 @@ __all__ = [
     "DFMTransformer",
     "FluxDFM",
     "SnapGenDecoder",
+    "SnapGenPipeline",
     "SnapGenUNet",
     "TextConditions",
     "TextEncoder",
     "TextEncoders",
     "TextLayout",
     "TextTable",
+    "UNetVelocity",
     "dfm_sit_state_dict",
     "dit_state_dict",
     "draw_kept",

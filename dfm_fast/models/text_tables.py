@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfm_fast import _checks
-from dfm_fast.models._pretrained import write_bytes
+from dfm_fast.models._pretrained import Pretrained, write_bytes
 from dfm_fast.models.text_encoders import TextEncoders
 from dfm_fast.models.text_layouts import TextConditions, TextLayout, TokenStates, join_states
 
@@ -148,7 +148,7 @@ def _rows(tensors: Mapping[str, Tensor], name: str) -> list[TokenStates]:
 # --- Learned tokens -------------------------------------------------------------------------------
 
 
-class ClassTokens(nn.Module):
+class ClassTokens(Pretrained):
     """Learned tokens of every class, in place of a text: for class labels without an encoder.
 
     Args:
@@ -167,6 +167,7 @@ class ClassTokens(nn.Module):
         op = type(self).__name__
         for name, value in (("num_classes", num_classes), ("tokens", tokens), ("dim", dim)):
             _checks.integer(op, name, value, 1)
+        self.config = {"num_classes": num_classes, "tokens": tokens, "dim": dim}
         self.num_classes, self.tokens, self.dim = num_classes, tokens, dim
         self.weight = nn.Parameter(torch.empty(num_classes, tokens * dim))
         self.reset_parameters()
