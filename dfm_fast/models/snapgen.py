@@ -437,7 +437,7 @@ def snapgen_imagenet(in_channels: int = 16, **options: Any) -> SnapGenUNet:
 
 def snapgen_tiny(in_channels: int = 1, **options: Any) -> SnapGenUNet:
     """Small pictures such as 16 x 16 digits, in pixels, with `ClassTokens` of width 64 as the text:
-    2.1 M parameters."""
-    sizes = {"channels": (32, 64, 128), "depths": (0, 1, 2), "heads": (1, 2, 4)}
+    2.2 M parameters."""
+    sizes = {"channels": (32, 64, 96), "depths": (0, 1, 1), "heads": (1, 2, 3)}
     widths = {"cross_dim": 64, "time_channels": 128, "groups": 16}
     return SnapGenUNet(in_channels, **{**sizes, **widths, "rope": True, **options})

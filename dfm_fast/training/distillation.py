@@ -17,18 +17,17 @@ of the sample's place in the batch: losses do not depend on ranks or on parts of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dfm_fast import _checks, add_noise, philox_normal
 from dfm_fast.flow.flows import _T_STREAM
 from dfm_fast.ops._philox import fold
-from dfm_fast.training.teachers import Backbone, backbone, frozen
+from dfm_fast.training.teachers import Backbone, ask, backbone, frozen
 
 # What ratios are cut to: a student that is its teacher would divide by 0.
 LARGEST = 1e4
@@ -106,8 +105,8 @@ def sample_mse(x: Tensor, *targets: Tensor) -> tuple[Tensor, ...]:
     Raises:
         TypeError, ValueError: dtypes, shapes, devices; a target that asks for a gradient.
 
-    Gradient of x, once differentiable, itself in one pass: forward keeps its arguments alone, and
-    no difference is as large as x.
+    Gradients of x, the first in one pass as well: forward keeps its arguments alone, and no
+    difference is as large as x.
     """
     op = "sample_mse"
     _checks.tensor(op, "x", x, range(1, 65))
@@ -140,18 +139,23 @@ class _SampleMSE(torch.autograd.Function):
         return tuple(losses)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         x, *targets = ctx.saved_tensors
+        nothing = [None] * len(targets)
+        if torch.is_grad_enabled():  # a gradient's graph is asked for
+            return _mse_gradient(x, targets, grads), *nothing
         dx = torch.empty_like(x)
         for rows in _blocks(x):
-            block, total = x[rows].to(grads[0].dtype), 0
-            for grad, target in zip(grads, targets, strict=True):
-                scale = grad[rows] * (2 / math.prod(x.shape[1:]))
-                difference = block - target[rows].to(block.dtype)
-                total = total + difference.mul_(scale.view(-1, *[1] * (x.ndim - 1)))
-            dx[rows] = total
-        return dx, *[None] * len(targets)
+            dx[rows] = _mse_gradient(x[rows], [t[rows] for t in targets], [g[rows] for g in grads])
+        return dx, *nothing
+
+
+def _mse_gradient(x: Tensor, targets: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """The sum over targets of 2 g (x - target) / D."""
+    wide, scale = x.to(grads[0].dtype), 2 / math.prod(x.shape[1:])
+    scales = [(scale * g).view(-1, *[1] * (x.ndim - 1)) for g in grads]
+    terms = ((wide - t.to(wide.dtype)) * s for t, s in zip(targets, scales, strict=True))
+    return sum(terms).to(x.dtype)
 
 
 def _blocks(x: Tensor) -> list[slice]:
@@ -297,7 +301,7 @@ class DistillationLoss(nn.Module):
         """
         noisy = make_noisy(x, seed, start=start, shift=self.shift)
         with torch.no_grad():
-            taught = self.teacher(noisy.x_t, noisy.t, **(teacher_cond or {}))
+            taught = ask(self.teacher, noisy.x_t, noisy.t, teacher_cond)
         said = backbone(student)(noisy.x_t, noisy.t, **(cond or {}))
         task, kd = sample_mse(said.velocity, noisy.v, taught.velocity)
         total, features = scaled_loss(task, kd, noisy.t, ratio=self.ratio), None

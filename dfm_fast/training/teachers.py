@@ -9,6 +9,7 @@ the network calls them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +122,14 @@ def frozen(model: nn.Module) -> Backbone:
     """A teacher: the network's adapter in eval mode, its parameters without gradients. Gradients
     still pass through it to what it is given."""
     return backbone(model).eval().requires_grad_(False)
+
+
+def ask(
+    teacher: Backbone, x_t: Tensor, t: Tensor, cond: Mapping[str, Any] | None = None
+) -> Prediction:
+    """What it says, in the dtype of its parameters, which conditions have already."""
+    dtype = next((p.dtype for p in teacher.parameters()), x_t.dtype)
+    return teacher(x_t.to(dtype), t, **(cond or {}))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
