@@ -132,7 +132,7 @@ def discriminator_loss(
     """
     _check_pair("discriminator_loss", x, x0, s)
     losses = []
-    for sign, data, stream in ((-1, x, _REAL), (1, x0.detach(), _FAKE)):
+    for sign, data, stream in ((-1, x, _REAL), (1, x0, _FAKE)):
         with torch.no_grad():
             features = _features(teacher, data, s, fold(seed, stream), start, cond)
         losses.append(F.relu(1 + sign * heads(features)).mean(1))
