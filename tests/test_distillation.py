@@ -9,6 +9,7 @@ from distillation_models import inputs, mse64, randn, sd3, sd3_cond, snapgen
 from helpers import DEVICES
 from small_models import inputs as dfm_inputs
 from small_models import small as small_dfm
+from test_docs import blocks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -354,6 +355,15 @@ def test_the_small_preset_learns():
         loss.backward()
         optimizer.step()
     assert seen[-1] < 0.8 * seen[0]
+
+
+def test_the_documented_example():
+    (code,) = [b for b in blocks("docs/training.md") if "DistillationLoss" in b]
+    space = {}
+    exec(code, space)
+    assert space["losses"].total.isfinite().all()
+    grads = [p.grad for p in space["loss"].parameters()]
+    assert all(g.abs().max() > 0 for g in grads[2:])
 
 
 # --- Errors ---------------------------------------------------------------------------------------
