@@ -62,6 +62,9 @@ def test_a_resumed_run_repeats_the_losses(tmp_path):
     for p, q in zip(student.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
     assert torch.equal(tokens.weight, same.weight)
+    averages = [SnapGenUNet.from_pretrained(tmp_path / f / "model") for f in "ab"]
+    for p, q in zip(*(average.parameters() for average in averages), strict=True):
+        assert torch.equal(p, q)
     assert not torch.equal(tokens.weight, networks()[2].weight)  # they are trained
 
 
