@@ -9,7 +9,7 @@ from dfm_fast.models.checkpoints import (
 from dfm_fast.models.dfm import DFM_B, DFM_L, DFM_S, DFM_XL, DFMTransformer
 from dfm_fast.models.expansions import expand_to_dfm
 from dfm_fast.models.flux import FluxDFM
-from dfm_fast.models.snapgen import SnapGenUNet, snapgen_imagenet, snapgen_t2i
+from dfm_fast.models.snapgen import SnapGenUNet, snapgen_imagenet, snapgen_t2i, snapgen_tiny
 from dfm_fast.models.snapgen_decoder import SnapGenDecoder
 from dfm_fast.models.snapgen_pipeline import SnapGenPipeline, UNetVelocity
 from dfm_fast.models.text_encoders import TextEncoder, TextEncoders
@@ -41,4 +41,5 @@ __all__ = [
     "snapgen_from_dreamlite",
     "snapgen_imagenet",
     "snapgen_t2i",
+    "snapgen_tiny",
 ]

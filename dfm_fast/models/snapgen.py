@@ -288,7 +288,8 @@ class SnapGenUNet(Pretrained):
         mask: Tensor | None = None,
         ids: Tensor | None = None,
         shifts: Tensor | None = None,
-    ) -> Tensor:
+        features: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity.
 
         Args:
@@ -298,9 +299,11 @@ class SnapGenUNet(Pretrained):
             mask: of a text that is given itself.
             ids: [N, num_ids], where there are any.
             shifts: [N, ...], `time_shifts` of t and ids where they are known.
+            features: also give the last map, for distillation.
 
         Returns:
-            Like x, channels_last.
+            Like x, channels_last; with `features` also [N, channels[0], H, W], what the last norm
+            takes.
         """
         self._check_inputs(x, t, shifts)
         texts = self._texts(text, mask)
@@ -308,7 +311,9 @@ class SnapGenUNet(Pretrained):
         sizes = [layer.out_features for layer in self._time_layers()]
         walk = _Walk(self, iter(shifts.split(sizes, -1)), iter(texts), x)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
-        return self.conv_out(self.conv_norm_out(*walk(x)))
+        last = walk(x)
+        velocity = self.conv_out(self.conv_norm_out(*last))
+        return (velocity, last[0]) if features else velocity
 
     def _texts(
         self, text: Tensor | Sequence[KeyValues] | None, mask: Tensor | None
@@ -428,3 +433,11 @@ def snapgen_t2i(in_channels: int = 16, **options: Any) -> SnapGenUNet:
 def snapgen_imagenet(in_channels: int = 16, **options: Any) -> SnapGenUNet:
     """ImageNet, a class's name as CLIP-L reads it."""
     return SnapGenUNet(in_channels, **{"cross_dim": 768, "rope": True, **options})
+
+
+def snapgen_tiny(in_channels: int = 1, **options: Any) -> SnapGenUNet:
+    """Small pictures such as 16 x 16 digits, in pixels, with `ClassTokens` of width 64 as the text:
+    2.2 M parameters."""
+    sizes = {"channels": (32, 64, 96), "depths": (0, 1, 1), "heads": (1, 2, 3)}
+    widths = {"cross_dim": 64, "time_channels": 128, "groups": 16}
+    return SnapGenUNet(in_channels, **{**sizes, **widths, "rope": True, **options})
