@@ -148,6 +148,27 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, stop):
     assert_same_state(folder, tmp_path)
 
 
+def test_a_signal_to_the_whole_group_saves_in_spite_of_workers(tmp_path):
+    """As torchrun and schedulers send it."""
+    arguments = "import sys, test_training as t; from pathlib import Path\n"
+    arguments += "c = t.tiny(Path(sys.argv[1]), save_every=10**6, steps=10**6, workers=2)\n"
+    arguments += "print(t.loop.train(c, on_step=lambda r: print(r.step, flush=True)).stopped_by)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", arguments, str(tmp_path)], cwd=ROOT / "tests",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "1\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1] == "SIGTERM"
+    (saved,) = Checkpoints(tmp_path / loop.CHECKPOINTS).all()
+    assert saved.name == f"step-{int(out.splitlines()[-2]):08d}"
+
+
 def test_parts_of_a_batch_give_the_losses_of_the_batch(whole, tmp_path):
     losses, _ = run(tiny(tmp_path, accumulate=2, steps=4))
     assert losses == pytest.approx({k: whole[1][k] for k in losses}, rel=1e-5)

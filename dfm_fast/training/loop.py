@@ -135,7 +135,7 @@ class Run:
             self.position, config.steps - self.step, config.batch, config.accumulate,
             self.world.rank, self.world.size,
         )  # fmt: skip
-        batches = iter(self._loader(slices))
+        batches = orders.batches(self._loader(slices))
         while self.step < config.steps:
             sums, active = self._step(batches, slices)
             self._tell(on_step)  # of the step before

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SIGNALS = signal.SIGTERM, signal.SIGINT
+from dfm_fast.training.orders import SIGNALS
 
 
 class NotFinite(RuntimeError):
