@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,7 +65,10 @@ def test_presets_survive_json_and_make_a_model(name):
     check(config, 8)
     latent = (4, 3, 64, 64) if name.startswith("kinetics") else (4, 128, 128)
     latent = (4, 64, 64) if name.startswith("imagenet-512") else latent
-    shape = {"digits": (1, 16, 16), "photos": (3, 64, 64)}.get(name, latent)
+    shape = {
+        "digits": (1, 16, 16), "photos": (3, 64, 64), "images": (3, 256, 256),
+        "webdataset": (3, 256, 256), "videos": (3, 17, 256, 256),
+    }.get(name, latent)  # fmt: skip
     recipe = recipes.recipe_of(config, dataset(shape), [0.5] * len(config.model.patch_sizes))
     assert from_json(recipes.Recipe, to_json(recipe)) == recipe
     with torch.device("meta"):
@@ -168,6 +172,22 @@ def test_resume_takes_the_folders_configuration(trained):
     assert config.batch == 8
     # In a new folder it begins, with the preset's.
     assert parse("photos", True, ["--out", str(trained / "new")]).data.name == "photos"
+
+
+@pytest.mark.parametrize("name", ["images", "videos", "webdataset", "latents", "photos"])
+@pytest.mark.parametrize("given", [None, "digits"])
+def test_other_data_inherit_nothing_of_the_digits(name, given):
+    from dfm_fast.cli.train import parse
+
+    config = parse(given, False, ["--out", "x", f"--data.name={name}", "--data.root", "r"])
+    own = preset(name, "x")
+    assert config.data == replace(own.data, root=Path("r"))
+    assert config.data.size == (64 if name == "photos" else 0)
+    assert config.model.patch_sizes == own.model.patch_sizes != (2, 4)
+    assert config.flow.factor == own.flow.factor
+    # The recipe is the preset's that was asked for, or the data's.
+    assert config.steps == (own.steps if given is None else preset("digits", "x").steps)
+    assert config.model.width == (own if given is None else preset("digits", "x")).model.width
 
 
 def test_sampling_needs_only_the_folder(trained, tmp_path, monkeypatch, capsys):

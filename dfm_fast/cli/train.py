@@ -8,11 +8,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 DESCRIPTION = """\
 Train a DFM transformer on images, videos or latents. Two options come before all others: --preset
-NAME takes the defaults of one of {presets} (digits); --resume goes on from the last checkpoint in
---out, with its configuration, if there is one.
+NAME takes the defaults of one of {presets}
+(without it, of the one that is called as --data.name, or of digits); --resume goes on from the last
+checkpoint in --out, with its configuration, if there is one.
 """
 
 
@@ -54,23 +56,28 @@ def parse(preset: str | None, resume: bool, rest: list[str]):
     except ImportError as error:
         raise ImportError(f"expected tyro for the command line, got none: {error}") from error
     from dfm_fast.training import config, loop
+    from dfm_fast.training.datasets import Name
 
-    saved = _out(rest) / loop.CONFIG if _out(rest) else None
+    out, data = _early(rest)
+    saved = out / loop.CONFIG if out else None
     if resume and saved is not None and saved.exists():
         base = config.from_json(config.TrainConfig, json.loads(saved.read_text()))
     else:
-        base = config.preset(preset or "digits", Path())
-        base = dataclasses.replace(base, out=tyro.MISSING)
+        known = data if data in get_args(Name) else None  # else tyro names the choices
+        base = dataclasses.replace(config.preset_for(preset, known), out=tyro.MISSING)
     description = DESCRIPTION.format(presets=", ".join(config.PRESETS))
     return tyro.cli(
         config.TrainConfig, default=base, args=rest, prog="dfm-fast train", description=description
     )
 
 
-def _out(rest: list[str]) -> Path | None:
+def _early(rest: list[str]) -> tuple[Path | None, str | None]:
+    """(--out, --data.name), on which the defaults of the other options depend."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=Path)
-    return parser.parse_known_args(rest)[0].out
+    parser.add_argument("--data.name", dest="data")
+    found = parser.parse_known_args(rest)[0]
+    return found.out, found.data
 
 
 def _tell(outcome, config) -> None:

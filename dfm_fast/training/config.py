@@ -162,6 +162,15 @@ def _paper(size: str, data: DataConfig, patches: tuple[int, ...], **flow: Any):
     }
 
 
+def _own(name: str, patches: tuple[int, ...], **flow: Any) -> dict[str, Any]:
+    """Data of one's own: the paper's recipe of the middle size, and patches for its resolution."""
+    return {
+        "data": DataConfig(name=name),
+        "model": ModelConfig(patch_sizes=patches),
+        "flow": FlowConfig(**flow),
+    }
+
+
 _LATENTS = DataConfig(name="latents", root=Path("latents"))
 _TINY = {"precision": "fp32", "workers": 0, "keep": 2}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -181,6 +190,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimizer": OptimizerConfig(lr=5e-4, warmup=200, schedule="cosine", ema=0.999),
         "steps": 5000, "batch": 32, "save_every": 500, "sample_every": 500, "sample_count": 16,
     },
+    "images": _own("images", (8, 16)),
+    "webdataset": _own("webdataset", (8, 16)),
+    "videos": _own("videos", (8, 16), factor=(1, 2, 2)),
+    "latents": _own("latents", (1, 2)),
     "imagenet-512-b": _paper("B", _LATENTS, (1, 2), threshold=0.3),
     "imagenet-512-l": _paper("L", _LATENTS, (1, 2), threshold=0.3),
     "imagenet-512-xl": _paper("XL", _LATENTS, (1, 2), threshold=0.3),
@@ -197,6 +210,21 @@ def preset(name: str, out: str | Path, **changes: Any) -> TrainConfig:
     """The configuration of a preset, with fields of `TrainConfig` replaced."""
     _checks.choice("preset", "name", name, list(PRESETS))
     return TrainConfig(**{**PRESETS[name], "out": Path(out), **changes})
+
+
+def preset_for(name: str | None, data: str | None) -> TrainConfig:
+    """The preset `name`, with what belongs to its data replaced where `data` is of another name;
+    without a name, the preset that is called as the data."""
+    base = preset(name or data or "digits", Path())
+    if data is None or data == base.data.name:
+        return base
+    own = preset(data, Path())
+    return dataclasses.replace(
+        base,
+        data=own.data,
+        model=dataclasses.replace(base.model, patch_sizes=own.model.patch_sizes),
+        flow=dataclasses.replace(base.flow, factor=own.flow.factor),
+    )
 
 
 # --- Checks ---------------------------------------------------------------------------------------
