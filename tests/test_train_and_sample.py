@@ -223,8 +223,11 @@ def test_an_exported_folder_is_a_model(trained):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--classes", "10"], "--classes: expected numbers below 10, or names of classes, got 10"),
-        (["--classes", "cat"], "--classes: expected numbers below 10"),
+        (
+            ["--classes", "10"],
+            "--classes: expected names of classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), got 10",
+        ),
+        (["--classes", "cat"], "--classes: expected names of classes"),
         (["--count", "0"], "--count: expected at least 1"),
         (["--steps", "3"], "steps: expected 2 numbers"),
         (["--threshold", "2"], "threshold: expected noise levels"),
@@ -236,6 +239,25 @@ def test_bad_sampling(trained, tmp_path, monkeypatch, capsys, options, message):
     assert cli.main(["sample", str(trained), *options]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "labels"),
+    [
+        (("1", "10", "2"), ["1", "2", "10"], [0, 2, 1]),  # names, though they are numbers too
+        (("cat", "dog"), ["dog", "0", "1"], [1, 0, 1]),
+        ((), ["2", "0"], [2, 0]),
+        (("1", "10", "2"), None, [0, 1, 2]),
+    ],
+)
+def test_classes_are_names_before_they_are_numbers(names, asked, labels):
+    from dfm_fast.cli.sample import chosen
+
+    recipe = SimpleNamespace(num_classes=len(names) or 3, class_names=names)
+    assert chosen(recipe, asked, 1)[0].tolist() == labels
+    if names[:1] == ("1",):
+        with pytest.raises(ValueError, match=r"expected names of classes \(1, 10, 2\), got 0"):
+            chosen(recipe, ["0"], 1)
 
 
 def test_sampling_from_nothing(tmp_path, capsys):

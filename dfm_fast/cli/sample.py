@@ -86,13 +86,24 @@ def chosen(recipe, classes: list[str] | None, count: int | None):
         if classes:
             _checks.fail("sample", "--classes", "none: the model has no classes", " ".join(classes))
         return None, count or 16, None
-    names = {name: i for i, name in enumerate(recipe.class_names)}
-    wanted = []
-    for name in classes or map(str, range(min(10, recipe.num_classes))):
-        number = int(name) if name.isdecimal() else names.get(name, -1)
-        if not 0 <= number < recipe.num_classes:
-            expected = f"numbers below {recipe.num_classes}, or names of classes"
-            _checks.fail("sample", "--classes", expected, name)
-        wanted.append(number)
+    wanted = range(min(10, recipe.num_classes))
+    if classes:
+        wanted = [_class(recipe, name) for name in classes]
     each = count or 8
-    return torch.tensor(wanted).repeat_interleave(each), each * len(wanted), each
+    return torch.tensor(list(wanted)).repeat_interleave(each), each * len(wanted), each
+
+
+def _class(recipe, name: str) -> int:
+    """A label by its name, or by its number where no class is called by a number."""
+    from dfm_fast import _checks
+
+    names = list(recipe.class_names)
+    if name in names:
+        return names.index(name)
+    numbered = any(known.isdecimal() for known in names)
+    if not numbered and name.isdecimal() and int(name) < recipe.num_classes:
+        return int(name)
+    shown = f"{', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
+    known = f"names of classes ({shown})" if names else ""
+    below = "" if numbered else f"numbers below {recipe.num_classes}"
+    _checks.fail("sample", "--classes", " or ".join(filter(None, (below, known))), name)
