@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_training import MODEL, tiny
 from dfm_fast import cli
 from dfm_fast._library import INTERPRET
 from dfm_fast.flow import Haar
-from dfm_fast.models import DFM_XL, DFMTransformer
+from dfm_fast.models import DFMTransformer
 from dfm_fast.training import loop, pictures, recipes, saved
 from dfm_fast.training.config import (
     PRESETS,
@@ -77,14 +78,25 @@ def test_presets_survive_json_and_make_a_model(name):
     assert len(recipe.steps) == len(levels)
 
 
-def test_the_largest_preset_is_the_papers_network():
-    """With qk_norm, which the paper's counts hint at; else the parameters of DFM_XL."""
-    model = replace(preset("imagenet-512-xl", "x").model, qk_norm=False)
-    config = preset("imagenet-512-xl", "x", model=model)
+PAPERS = ["imagenet-512-b", "imagenet-512-l", "imagenet-512-xl", "imagenet-1024-b",
+          "imagenet-1024-xl", "imagenet-1024-b-3", "kinetics-512-xl"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_presets_have_its_network(name):
+    model = preset(name, "x").model
+    assert (model.positions, model.qk_norm, model.block_conditioning) == ("rope", True, True)
+    assert model.stage_embedding
+    assert model.precondition
+
+
+def test_the_largest_preset_has_the_papers_parameters():
+    """As test_dfm has them for 16 channels, and an embedding of the two stages."""
     with torch.device("meta"):
-        own = recipes.recipe_of(config, dataset((4, 64, 64)), None).build_model()
-        count = sum(p.numel() for p in DFM_XL().parameters())
-    assert sum(p.numel() for p in own.parameters()) == count == 679_107_476
+        config = preset("imagenet-512-xl", "x")
+        own = recipes.recipe_of(config, dataset((16, 64, 64)), [0.9, 0.5]).build_model()
+    assert own.data_std == [0.9, 0.5]
+    assert sum(p.numel() for p in own.parameters()) == 716_440_976 + 2 * 1152
 
 
 @pytest.mark.parametrize(
@@ -303,6 +315,50 @@ def test_options_train_and_resume(tmp_path, changes):
     if config.flow.decomposition == "haar":
         assert isinstance(recipe.build_flow().decomposition, Haar)
     assert (tmp_path / "samples" / "step-00000003.png").exists()
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run of one step on a folder of classes; (configuration, its pictures)."""
+    folder = tmp_path_factory.mktemp("begun")
+    for name in ("ant", "bee", "cow"):
+        (folder / "data" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (16, 16), (i, 9, 9)).save(folder / "data" / name / f"{i}.png")
+    data = DataConfig(name="images", root=folder / "data", size=16)
+    config = tiny(folder / "run", steps=1, data=data)
+    loop.train(config)
+    return config
+
+
+def refusal(config, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(config, resume=True)
+
+
+def test_resuming_with_renamed_classes_is_refused(begun):
+    root = begun.data.root
+    (root / "bee").rename(root / "zebra")
+    try:
+        refusal(begun, r'class_names: class 1 of 3: saved "bee", now "cow"$')
+    finally:
+        (root / "zebra").rename(root / "bee")
+
+
+def test_resuming_with_preconditioning_that_was_not_there_is_refused(begun):
+    model = replace(begun.model, precondition=True)
+    refusal(replace(begun, model=model), r"model.precondition: saved false, now true$")
+    flow = replace(begun.flow, standardise=True)
+    refusal(replace(begun, flow=flow), r"flow.standardise: saved false, now true$")
+    model = replace(begun.model, block_conditioning=True)
+    refusal(replace(begun, model=model), r"model.block_conditioning: saved false, now true$")
+
+
+def test_resuming_may_change_what_changes_no_number(begun, tmp_path):
+    shutil.copytree(begun.out, tmp_path, dirs_exist_ok=True)
+    model = replace(begun.model, checkpointing=True)
+    config = replace(begun, out=tmp_path, model=model, steps=2, accumulate=2)
+    assert loop.train(config, resume=True).step == 2
 
 
 # --- Pictures ---

@@ -33,7 +33,15 @@ class ModelConfig:
 
     positions: Literal["sincos", "rope"] = "rope"
     qk_norm: bool = True
+
+    block_conditioning: bool = False
+    """A layer of every block's own on the conditioning, the identity at first."""
+
     stage_embedding: bool = False
+    """Embed how many levels are active."""
+
+    flip_time: bool = False
+    """Embed 1 - t: for weights (`init`) of models whose time runs from noise to data, as SiT's."""
 
     precondition: bool = False
     """EDM's preconditioning, by the deviations of the levels of the data."""
@@ -152,10 +160,12 @@ class TrainConfig:
 
 
 def _paper(size: str, data: DataConfig, patches: tuple[int, ...], **flow: Any):
-    """The paper's recipe; latents are made by `dfm-fast encode`."""
+    """The paper's recipe and network; latents are made by `dfm-fast encode`. The class's own
+    defaults give the rotary positions and the QK norm."""
+    network = {"block_conditioning": True, "stage_embedding": True, "precondition": True}
     return {
         "data": data,
-        "model": ModelConfig(size=size, patch_sizes=patches),
+        "model": ModelConfig(size=size, patch_sizes=patches, **network),
         "flow": FlowConfig(**flow),
         "distribution": "fsdp" if size == "XL" else "ddp",
         "compile": True,

@@ -118,14 +118,21 @@ class Run:
     def _recipe(self, last: Path | None) -> Recipe:
         saved = Recipe.read(last) if last else None
         std = None
-        if recipes.needs_std(self.config) and saved:
-            std = saved.measured
-        elif recipes.needs_std(self.config):
-            std = self.world.share(lambda: recipes.measure(self.config, self.dataset))
+        if recipes.needs_std(self.config):
+            std = self._std(saved, last)
         recipe = recipes.recipe_of(self.config, self.dataset, std)
         if saved:
             recipe.check_same(saved, last)
         return recipe
+
+    def _std(self, saved: Recipe | None, last: Path | None) -> list[float]:
+        """Of the levels of the data: what the run began with, or measured."""
+        if saved is None:
+            return self.world.share(lambda: recipes.measure(self.config, self.dataset))
+        if saved.measured is None:
+            name = "model.precondition" if self.config.model.precondition else "flow.standardise"
+            raise ValueError(f"train: {last} does not fit this run: {name}: saved false, now true")
+        return saved.measured
 
     # --- Steps ---
 

@@ -22,6 +22,8 @@ from dfm_fast.training.orders import draw
 
 NAME = "recipe.json"
 MEASURED = 1024  # samples that deviations are measured on
+MEMORY = ("checkpointing",)  # arguments of the model that change no number
+LATER = {"block_conditioning": False, "flip_time": False}  # not in the recipes of older runs
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,33 @@ class Recipe:
     def check_same(self, saved: Recipe, where: Path) -> None:
         """Raise one ValueError that names what a checkpoint was trained with and this run is not.
         The loss and the sampler may change; what the weights mean may not."""
-        pairs = [(f"model.{k}", v, self.model[k]) for k, v in saved.model.items()]
+        pairs = [
+            (f"model.{k}", saved.model.get(k, LATER.get(k)), v)
+            for k, v in self.model.items()
+            if k not in MEMORY
+        ]
+        # A Haar transform has no filter to choose.
+        laplacian = ("filter",) if self.flow.decomposition == "laplacian" else ()
         pairs += [
             (f"flow.{k}", getattr(saved.flow, k), getattr(self.flow, k))
-            for k in ("decomposition", "filter", "factor", "standardise")
+            for k in ("decomposition", *laplacian, "factor", "standardise")
         ]
         names = "shape", "num_classes", "std"
         pairs += [(f"data.{k}", getattr(saved, k), getattr(self, k)) for k in names]
         plain = [(name, json.dumps(a), json.dumps(b)) for name, a, b in pairs]
-        if wrong := [f"{name}: saved {a}, now {b}" for name, a, b in plain if a != b]:
+        wrong = [f"{name}: saved {a}, now {b}" for name, a, b in plain if a != b]
+        if wrong := wrong or self._renamed(saved):
             raise ValueError(f"train: {where} does not fit this run: " + "; ".join(wrong))
+
+    def _renamed(self, saved: Recipe) -> list[str]:
+        """The first class that has another name: from there on labels mean something else."""
+        both = enumerate(zip(saved.class_names, self.class_names, strict=False))
+        moved = [(i, a, b) for i, (a, b) in both if a != b]
+        return [
+            f"data.class_names: class {i} of {self.num_classes}: saved {json.dumps(a)}, "
+            f"now {json.dumps(b)}"
+            for i, a, b in moved[:1]
+        ]
 
 
 def decomposition(
@@ -127,8 +146,10 @@ def recipe_of(config: TrainConfig, dataset: Dataset, std: list[float] | None) ->
         "input_size": list(grid[-2:]),
         "positions": model.positions,
         "qk_norm": model.qk_norm,
+        "block_conditioning": model.block_conditioning,
         "stage_embedding": model.stage_embedding,
         "data_std": ([1.0] * levels if divided else std) if model.precondition else None,
+        "flip_time": model.flip_time,
         "checkpointing": model.checkpointing,
     }
     return Recipe(
