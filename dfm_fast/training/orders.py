@@ -8,8 +8,10 @@ parts (gradient accumulation), part a of rank r is the (a W + r)-th of its A W s
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -118,7 +120,16 @@ def batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def leave_signals(_: int = 0) -> None:
-    """In a worker: signals are the parent's matter, with which it ends."""
-    for number in SIGNALS:
+    """In a worker: signals are the parent's matter. Its own SIGTERM, with which Python ends the
+    workers that are left at its exit, still ends them: else it would wait for them for ever."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in SIGNALS:  # for native threads that do not block it
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    threading.Thread(target=_watch, daemon=True).start()
+
+
+def _watch() -> None:
+    while True:
+        came = signal.sigwaitinfo(SIGNALS)
+        if came.si_signo == signal.SIGTERM and came.si_pid == os.getppid():
+            os._exit(0)
