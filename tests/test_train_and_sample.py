@@ -15,7 +15,7 @@ from test_training import MODEL, tiny
 
 from dfm_fast import cli
 from dfm_fast._library import INTERPRET
-from dfm_fast.flow import Haar
+from dfm_fast.flow import Haar, flows
 from dfm_fast.models import DFMTransformer
 from dfm_fast.training import loop, pictures, recipes, saved
 from dfm_fast.training.config import (
@@ -23,6 +23,7 @@ from dfm_fast.training.config import (
     DataConfig,
     FlowConfig,
     ModelConfig,
+    OptimizerConfig,
     TrainConfig,
     check,
     from_json,
@@ -110,6 +111,15 @@ def test_the_largest_preset_has_the_papers_parameters():
         ("model.patch_sizes", {"model": ModelConfig(width=32, heads=2, patch_sizes=(3, 6))}),
         ("hidden_size", {"model": ModelConfig(width=33, heads=2, patch_sizes=(2, 4))}),
         ("stage_probs", {"flow": FlowConfig(stage_probs=(0.5, 0.6))}),
+        ("flow.threshold", {"flow": FlowConfig(threshold=3.0)}),
+        ("flow.threshold", {"flow": FlowConfig(threshold=math.nan)}),
+        ("flow.sample_steps", {"flow": FlowConfig(sample_steps=(0, 1))}),
+        ("flow.scale", {"flow": FlowConfig(scale=-1.0)}),
+        ("flow.cfg", {"flow": FlowConfig(cfg=math.nan)}),
+        ("flow.earlier_location", {"flow": FlowConfig(earlier_location=-math.inf)}),
+        ("model.class_dropout", {"model": replace(MODEL, class_dropout=5.0)}),
+        ("optimizer.lr", {"optimizer": OptimizerConfig(lr=math.inf)}),
+        ("optimizer.betas", {"optimizer": OptimizerConfig(betas=(0.9, 1.0))}),
         ("name", {"data": DataConfig(name="nothing")}),
     ],
 )
@@ -243,14 +253,260 @@ def test_an_exported_folder_is_a_model(trained):
         (["--count", "0"], "--count: expected at least 1"),
         (["--steps", "3"], "steps: expected 2 numbers"),
         (["--threshold", "2"], "threshold: expected noise levels"),
-        (["--out", "grid.xyz", "--count", "1", "--steps", "1", "1"], "an ending such as"),
+        (["--cfg", "nan"], "--cfg: expected a finite number, got nan"),
+        (["--cfg", "inf"], "--cfg: expected a finite number, got inf"),
+        (["--batch", "0"], "--batch: expected at least 1"),
+        (["--seed", "-1"], "--seed: expected at least 0"),
+        (["--out", "grid.xyz"], "--out: expected an ending such as .png"),
+        (["--out", "grid.mpg"], "--out: expected an ending such as .png"),
+        (["--out", "grid.mp4"], "--out: expected an ending such as .png"),  # not a video
+        (["--out", "/dev/null/grid.png"], "--out: expected a folder, got /dev/null: /dev/null is"),
+        (["--shape", "1", "15", "16"], "expected multiples of 2"),
     ],
 )
 def test_bad_sampling(trained, tmp_path, monkeypatch, capsys, options, message):
+    """In one line, and before anything is sampled."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flows.sampler.Sampler, "__call__", None)
     assert cli.main(["sample", str(trained), *options]) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("dfm-fast sample: ")
+    assert "sample: sample: " not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_there(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train = ["train", *TINY, "--out", str(tmp_path / "x")]
+    for command in (["sample", str(trained)], train):
+        assert cli.main([*command, "--device", "cuda"]) == 2
+        line = f"dfm-fast {command[0]}: device: expected cuda on this machine, got none\n"
+        assert capsys.readouterr().err == line
+
+
+def test_a_decoder_of_other_channels_is_told_before_sampling(trained, tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {f"{k}_block_out_channels": (8, 8) for k in ("encoder", "decoder")}
+    counts = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    diffusers.AutoencoderTiny(**blocks, **counts).save_pretrained(tmp_path / "vae")
+    out = tmp_path / "x" / "grid.png"
+    command = ["sample", str(trained), "--decoder", str(tmp_path / "vae"), "--out", str(out)]
+    assert cli.main(command) == 2
+    assert "--decoder: expected an autoencoder of 1 channels, got 4" in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{", "config.json: expected JSON, got a damaged file"),
+        ("recipe.json", b"[1]", "recipe.json: content: expected a JSON object, got list"),
+        ("model.safetensors", b"\x99" * 40, "model.safetensors: damaged file"),
+    ],
+)
+def test_damaged_files_are_named(trained, tmp_path, capsys, name, content, message):
+    folder = shutil.copytree(trained / "model", tmp_path / "model")
+    (folder / name).write_bytes(content)
+    assert cli.main(["sample", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_the_weights_instead_of_their_folder(trained, capsys):
+    assert cli.main(["sample", str(trained / "model" / "model.safetensors")]) == 2
+    meant = f"got a file (its folder, {trained / 'model'}, may be meant)"
+    assert meant in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_training_into_what_is_no_folder(tmp_path, capfd, out):
+    (tmp_path / "file").touch()
+    assert cli.main(["train", *TINY, "--out", str(tmp_path / out)]) == 2
+    err = capfd.readouterr().err
+    got = f"{tmp_path / out}: {tmp_path / 'file'} is none"
+    assert err == f"dfm-fast train: out: expected a folder, got {got}\n"
+
+
+def test_a_damaged_configuration_is_named(trained, tmp_path, capfd):
+    (tmp_path / "config.json").write_text('{"steps": ')
+    assert cli.main(["train", "--resume", "--out", str(tmp_path)]) == 2
+    line = f"dfm-fast train: {tmp_path / 'config.json'}: expected JSON, got a damaged file: "
+    assert capfd.readouterr().err.startswith(line)
+
+
+def test_strict_data_in_a_loader_process_is_one_line(tmp_path, capfd):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (i, 9, 99)).save(data / f"{i}.png")
+        (data / f"{i}.png").write_bytes((data / f"{i}.png").read_bytes()[:-30])
+    options = ["--data.name", "images", "--data.root", str(data), "--data.size", "16"]
+    options += ["--data.strict", "--workers", "1", "--out", str(tmp_path / "run")]
+    options += ["--device", "cpu", "--precision", "fp32", "--sample-every", "0"]
+    assert cli.main(["train", *TINY[2:], *options]) == 2
+    err = capfd.readouterr().err
+    lines = [line for line in err.splitlines() if line and "training:" not in line]
+    assert len(lines) == 1
+    assert "open_dataset: root: expected a file that can be read, got " in lines[0]
+    assert lines[0].startswith("dfm-fast train: open_dataset: ")
+
+
+def test_skipped_files_are_told_once(tmp_path, capfd):
+    for i in range(3):
+        Image.new("RGB", (16, 16), (i, 9, 99)).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.png").touch()
+    config = tiny(tmp_path / "run", data=DataConfig("images", root=tmp_path, size=16), steps=1)
+    with pytest.warns(UserWarning, match="1 of 4 files skipped: .*bad.png"):
+        loop.train(config)
+    out, err = capfd.readouterr()
+    assert "skipped" not in out + err
+
+
+# --- Models that no run has exported ---
+
+
+def small_model(**options):
+    torch.manual_seed(0)
+    arguments = {
+        "in_channels": 1, "patch_sizes": (2, 4), "hidden_size": 32, "depth": 1, "num_heads": 2,
+        "num_classes": 10, "input_size": (4, 4), "positions": "rope", "qk_norm": True, **options,
+    }  # fmt: skip
+    model = DFMTransformer(**arguments)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "kind"),
+    [
+        ({}, (1, 16, 16), "laplacian"),
+        ({"patch_sizes": (1, 4), "in_channels": 3}, (3, 16, 16), "laplacian"),
+        ({"patch_sizes": (1, 2, 4)}, (1, 16, 16), "laplacian"),
+        ({"patch_sizes": (2,), "input_size": (2, 4)}, (1, 4, 8), "laplacian"),
+        ({"patch_sizes": (1, 1), "in_channels": (1, 3)}, (1, 8, 8), "haar"),
+    ],
+)
+def test_any_saved_model_can_be_sampled(tmp_path, options, shape, kind):
+    model = small_model(**options)
+    model.save_pretrained(tmp_path / "m")
+    recipe, again = saved.open_model(tmp_path / "m")
+    assert (recipe.shape, recipe.flow.decomposition) == (shape, kind)
+    levels = recipe.build_flow().decomposition.shapes((1, *shape))
+    tokens = {tuple(n // p for n in s[-2:]) for s, p in zip(levels, again.patch_sizes, strict=True)}
+    assert tokens == {tuple(model.input_size)}
+    out, steps = tmp_path / "grid.png", ["1"] * len(levels)
+    command = ["sample", str(tmp_path / "m"), "--count", "2", "--classes", "1", "3"]
+    assert cli.main([*command, "--steps", *steps, "--out", str(out)]) == 0
+    assert out.exists()
+
+
+def test_a_saved_model_of_no_known_decomposition(tmp_path):
+    small_model(patch_sizes=(1, 3)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"patch_sizes: expected patches that grow by 2 or by 4"):
+        saved.open_model(tmp_path)
+
+
+def test_sampling_in_parts(trained):
+    """Each part is what it would be alone, with noise of its own; previews come whole."""
+    recipe, model = saved.open_model(trained)
+    flow, labels = recipe.build_flow(), torch.arange(5)
+    previews, options = [], {"steps": (1, 1), "seed": 3}
+    x = pictures.sample(
+        model, flow, recipe, labels, 5, batch=2, preview=lambda i, p: previews.append((i, p)),
+        **options,
+    )  # fmt: skip
+    assert x.shape == (5, 1, 16, 16)
+    first = pictures.sample(model, flow, recipe, labels[:2], 2, **options)
+    assert torch.equal(x[:2], first)
+    again = pictures.sample(model, flow, recipe, labels[2:4], 2, **options)
+    assert not torch.allclose(x[2:4], again)  # the second part's noise is not the first's
+    assert [(i, len(p)) for i, p in previews] == [(0, 5), (1, 5)]
+    assert torch.equal(previews[1][1], x)
+    whole = pictures.sample(model, flow, recipe, labels, 5, batch=5, **options)
+    assert torch.equal(whole, pictures.sample(model, flow, recipe, labels, 5, **options))
+
+
+def test_training_and_sampling_through_the_compiler(tmp_path):
+    """Inductor's code on a CPU: the losses of the plain run, and pictures."""
+    losses = []
+    for compile in (False, True):
+        config = tiny(
+            tmp_path / str(compile), steps=2, compile=compile,
+            model=ModelConfig(width=16, depth=1, heads=1, patch_sizes=(4,)), flow=FlowConfig(),
+        )  # fmt: skip
+        losses.append([])
+        loop.train(config, on_step=lambda r: losses[-1].append(r.loss))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for i, extra in enumerate(([], ["--compile"])):
+        command = ["sample", str(tmp_path / "True"), "--steps", "1", "--count", "1", *extra]
+        assert cli.main([*command, "--out", str(tmp_path / f"{i}.png")]) == 0
+    plain, compiled = (Image.open(tmp_path / f"{i}.png").convert("L") for i in range(2))
+    pairs = zip(plain.tobytes(), compiled.tobytes(), strict=True)
+    assert max(abs(a - b) for a, b in pairs) <= 1
+
+
+# --- Weights to begin with ---
+
+
+def begin(out, model, **changes):
+    model.save_pretrained(out / "init")
+    config = ModelConfig(width=32, depth=1, heads=2, patch_sizes=(2, 4), **changes)
+    return tiny(out / "run", model=config, init=out / "init", steps=1)
+
+
+def test_a_run_begins_with_given_weights(tmp_path):
+    """One step of almost no length: the weights that were given, and one level more."""
+    model = small_model(patch_sizes=(2,))
+    config = begin(tmp_path, model, stage_embedding=True, block_conditioning=True)
+    config = replace(config, optimizer=OptimizerConfig(lr=1e-12, weight_decay=0, warmup=0))
+    loop.train(config)
+    trained = saved.open_model(config.out)[1]
+    x, y, t = torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([[0.3, 1.0], [0.8, 1.0]])
+    active = torch.tensor([[True, False]]).expand(2, 2)
+    got, _ = trained([x, None], t, active, y=y)
+    torch.testing.assert_close(got, model([x], t[:, :1], y=y)[0], atol=1e-6, rtol=1e-5)
+    # What it has learnt since is gone on from, and not what it began with.
+    assert loop.train(replace(config, steps=2), resume=True).step == 2
+
+
+def test_a_run_begins_with_another_run(trained, tmp_path):
+    config = tiny(tmp_path, steps=1, init=trained, model=replace(MODEL, depth=1))
+    config = replace(config, optimizer=OptimizerConfig(lr=1e-12, weight_decay=0, warmup=0))
+    loop.train(config)
+    state = saved.open_model(trained)[1].state_dict()
+    for name, value in saved.open_model(tmp_path)[1].state_dict().items():
+        torch.testing.assert_close(value, state[name], atol=1e-9, rtol=1e-6)
+
+
+def test_preconditioned_weights_keep_their_deviations(tmp_path):
+    model = small_model(patch_sizes=(2,), data_std=(0.625,))
+    loop.train(config := begin(tmp_path, model, precondition=True))
+    first, second = saved.open_model(config.out)[1].data_std
+    assert first == 0.625
+    assert 0 < second < 1
+    assert loop.train(replace(config, steps=2), resume=True).step == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_size": 64}, "hidden_size: expected 64, as the model was trained, got 32"),
+        ({"num_classes": 3}, "num_classes: expected 3, as the model was trained, got 10"),
+        ({"patch_sizes": (4,)}, r"patch_sizes: expected \[2, 4\] or the first of them, got \[4\]"),
+        ({"in_channels": 3}, "in_channels: expected"),
+        ({"qk_norm": False}, "qk_norm: expected False, as the model was trained, got True"),
+        ({"data_std": (0.5, 0.5)}, "data_std: expected"),
+    ],
+)
+def test_weights_that_do_not_fit_a_run_are_told(tmp_path, options, message):
+    with pytest.raises(ValueError, match=rf"train: init .*init: {message}"):
+        loop.train(begin(tmp_path, small_model(**options)))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +156,10 @@ class TrainConfig:
 
     sample_count: int = 40
 
+    init: Path | None = None
+    """Folder of weights to begin with: a saved or exported model, or a run. A model of fewer levels
+    gets the finer ones, which change nothing at first."""
+
 
 # --- Presets --------------------------------------------------------------------------------------
 
@@ -252,18 +257,33 @@ def check(config: TrainConfig, world_size: int) -> None:
     if config.batch % parts:
         expected = f"a multiple of {parts} ({world_size} ranks x accumulate {config.accumulate})"
         _checks.fail(op, "batch", expected, config.batch)
-    optimizer = config.optimizer
-    if not optimizer.lr > 0:
-        _checks.fail(op, "optimizer.lr", "a positive number", optimizer.lr)
-    _checks.integer(op, "optimizer.warmup", optimizer.warmup, 0)
-    if not 0 <= optimizer.ema < 1:
-        _checks.fail(op, "optimizer.ema", "from 0 to below 1", optimizer.ema)
-    if not optimizer.clip >= 0:
-        _checks.fail(op, "optimizer.clip", "at least 0", optimizer.clip)
-    levels = len(config.model.patch_sizes)
-    if config.flow.sample_steps and len(config.flow.sample_steps) != levels:
-        expected = f"{levels} numbers, one per level"
-        _checks.fail(op, "flow.sample_steps", expected, config.flow.sample_steps)
+    _checks.integer(op, "optimizer.warmup", config.optimizer.warmup, 0)
+    for name, (expected, holds) in _NUMBERS.items():
+        section, _, field_name = name.partition(".")
+        values = getattr(getattr(config, section), field_name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if not (math.isfinite(value) and holds(value)):
+                _checks.fail(op, name, expected, value)
+    levels, steps = len(config.model.patch_sizes), config.flow.sample_steps
+    if steps and len(steps) != levels:
+        _checks.fail(op, "flow.sample_steps", f"{levels} numbers, one per level", steps)
+    for n in steps:
+        _checks.integer(op, "flow.sample_steps", n, 1)
+
+
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "optimizer.lr": ("a positive number", lambda v: v > 0),
+    "optimizer.betas": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "optimizer.weight_decay": ("at least 0", lambda v: v >= 0),
+    "optimizer.ema": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "optimizer.clip": ("at least 0", lambda v: v >= 0),
+    "model.class_dropout": ("from 0 to 1", lambda v: 0 <= v <= 1),
+    "flow.location": ("a finite number", lambda v: True),
+    "flow.earlier_location": ("a finite number", lambda v: True),
+    "flow.scale": ("a positive number", lambda v: v > 0),
+    "flow.threshold": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "flow.cfg": ("a finite number", lambda v: True),
+}
 
 
 # --- As JSON --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ weights, in checkpoints and in exported folders."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dfm_fast.models import DFMTransformer
 from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.training.config import SIZES, FlowConfig, TrainConfig, from_json, to_json
 from dfm_fast.training.orders import draw
+from dfm_fast.training.outputs import read_json
 
 NAME = "recipe.json"
 MEASURED = 1024  # samples that deviations are measured on
@@ -75,8 +77,7 @@ class Recipe:
 
     @classmethod
     def read(cls, folder: Path) -> Recipe:
-        values = json.loads((folder / NAME).read_text())
-        return from_json(cls, values)
+        return from_json(cls, read_json(folder / NAME))
 
     def check_same(self, saved: Recipe, where: Path) -> None:
         """Raise one ValueError that names what a checkpoint was trained with and this run is not.
@@ -156,6 +157,31 @@ def recipe_of(config: TrainConfig, dataset: Dataset, std: list[float] | None) ->
         arguments, config.flow, std if divided else None, shape, dataset.num_classes,
         tuple(getattr(dataset, "class_names", ())), config.data.name,
     )  # fmt: skip
+
+
+def implied(model: dict[str, Any]) -> Recipe:
+    """The recipe of a saved model that has none beside it, as far as its arguments tell: a Haar
+    decomposition where the levels' channels differ, else a Laplacian whose factor is that of the
+    patches; samples of the size that the model keeps positions of.
+
+    Raises:
+        ValueError: patches that are of neither.
+    """
+    patches, grid = model["patch_sizes"], model["input_size"]
+    channels, levels = model["in_channels"], len(model["patch_sizes"])
+    first = channels if isinstance(channels, int) else channels[0]
+    haar = not isinstance(channels, int) and len(set(channels)) > 1
+    growth = {b / a for a, b in itertools.pairwise(patches)}
+    if growth and growth not in (({1.0},) if haar and levels == 2 else ({2.0}, {4.0})):
+        expected = f"patches that grow by 2 or by 4, as there is no {NAME}"
+        _checks.fail("sample", "patch_sizes", expected, list(patches))
+    flow = FlowConfig(
+        decomposition="haar" if haar else "laplacian",
+        factor=(2 if haar or not growth else int(growth.pop()),),
+    )
+    side = patches[-1] * (2 if haar else 1)
+    shape = (first, *(n * side for n in grid))
+    return Recipe(model, flow, None, shape, model["num_classes"])
 
 
 def needs_std(config: TrainConfig) -> bool:
