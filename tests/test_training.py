@@ -438,6 +438,7 @@ def torchrun(kind, folder):
         *launcher, __file__, kind, str(folder), env={"OMP_NUM_THREADS": "1"}, timeout=180
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "is deprecated" not in result.stderr
     return {int(k): v for k, v in json.loads((folder / "losses.json").read_text()).items()}
 
 
