@@ -415,15 +415,18 @@ def test_speed_is_of_the_steps_and_the_last_window_is_written(tmp_path):
     """Reports come a step late, at a step that saves at once: it is when they were done that
     counts."""
     written = {}
-    board = Board(tmp_path, 0, 5, 2, main=True)
+    board = Board(tmp_path, 0, 7, 2, main=True)
     board.writer.add_scalar = lambda name, value, step: written.update({(name, step): value})
     board.since = 100.0
     for step in range(1, 6):
         board.step(Report(step, float(step), [1.0], 1.0, 1e-3, 100.0 + 0.5 * step), 8)
+    board.step(Report(6, 6.0, [1.0], 1.0, 1e-3, 103.0), 8)
+    board.step(Report(7, 7.0, [1.0], 1.0, 1e-3, 103.5), 8)
+    board.pause()  # a checkpoint, and the end: nothing was trained since
     board.close()
     speeds = {step: value for (name, step), value in written.items() if "images" in name}
-    assert speeds == pytest.approx({2: 16, 4: 16, 5: 16})
-    assert [written["loss", step] for step in (2, 4, 5)] == [1.5, 3.5, 5.0]
+    assert speeds == pytest.approx({2: 16, 4: 16, 6: 16})
+    assert [written["loss", step] for step in (2, 4, 6, 7)] == [1.5, 3.5, 5.5, 7.0]
 
 
 # --- Ranks ---

@@ -103,16 +103,19 @@ class Board:
 
     def _write(self) -> None:
         report = self.recent[-1]
-        rate = self.images / max(report.time - self.since, 1e-9)
         loss = sum(r.loss for r in self.recent) / len(self.recent)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s", refresh=False)
-        scalars = {"loss": loss, "lr": report.lr, "images_per_second": rate}
+        scalars, told = {"loss": loss, "lr": report.lr}, f"loss {loss:.4f}"
+        if self.images:  # none since a pause: then there is no speed
+            rate = self.images / max(report.time - self.since, 1e-9)
+            scalars["images_per_second"], told = rate, f"{told}, {rate:.1f} images/s"
+        self.bar.set_postfix_str(told, refresh=False)
         scalars["grad_norm"] = sum(r.grad_norm for r in self.recent) / len(self.recent)
         for s in range(len(report.levels)):
             seen = [r.levels[s] for r in self.recent if not math.isnan(r.levels[s])]
             if seen:
                 scalars[f"loss/level_{s}"] = sum(seen) / len(seen)
-        self.recent, self.images, self.since = [], 0, report.time
+        self.recent, self.images = [], 0
+        self.since = max(self.since, report.time)
         with self.optional("logs"):
             for name, value in scalars.items() if self.writer is not None else ():
                 self.writer.add_scalar(name, value, report.step)
