@@ -31,7 +31,7 @@ def is_one(args: argparse.Namespace) -> bool:
     return found
 
 
-def run(args: argparse.Namespace, device: str) -> int:
+def run(args: argparse.Namespace, device: str) -> None:
     import torch
 
     from dfm_fast.models import SnapGenPipeline
@@ -45,12 +45,11 @@ def run(args: argparse.Namespace, device: str) -> int:
     images = pipeline(**options, output_type="pt", progress=True).images
     columns = options["num_images_per_prompt"]
     print(pictures.write(args.out, pictures.grid(2 * images - 1, columns)))
-    return 0
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the call, but for labels."""
-    for name in ("threshold", "previews", "decoder"):
+    for name in ("threshold", "previews", "decoder", "shape", "batch", "compile"):
         if getattr(args, name):
             _checks.fail(OP, f"--{name}", "none: a pipeline has one level and its decoder", "one")
     if args.prompt and args.classes:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 
 from dfm_fast.cli import _configs
 
@@ -18,25 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dfm_fast.training.checkpoints import CheckpointError
-    from dfm_fast.training.monitors import NotFinite
-
-    try:
-        return _configs.reported(PROG, lambda: _run(args.resume, args.rest))
-    except (CheckpointError, NotFinite) as error:
-        print(f"{PROG}: {error}", file=sys.stderr)
-        return 1
+    return _configs.reported(PROG, lambda: _run(args.resume, args.rest))
 
 
 def _run(resume: bool, rest: list[str]) -> None:
     from dfm_fast.training import loop
     from dfm_fast.training.config import from_json
     from dfm_fast.training.decoders import DecoderConfig, DecoderReport, train_decoder
+    from dfm_fast.training.outputs import read_json
 
     out, options = _configs.out_of(rest), {}
     if resume and out is not None and (out / loop.CONFIG).exists():
-        saved = json.loads((out / loop.CONFIG).read_text())
-        options["default"] = from_json(DecoderConfig, saved)
+        options["default"] = from_json(DecoderConfig, read_json(out / loop.CONFIG))
     config = _configs.parse(DecoderConfig, rest, prog=PROG, **options)
 
     def tell(report: DecoderReport) -> None:
