@@ -2,6 +2,7 @@
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -304,8 +305,11 @@ def test_saved_and_loaded(tmp_path):
     assert not loaded.training
     with torch.no_grad():
         assert torch.equal(loaded(z), model(z))
-        decode = saved.decoder(tmp_path, None, "cpu")  # what `dfm-fast sample --decoder` takes
+        # What `dfm-fast sample --decoder` takes, for samples of these latents.
+        decode = saved.decoder(tmp_path, SimpleNamespace(shape=z.shape[1:]), "cpu")
         assert torch.equal(decode(z), model.decode(z, scaled=True).sample)
+    with pytest.raises(ValueError, match=r"--decoder: expected an autoencoder of 3 channels"):
+        saved.decoder(tmp_path, SimpleNamespace(shape=(3, 4, 4)), "cpu")
     assert SnapGenDecoder.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="expected its own folder, got SnapGenDecoder's"):
         DFMTransformer.from_pretrained(tmp_path)
