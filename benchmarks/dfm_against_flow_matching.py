@@ -165,13 +165,9 @@ class Results:
 
 def keys(data: str, config: TrainConfig, method: str, averaged: bool) -> list[dict[str, Any]]:
     """What each result of a run is found by: all that it depends on."""
-    plain = plain_of(config)
-    last = {} if averaged else {"weights": "last"}
-    return [
-        {"method": method, "seed": config.seed, "step": step, "cfg": cfg, "config": plain, **last}
-        for step in marks(config)
-        for cfg in CFGS[data]
-    ]
+    same = {"method": method, "seed": config.seed, "config": plain_of(config)}
+    same["weights"] = None if averaged else "last"
+    return [{**same, "step": step, "cfg": cfg} for step in marks(config) for cfg in CFGS[data]]
 
 
 def measure(data: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -202,7 +198,7 @@ def line(entry: dict[str, Any]) -> str:
     return "  ".join(
         f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
         for k, v in entry.items()
-        if k not in ("config", "samples")
+        if k not in ("config", "samples") and v is not None
     )
 
 

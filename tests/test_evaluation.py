@@ -263,3 +263,12 @@ def test_the_comparison_is_made_once_and_is_no_row_of_the_report(tmp_path, capsy
     assert dfm_against_flow_matching.main(argv) == 0
     with pytest.raises(report.ReportError, match="found none"):
         report.load(tmp_path)
+    # Weights that are not averaged are results of their own; an untrained model's are the same.
+    assert dfm_against_flow_matching.main([*argv, "--last"]) == 0
+    entries = json.loads((out / "digits.json").read_text())["entries"]
+    assert entries[: len(found)] == found
+    last = entries[len(found) :]
+    assert [(e["method"], e["cfg"]) for e in last] == [(e["method"], e["cfg"]) for e in others]
+    for e, averaged in zip(last, others, strict=True):
+        assert e["weights"] == "last"
+        assert (e["pca"] == averaged["pca"]) == ("untrained" in e["method"])
