@@ -154,7 +154,7 @@ class Results:
                 e["config"] = plain_of(from_json(TrainConfig, {"out": "", **e["config"]}))
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        whole = {"weights": None, **key, "samples": self.samples}
+        whole = {**key, "samples": self.samples}
         return next((e for e in self.entries if all(e.get(k) == v for k, v in whole.items())), None)
 
     def add(self, key: dict[str, Any], scores: dict[str, float]) -> None:
