@@ -1,4 +1,4 @@
-"""Whole models: rows only; the measuring is in harness.py. Rivals are the same network with its
+"""DFM transformers: rows only; the measuring is in harness.py. Rivals are the same network with its
 parameters, written out in plain torch."""
 
 from __future__ import annotations

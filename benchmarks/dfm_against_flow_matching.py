@@ -29,7 +29,7 @@ from torch import Tensor
 from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.training import evaluation, pictures, saved
 from dfm_fast.training.checkpoints import Checkpoints, step_of
-from dfm_fast.training.config import TrainConfig, preset, to_json
+from dfm_fast.training.config import TrainConfig, from_json, preset, to_json
 from dfm_fast.training.datasets import open_dataset
 from dfm_fast.training.loop import CHECKPOINTS, EXPORT, train
 
@@ -136,6 +136,11 @@ def drawn(recipe: Any, model: Any, judge: Judge, cfg: float, seed: int, device: 
 # --- Results --------------------------------------------------------------------------------------
 
 
+def plain_of(config: TrainConfig) -> dict[str, Any]:
+    """What numbers depend on."""
+    return {k: v for k, v in to_json(config).items() if k not in ("out", "workers", "keep")}
+
+
 class Results:
     """One JSON file per dataset, written after every entry."""
 
@@ -144,6 +149,9 @@ class Results:
         self.entries: list[dict[str, Any]] = (
             json.loads(path.read_text())["entries"] if path.exists() else []
         )
+        for e in self.entries:  # fields that are younger than a result had their defaults
+            if "config" in e:
+                e["config"] = plain_of(from_json(TrainConfig, {"out": "", **e["config"]}))
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         whole = {**key, "samples": self.samples}
@@ -157,8 +165,7 @@ class Results:
 
 def keys(data: str, config: TrainConfig, method: str, averaged: bool) -> list[dict[str, Any]]:
     """What each result of a run is found by: all that it depends on."""
-    plain = {k: v for k, v in to_json(config).items() if k not in ("out", "workers", "keep")}
-    same = {"method": method, "seed": config.seed, "config": plain}
+    same = {"method": method, "seed": config.seed, "config": plain_of(config)}
     same["weights"] = None if averaged else "last"
     return [{**same, "step": step, "cfg": cfg} for step in marks(config) for cfg in CFGS[data]]
 

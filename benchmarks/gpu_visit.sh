@@ -120,12 +120,12 @@ fi
 step ceilings 40 bash -c ceilings
 options=(--benchmark-only --results "$work/results" -p no:cacheprovider)
 [ "$rows" = quick ] || options+=(--full)
-families=benchmarks/
+families=(benchmarks/)
 [ "$gpu" = 1 ] || options+=(--device cpu --seconds 0.1 -k "haar_build or video or (dfm_s_256 and forward and not sampling)")
 step photographs 40 "$python" -m benchmarks.photographs --out "$work/results/photographs" \
     --device "$device"
 if [ "$rows" = training ]; then
-    families=benchmarks/bench_models.py
+    families=(benchmarks/bench_models.py benchmarks/bench_snapgen.py)
     compared=(digits photos --seeds 1 --points 1)
     [ "$gpu" = 1 ] || compared=(digits --seeds 1 --points 1 --steps 2 --batch 8 --samples 32)
     step comparison $((deadline - SECONDS - 180)) \
@@ -135,7 +135,7 @@ if [ "$rows" = training ]; then
     grep '^|' "$work/step.log" >"$out/comparison.md" 2>/dev/null
 fi
 # The benchmarks write their results row by row: what the time limit cuts off is the last rows.
-step benchmarks $((deadline - SECONDS - 25)) "$python" -m pytest "$families" "${options[@]}"
+step benchmarks $((deadline - SECONDS - 25)) "$python" -m pytest "${families[@]}" "${options[@]}"
 cp "$work/step.log" "$out/benchmarks.log" 2>/dev/null
 step report 25 "$python" -c 'import sys; from dfm_fast.cli import main; sys.exit(main(sys.argv[1:]))' \
     report "$work/results" --out "$work/results/report"

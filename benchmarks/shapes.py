@@ -170,6 +170,19 @@ GOALS = (
     Goal("cpu", "dfm_sampling-*", "compiled", 1.1),
     Goal("cuda", "dfm-*-training", "compiled", 1.15),
     Goal("cuda", "dfm_sampling-*", "compiled", 1.5),
+    Goal("cpu", "snapgen_unet-*snapgen_512-bfloat16-*", "eager", 1.1),
+    Goal("cpu", "snapgen_unet-*snapgen_512-bfloat16-*", "compiled", 1.1),
+    *(
+        Goal("cpu", "accelerated_unet-*snapgen_512-bfloat16-*", against, 1.0)
+        for against in ("eager", "compiled")
+    ),
+    Goal("cuda", "snapgen_unet-*", "eager", 3.0),
+    Goal("cuda", "snapgen_unet-*", "compiled", 1.5),
+    Goal("cuda", "snapgen_unet-*", "memory", 0.3),
+    Goal("cpu", "snapgen_decoder-*", "eager", 1.3),
+    Goal("cpu", "snapgen_decoder-*", "compiled", 1.0),
+    Goal("cuda", "snapgen_decoder-*", "eager", 1.5),
+    Goal("cuda", "snapgen_decoder-*", "compiled", 1.0),
     Goal("*", "multi_query_attention-*", "eager", 1.0),
     Goal("*", "multi_query_attention-*", "compiled", 1.0),
     Goal("*", "multi_query_attention-[!g]*", "view", 1.0),  # grouped keys have no such view

@@ -4,8 +4,17 @@ from dfm_fast import ops
 from dfm_fast._backends import Backend, backends
 from dfm_fast._library import load_extension as _load_extension
 from dfm_fast._version import __version__
+from dfm_fast.acceleration import AccelerateReport, accelerate, restore
 from dfm_fast.ops import *  # noqa: F403
 
-__all__ = ["Backend", "__version__", "backends", *ops.__all__]
+__all__ = [
+    "AccelerateReport",
+    "Backend",
+    "__version__",
+    "accelerate",
+    "backends",
+    "restore",
+    *ops.__all__,
+]
 
 _load_extension()

@@ -175,6 +175,37 @@ def test_flat_folder_is_unconditional(tmp_path):
     assert (len(data), data.num_classes, data[0][1]) == (1, 0, 0)
 
 
+def test_linked_class_folders_are_read(tmp_path):
+    """Into their depths, and a folder that leads back into itself only once."""
+    save(tmp_path / "elsewhere" / "deep" / "0.png", pixels(8, 8))
+    save(tmp_path / "data" / "b" / "1.png", pixels(8, 8, seed=1))
+    for name in "ac":
+        (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "b" / "back").symlink_to(tmp_path / "data")
+    data = opened(tmp_path / "data")
+    assert data.class_names == ("a", "b", "c")
+    found = [(str(path.relative_to(tmp_path / "data")), label) for path, label in data.files]
+    assert found == [("a/deep/0.png", 0), ("b/1.png", 1), ("c/deep/0.png", 2)]
+
+
+def test_hidden_folders_are_no_data(tmp_path):
+    for name in ("a", "b", ".cache", "b/.ipynb_checkpoints"):
+        save(tmp_path / name / "0.png", pixels(8, 8))
+    data = opened(tmp_path)
+    assert (len(data), data.class_names) == (2, ("a", "b"))
+    assert [data[i][1] for i in range(2)] == [0, 1]
+
+
+def test_a_stray_picture_takes_the_labels_with_a_warning(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / name / "0.png", pixels(8, 8))
+    save(tmp_path / "stray.png", pixels(8, 8))
+    with pytest.warns(UserWarning, match=r"1 files lie in .* itself \(stray.png .*no labels"):
+        assert opened(tmp_path).num_classes == 0
+    assert opened(tmp_path, labels=False).num_classes == 0  # as asked for
+
+
 def bad_folder(root):
     good = save(root / "0.png", pixels(40, 40))
     save(root / "1_small.png", pixels(7, 40))

@@ -353,6 +353,44 @@ def test_expanded_model_is_unchanged_and_learns():
     assert wide.heads.bias.grad[-1] != 0
 
 
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n not in ("one-level", "haar")])
+def test_expansion_changes_nothing_whatever_the_options(name):
+    """Of all levels that were there, in every stage; also with what may be added on the way."""
+    variant = VARIANTS[name]
+    model, std = small(**variant), variant.get("data_std")
+    levels, t, active, y = inputs(model)
+    y = y if model.num_classes else None
+    want = model(levels, t, active, y=y)
+    finer, flag = [*levels, torch.randn(3, 4, 32, 32)], torch.ones(3, 1, dtype=torch.bool)
+    if len(levels) == 3:
+        finer[-1] = torch.randn(3, 4, 64, 64)
+    patch, options = 2 * model.patch_sizes[-1], {}
+    if std:
+        options["data_std"] = (*std, 0.1)
+    for more in ({}, {"stage_embedding": True, "block_conditioning": True, "checkpointing": True}):
+        wide = expand_to_dfm(model, (patch,), **options, **more)
+        for on in (True, False):  # the new level takes part, or waits
+            seen = [*finer[:-1], finer[-1] if on else None]
+            noise = torch.rand(3, 1) if on else torch.ones(3, 1)
+            stage = torch.cat((active, flag & on), 1)
+            got = wide(seen, torch.cat((t, noise), 1), stage, y=y)
+            assert_close(got[: len(levels)], want)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("positions", "rope"), ("qk_norm", True), ("num_classes", 7), ("flip_time", True),
+     ("data_std", (0.5, 0.5)), ("num_heads", 1), ("hidden_size", 32)],
+)  # fmt: skip
+def test_expansion_refuses_what_would_change_the_model(option, value):
+    with pytest.raises(ValueError, match=f"expand_to_dfm: {option}: expected .*trained, got"):
+        expand_to_dfm(small(patch_sizes=(1,)), (2,), **{option: value})
+    edm = small(patch_sizes=(1,), data_std=(0.7,))
+    for std in (None, (0.7,), (0.6, 0.5)):
+        with pytest.raises(ValueError, match=r"data_std: expected \[0.7\]"):
+            expand_to_dfm(edm, (2,), data_std=std)
+
+
 # --- Saving ---------------------------------------------------------------------------------------
 
 

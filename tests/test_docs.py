@@ -9,6 +9,8 @@ from helpers import ROOT, run_python
 from dfm_fast._library import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the same code in every backend")
+NAMES = ("acceleration", "models", "snapgen", "text")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
 
 
 def blocks(path):
@@ -32,7 +34,7 @@ def test_the_worked_example_of_the_flow_trains_and_samples():
 
 @pytest.mark.parametrize(
     ("path", "index"),
-    [(path, i) for path in ("README.md", "docs/models.md") for i in range(len(blocks(path)))],
+    [(path, i) for path in PAGES for i in range(len(blocks(path)))],
 )
 def test_code_runs(path, index):
     result = run_python("-c", blocks(path)[index])

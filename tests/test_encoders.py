@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import pickle
+import signal
 
 import pytest
 import torch
@@ -208,6 +211,45 @@ def test_command(folder, tmp_path, pictures, capsys):
     assert "dfm-fast encode: Autoencoder.load: folder: expected" in capsys.readouterr().err
 
 
+def test_what_loader_processes_are_sent_can_be_pickled(folder, tmp_path, pictures):
+    """As all ways to start them but fork do."""
+    config = config_for(folder("kl"), tmp_path, pictures, workers=1)
+    loader = encoders._loader(config, open_dataset(pictures), range(3))
+    data, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    assert len(collate([data[0], None, data[1]])) == 2
+
+
+@pytest.mark.parametrize("command", ["encode", "equivariance"])
+def test_a_place_that_cannot_be_written_to_is_told_before_any_work(tmp_path, capsys, command):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        # There is no such autoencoder: it was not looked for yet.
+        assert main([command, "--autoencoder", str(tmp_path / "vae"), "--out", str(out)]) == 2
+        line = f"dfm-fast {command}: out: expected a folder, got {out}: {tmp_path / 'file'} is none"
+        assert capsys.readouterr().err == line + "\n"
+
+
+def test_a_gpu_that_is_not_there(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = ["--autoencoder", str(folder("tiny")), "--out", str(tmp_path / "z")]
+    for command in ("encode", "equivariance"):
+        assert main([command, *options, "--device", "cuda"]) == 2
+        line = f"dfm-fast {command}: device: expected cuda on this machine, got none\n"
+        assert capsys.readouterr().err == line
+
+
+def test_damaged_latents_are_named(folder, tmp_path, pictures):
+    config = config_for(folder("tiny"), tmp_path, pictures)
+    encode(config)
+    shard = latents.shard_path(config.out, 1)
+    shard.write_bytes(shard.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"expected safetensors, got .*shard-00001.*, damaged"):
+        open_dataset(DataConfig("latents", root=config.out))
+    (config.out / "latents.json").write_text("{")
+    with pytest.raises(ValueError, match=r"latents.json: expected JSON, got a damaged file"):
+        open_dataset(DataConfig("latents", root=config.out))
+
+
 def test_no_latents(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a folder written by dfm-fast encode"):
         open_dataset(DataConfig("latents", root=tmp_path))
@@ -256,7 +298,7 @@ def finetuned(folder, out, **changes):
         folder, out, data,
         **{"steps": 30, "batch": 4, "lr": 3e-3, "warmup": 2, "precision": "fp32", **changes},
     )  # fmt: skip
-    return Autoencoder.load(finetune(config))
+    return Autoencoder.load(finetune(config).folder)
 
 
 @torch.no_grad()
@@ -290,3 +332,47 @@ def test_finetuning_stops_at_a_loss_that_is_not_finite(folder, tmp_path):
     )
     with pytest.raises(ValueError, match="finetune: step 1: expected a finite loss"):
         finetune(config)
+
+
+def test_finetuning_saves_where_a_signal_stops_it(folder, tmp_path):
+    """And goes no further; what it saved is the trained autoencoder."""
+    data, steps = DataConfig("photos", size=16), []
+    config = EquivarianceConfig(
+        folder("tiny"), tmp_path, data, steps=500, batch=2, lr=1e-3, warmup=0, device="cpu"
+    )
+
+    def interrupt(step, losses):
+        steps.append(step)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    done = finetune(config, on_step=interrupt)
+    assert (done.folder, done.steps, done.stopped_by, steps) == (tmp_path, 2, "SIGTERM", [0, 1])
+    before, after = (Autoencoder.load(f).module for f in (folder("tiny"), tmp_path))
+    assert any((a != b).any() for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_finetuning_saves_every_so_many_steps(folder, tmp_path):
+    data = DataConfig("photos", size=16)
+    config = EquivarianceConfig(
+        folder("tiny"), tmp_path, data, steps=5, batch=2, save_every=2, device="cpu"
+    )
+
+    def broken(step, losses):
+        assert (tmp_path / "config.json").exists() == (step >= 2)
+        if step == 3:
+            raise KeyError("the machine fails")
+
+    with pytest.raises(KeyError):
+        finetune(config, on_step=broken)
+    Autoencoder.load(tmp_path)
+
+
+def test_no_clipping_trains_all_the_same(folder, tmp_path):
+    tuned = finetuned(folder("tiny"), tmp_path, steps=1, clip=0.0)
+    before = Autoencoder.load(folder("tiny"))
+    pairs = zip(tuned.module.parameters(), before.module.parameters(), strict=True)
+    assert all((a != b).any() for a, b in pairs)
+    with pytest.raises(ValueError, match="equivariance: clip: expected at least 0"):
+        finetuned(folder("tiny"), tmp_path, clip=-1.0)

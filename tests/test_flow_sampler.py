@@ -2,6 +2,7 @@
 exactly, and so are the samples. The check is run again on samplers with one thing wrong."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,8 +122,8 @@ class Tied(StageSchedule):
 
 
 class OneStepMore(StageSchedule):
-    def __init__(self, steps, threshold):
-        super().__init__((steps[0] + 1, *steps[1:]), threshold)
+    def __init__(self, steps, *rest):
+        super().__init__((steps[0] + 1, *steps[1:]), *rest)
 
 
 def zero_noise(shape, *_, dtype, **__):
@@ -245,18 +246,23 @@ def test_guidance_combines_both_and_stacks_them_in_one_call():
     # v + y with scale 3 and null 0 is v + 3 y.
     want = flow.sample(conditional, shape, y=3 * y, **options)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    # Conditions that cannot be stacked: two calls, the same picture.
-    calls.clear()
-    other = flow.sample(
-        lambda levels, t, active, y: conditional(levels, t, active, y["y"], calls),
-        shape,
-        cfg_scale=3.0,
-        uncond={"y": {"y": null}},
-        y={"y": y},
-        **options,
-    )
-    assert [n for n, _ in calls] == [2] * 8
-    torch.testing.assert_close(got, other)
+    # Lists and the like are stacked, too; what cannot be makes two calls, and the same picture.
+    for wrap, unwrap, counts in (
+        (lambda y: [{"y": y}, "a text"], lambda y: y[0]["y"], [4] * 4),
+        (lambda y: [{"y": y}, y.sum().item()], lambda y: y[0]["y"], [2] * 8),
+        (lambda y: SimpleNamespace(y=y), lambda y: y.y, [2] * 8),
+    ):
+        calls.clear()
+        other = flow.sample(
+            lambda levels, t, active, y, f=unwrap: conditional(levels, t, active, f(y), calls),
+            shape,
+            cfg_scale=3.0,
+            uncond={"y": wrap(null)},
+            y=wrap(y),
+            **options,
+        )
+        assert [n for n, _ in calls] == counts
+        torch.testing.assert_close(got, other)
 
 
 def test_guidance_interval_is_tested_on_each_levels_own_t():
@@ -317,6 +323,71 @@ def test_progress_bar(capsys):
     flow = DecomposableFlow(Laplacian(1))
     flow.sample(lambda levels, t, active: levels, (1, 1, 4, 4), steps=3, seed=0, progress=True)
     assert "3/3" in capsys.readouterr().err
+
+
+def test_a_shift_is_stable_diffusion_3s():
+    t = StageSchedule(4, shift=3.0).table()[:, 0]
+    assert t.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=1e-15)
+    assert torch.equal(StageSchedule(4, shift=1.0).table(), StageSchedule(4).table())
+    flow, model = DecomposableFlow(Laplacian(1)), GaussianLevels([0.7], [1.3])
+    options = {"seed": 3, "dtype": F64}
+    x = flow.sample(model, (2, 1, 4, 4), steps=4, shift=3.0, **options)
+    a, b = affine(t.view(-1, 1), 0.7, 1.3, 0, 0)
+    eps = dfm_fast.philox_normal((2, 1, 4, 4), 3, dtype=F64)
+    torch.testing.assert_close(x, a * eps + b, atol=1e-6, rtol=1e-6)
+
+
+def test_noise_that_is_given_is_what_levels_start_from():
+    flow = DecomposableFlow(Laplacian(2))
+    model = GaussianLevels([0.7, 0.0], [1.3, 0.4])
+    shape, options = (3, 1, 8, 8), {"steps": (3, 2), "dtype": F64}
+    starts = level_offsets(flow.decomposition.shapes(shape), 0)
+    noise = [
+        dfm_fast.philox_normal(s, 5, offset=o, dtype=F64)
+        for s, o in zip(flow.decomposition.shapes(shape), starts, strict=True)
+    ]
+    before = [v.clone() for v in noise]
+    state = torch.get_rng_state()
+    given = flow.sample(model, shape, noise=noise, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(given, flow.sample(model, shape, seed=5, **options))
+    flow.sample(model, shape, noise=noise, on_step=lambda k, x: x[1].zero_(), **options)
+    assert all(map(torch.equal, noise, before))
+    with pytest.raises(
+        ValueError, match=r"sample: noise\[1\]: expected shape .*, got \[3, 1, 4, 4\]"
+    ):
+        flow.sample(model, shape, noise=[noise[0], noise[0]], **options)
+    with pytest.raises(TypeError, match=r"noise: expected a list of 2 tensors, got Tensor"):
+        flow.sample(model, shape, noise=noise[0], **options)
+
+
+def test_what_is_written_after_a_step_goes_on():
+    flow, seen = DecomposableFlow(Laplacian(1)), []
+
+    def zero_once(k, levels):
+        seen.append(k)
+        if k == 1:
+            levels[0].zero_()
+
+    # v = 1 from then on: -1 times what is left of t.
+    x = flow.sample(
+        lambda levels, t, active: [torch.ones_like(levels[0])],
+        (1, 1, 4, 4),
+        steps=4,
+        seed=0,
+        on_step=zero_once,
+    )
+    assert seen == [0, 1, 2, 3]
+    torch.testing.assert_close(x, torch.full_like(x, -0.5))
+
+
+@pytest.mark.parametrize(
+    ("steps", "shift", "error"),
+    [(4, 0, ValueError), (4, math.inf, ValueError), (4, "3", TypeError), ((4, 4), 3.0, ValueError)],
+)
+def test_bad_shifts(steps, shift, error):
+    with pytest.raises(error, match="StageSchedule: shift: expected"):
+        StageSchedule(steps, shift=shift)
 
 
 def test_replayed_stages_are_the_plain_loop(monkeypatch):

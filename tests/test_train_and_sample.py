@@ -2,8 +2,10 @@
 
 import math
 import os
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,14 +15,15 @@ from test_training import MODEL, tiny
 
 from dfm_fast import cli
 from dfm_fast._library import INTERPRET
-from dfm_fast.flow import Haar
-from dfm_fast.models import DFM_XL, DFMTransformer
+from dfm_fast.flow import Haar, flows
+from dfm_fast.models import DFMTransformer
 from dfm_fast.training import loop, pictures, recipes, saved
 from dfm_fast.training.config import (
     PRESETS,
     DataConfig,
     FlowConfig,
     ModelConfig,
+    OptimizerConfig,
     TrainConfig,
     check,
     from_json,
@@ -64,7 +67,10 @@ def test_presets_survive_json_and_make_a_model(name):
     check(config, 8)
     latent = (4, 3, 64, 64) if name.startswith("kinetics") else (4, 128, 128)
     latent = (4, 64, 64) if name.startswith("imagenet-512") else latent
-    shape = {"digits": (1, 16, 16), "photos": (3, 64, 64)}.get(name, latent)
+    shape = {
+        "digits": (1, 16, 16), "photos": (3, 64, 64), "images": (3, 256, 256),
+        "webdataset": (3, 256, 256), "videos": (3, 17, 256, 256),
+    }.get(name, latent)  # fmt: skip
     recipe = recipes.recipe_of(config, dataset(shape), [0.5] * len(config.model.patch_sizes))
     assert from_json(recipes.Recipe, to_json(recipe)) == recipe
     with torch.device("meta"):
@@ -73,14 +79,25 @@ def test_presets_survive_json_and_make_a_model(name):
     assert len(recipe.steps) == len(levels)
 
 
-def test_the_largest_preset_is_the_papers_network():
-    """With qk_norm, which the paper's counts hint at; else the parameters of DFM_XL."""
-    model = replace(preset("imagenet-512-xl", "x").model, qk_norm=False)
-    config = preset("imagenet-512-xl", "x", model=model)
+PAPERS = ["imagenet-512-b", "imagenet-512-l", "imagenet-512-xl", "imagenet-1024-b",
+          "imagenet-1024-xl", "imagenet-1024-b-3", "kinetics-512-xl"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_presets_have_its_network(name):
+    model = preset(name, "x").model
+    assert (model.positions, model.qk_norm, model.block_conditioning) == ("rope", True, True)
+    assert model.stage_embedding
+    assert model.precondition
+
+
+def test_the_largest_preset_has_the_papers_parameters():
+    """As test_dfm has them for 16 channels, and an embedding of the two stages."""
     with torch.device("meta"):
-        own = recipes.recipe_of(config, dataset((4, 64, 64)), None).build_model()
-        count = sum(p.numel() for p in DFM_XL().parameters())
-    assert sum(p.numel() for p in own.parameters()) == count == 679_107_476
+        config = preset("imagenet-512-xl", "x")
+        own = recipes.recipe_of(config, dataset((16, 64, 64)), [0.9, 0.5]).build_model()
+    assert own.data_std == [0.9, 0.5]
+    assert sum(p.numel() for p in own.parameters()) == 716_440_976 + 2 * 1152
 
 
 @pytest.mark.parametrize(
@@ -94,6 +111,15 @@ def test_the_largest_preset_is_the_papers_network():
         ("model.patch_sizes", {"model": ModelConfig(width=32, heads=2, patch_sizes=(3, 6))}),
         ("hidden_size", {"model": ModelConfig(width=33, heads=2, patch_sizes=(2, 4))}),
         ("stage_probs", {"flow": FlowConfig(stage_probs=(0.5, 0.6))}),
+        ("flow.threshold", {"flow": FlowConfig(threshold=3.0)}),
+        ("flow.threshold", {"flow": FlowConfig(threshold=math.nan)}),
+        ("flow.sample_steps", {"flow": FlowConfig(sample_steps=(0, 1))}),
+        ("flow.scale", {"flow": FlowConfig(scale=-1.0)}),
+        ("flow.cfg", {"flow": FlowConfig(cfg=math.nan)}),
+        ("flow.earlier_location", {"flow": FlowConfig(earlier_location=-math.inf)}),
+        ("model.class_dropout", {"model": replace(MODEL, class_dropout=5.0)}),
+        ("optimizer.lr", {"optimizer": OptimizerConfig(lr=math.inf)}),
+        ("optimizer.betas", {"optimizer": OptimizerConfig(betas=(0.9, 1.0))}),
         ("name", {"data": DataConfig(name="nothing")}),
     ],
 )
@@ -170,6 +196,22 @@ def test_resume_takes_the_folders_configuration(trained):
     assert parse("photos", True, ["--out", str(trained / "new")]).data.name == "photos"
 
 
+@pytest.mark.parametrize("name", ["images", "videos", "webdataset", "latents", "photos"])
+@pytest.mark.parametrize("given", [None, "digits"])
+def test_other_data_inherit_nothing_of_the_digits(name, given):
+    from dfm_fast.cli.train import parse
+
+    config = parse(given, False, ["--out", "x", f"--data.name={name}", "--data.root", "r"])
+    own = preset(name, "x")
+    assert config.data == replace(own.data, root=Path("r"))
+    assert config.data.size == (64 if name == "photos" else 0)
+    assert config.model.patch_sizes == own.model.patch_sizes != (2, 4)
+    assert config.flow.factor == own.flow.factor
+    # The recipe is the preset's that was asked for, or the data's.
+    assert config.steps == (own.steps if given is None else preset("digits", "x").steps)
+    assert config.model.width == (own if given is None else preset("digits", "x")).model.width
+
+
 def test_sampling_needs_only_the_folder(trained, tmp_path, monkeypatch, capsys):
     """From the training folder, a checkpoint and the exported model: the same pictures."""
     monkeypatch.chdir(tmp_path)
@@ -203,19 +245,143 @@ def test_an_exported_folder_is_a_model(trained):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--classes", "10"], "--classes: expected numbers below 10, or names of classes, got 10"),
-        (["--classes", "cat"], "--classes: expected numbers below 10"),
+        (
+            ["--classes", "10"],
+            "--classes: expected names of classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), got 10",
+        ),
+        (["--classes", "cat"], "--classes: expected names of classes"),
         (["--count", "0"], "--count: expected at least 1"),
         (["--steps", "3"], "steps: expected 2 numbers"),
         (["--threshold", "2"], "threshold: expected noise levels"),
-        (["--out", "grid.xyz", "--count", "1", "--steps", "1", "1"], "an ending such as"),
+        (["--cfg", "nan"], "--cfg: expected a finite number, got nan"),
+        (["--cfg", "inf"], "--cfg: expected a finite number, got inf"),
+        (["--batch", "0"], "--batch: expected at least 1"),
+        (["--seed", "-1"], "--seed: expected at least 0"),
+        (["--out", "grid.xyz"], "--out: expected an ending such as .png"),
+        (["--out", "grid.mpg"], "--out: expected an ending such as .png"),
+        (["--out", "grid.mp4"], "--out: expected an ending such as .png"),  # not a video
+        (["--out", "/dev/null/grid.png"], "--out: expected a folder, got /dev/null: /dev/null is"),
+        (["--shape", "1", "15", "16"], "expected multiples of 2"),
     ],
 )
 def test_bad_sampling(trained, tmp_path, monkeypatch, capsys, options, message):
+    """In one line, and before anything is sampled."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flows.sampler.Sampler, "__call__", None)
     assert cli.main(["sample", str(trained), *options]) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("dfm-fast sample: ")
+    assert "sample: sample: " not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_there(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train = ["train", *TINY, "--out", str(tmp_path / "x")]
+    for command in (["sample", str(trained)], train):
+        assert cli.main([*command, "--device", "cuda"]) == 2
+        line = f"dfm-fast {command[0]}: device: expected cuda on this machine, got none\n"
+        assert capsys.readouterr().err == line
+
+
+def test_a_decoder_of_other_channels_is_told_before_sampling(trained, tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {f"{k}_block_out_channels": (8, 8) for k in ("encoder", "decoder")}
+    counts = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    diffusers.AutoencoderTiny(**blocks, **counts).save_pretrained(tmp_path / "vae")
+    out = tmp_path / "x" / "grid.png"
+    command = ["sample", str(trained), "--decoder", str(tmp_path / "vae"), "--out", str(out)]
+    assert cli.main(command) == 2
+    assert "--decoder: expected an autoencoder of 1 channels, got 4" in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", b"{", "config.json: expected JSON, got a damaged file"),
+        ("recipe.json", b"[1]", "recipe.json: content: expected a JSON object, got list"),
+        ("model.safetensors", b"\x99" * 40, "model.safetensors: damaged file"),
+    ],
+)
+def test_damaged_files_are_named(trained, tmp_path, capsys, name, content, message):
+    folder = shutil.copytree(trained / "model", tmp_path / "model")
+    (folder / name).write_bytes(content)
+    assert cli.main(["sample", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_the_weights_instead_of_their_folder(trained, capsys):
+    assert cli.main(["sample", str(trained / "model" / "model.safetensors")]) == 2
+    meant = f"got a file (its folder, {trained / 'model'}, may be meant)"
+    assert meant in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_training_into_what_is_no_folder(tmp_path, capfd, out):
+    (tmp_path / "file").touch()
+    assert cli.main(["train", *TINY, "--out", str(tmp_path / out)]) == 2
+    err = capfd.readouterr().err
+    got = f"{tmp_path / out}: {tmp_path / 'file'} is none"
+    assert err == f"dfm-fast train: out: expected a folder, got {got}\n"
+
+
+def test_a_damaged_configuration_is_named(trained, tmp_path, capfd):
+    (tmp_path / "config.json").write_text('{"steps": ')
+    assert cli.main(["train", "--resume", "--out", str(tmp_path)]) == 2
+    line = f"dfm-fast train: {tmp_path / 'config.json'}: expected JSON, got a damaged file: "
+    assert capfd.readouterr().err.startswith(line)
+
+
+def test_strict_data_in_a_loader_process_is_one_line(tmp_path, capfd):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (i, 9, 99)).save(data / f"{i}.png")
+        (data / f"{i}.png").write_bytes((data / f"{i}.png").read_bytes()[:-30])
+    options = ["--data.name", "images", "--data.root", str(data), "--data.size", "16"]
+    options += ["--data.strict", "--workers", "1", "--out", str(tmp_path / "run")]
+    options += ["--device", "cpu", "--precision", "fp32", "--sample-every", "0"]
+    assert cli.main(["train", *TINY[2:], *options]) == 2
+    err = capfd.readouterr().err
+    lines = [line for line in err.splitlines() if line and "training:" not in line]
+    assert len(lines) == 1
+    assert "open_dataset: root: expected a file that can be read, got " in lines[0]
+    assert lines[0].startswith("dfm-fast train: open_dataset: ")
+
+
+def test_skipped_files_are_told_once(tmp_path, capfd):
+    for i in range(3):
+        Image.new("RGB", (16, 16), (i, 9, 99)).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.png").touch()
+    config = tiny(tmp_path / "run", data=DataConfig("images", root=tmp_path, size=16), steps=1)
+    with pytest.warns(UserWarning, match="1 of 4 files skipped: .*bad.png"):
+        loop.train(config)
+    out, err = capfd.readouterr()
+    assert "skipped" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "labels"),
+    [
+        (("1", "10", "2"), ["1", "2", "10"], [0, 2, 1]),  # names, though they are numbers too
+        (("cat", "dog"), ["dog", "0", "1"], [1, 0, 1]),
+        ((), ["2", "0"], [2, 0]),
+        (("1", "10", "2"), None, [0, 1, 2]),
+    ],
+)
+def test_classes_are_names_before_they_are_numbers(names, asked, labels):
+    from dfm_fast.cli.sample import chosen
+
+    recipe = SimpleNamespace(num_classes=len(names) or 3, class_names=names)
+    assert chosen(recipe, asked, 1)[0].tolist() == labels
+    if names[:1] == ("1",):
+        with pytest.raises(ValueError, match=r"expected names of classes \(1, 10, 2\), got 0"):
+            chosen(recipe, ["0"], 1)
 
 
 def test_sampling_from_nothing(tmp_path, capsys):
@@ -261,6 +427,50 @@ def test_options_train_and_resume(tmp_path, changes):
     if config.flow.decomposition == "haar":
         assert isinstance(recipe.build_flow().decomposition, Haar)
     assert (tmp_path / "samples" / "step-00000003.png").exists()
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run of one step on a folder of classes; (configuration, its pictures)."""
+    folder = tmp_path_factory.mktemp("begun")
+    for name in ("ant", "bee", "cow"):
+        (folder / "data" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (16, 16), (i, 9, 9)).save(folder / "data" / name / f"{i}.png")
+    data = DataConfig(name="images", root=folder / "data", size=16)
+    config = tiny(folder / "run", steps=1, data=data)
+    loop.train(config)
+    return config
+
+
+def refusal(config, message):
+    with pytest.raises(ValueError, match=message):
+        loop.train(config, resume=True)
+
+
+def test_resuming_with_renamed_classes_is_refused(begun):
+    root = begun.data.root
+    (root / "bee").rename(root / "zebra")
+    try:
+        refusal(begun, r'class_names: class 1 of 3: saved "bee", now "cow"$')
+    finally:
+        (root / "zebra").rename(root / "bee")
+
+
+def test_resuming_with_preconditioning_that_was_not_there_is_refused(begun):
+    model = replace(begun.model, precondition=True)
+    refusal(replace(begun, model=model), r"model.precondition: saved false, now true$")
+    flow = replace(begun.flow, standardise=True)
+    refusal(replace(begun, flow=flow), r"flow.standardise: saved false, now true$")
+    model = replace(begun.model, block_conditioning=True)
+    refusal(replace(begun, model=model), r"model.block_conditioning: saved false, now true$")
+
+
+def test_resuming_may_change_what_changes_no_number(begun, tmp_path):
+    shutil.copytree(begun.out, tmp_path, dirs_exist_ok=True)
+    model = replace(begun.model, checkpointing=True)
+    config = replace(begun, out=tmp_path, model=model, steps=2, accumulate=2)
+    assert loop.train(config, resume=True).step == 2
 
 
 # --- Pictures ---

@@ -1,5 +1,6 @@
 """The training loop: resumed exactly, on any number of ranks, saved whole, stopped in order."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -19,10 +20,11 @@ import torch.distributed as dist
 from helpers import ROOT, run_python
 
 from dfm_fast._library import INTERPRET
-from dfm_fast.training import distributed, loop, orders
-from dfm_fast.training.checkpoints import CheckpointError, Checkpoints
+from dfm_fast.training import distributed, loop, orders, pictures, saved
+from dfm_fast.training.checkpoints import CheckpointError, Checkpoints, reason
 from dfm_fast.training.config import FlowConfig, ModelConfig, OptimizerConfig, preset
-from dfm_fast.training.monitors import NotFinite
+from dfm_fast.training.monitors import Board, NotFinite, Report
+from dfm_fast.training.outputs import RunError
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tensorboard")
@@ -148,6 +150,39 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(whole, tmp_path, stop):
     assert_same_state(folder, tmp_path)
 
 
+def test_a_signal_to_the_whole_group_saves_in_spite_of_workers(tmp_path):
+    """As torchrun and schedulers send it."""
+    arguments = "import sys, test_training as t; from pathlib import Path\n"
+    arguments += "c = t.tiny(Path(sys.argv[1]), save_every=10**6, steps=10**6, workers=2)\n"
+    arguments += "print(t.loop.train(c, on_step=lambda r: print(r.step, flush=True)).stopped_by)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", arguments, str(tmp_path)], cwd=ROOT / "tests",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "1\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1] == "SIGTERM"
+    (saved,) = Checkpoints(tmp_path / loop.CHECKPOINTS).all()
+    assert saved.name == f"step-{int(out.splitlines()[-2]):08d}"
+
+
+def test_a_process_that_fails_does_not_wait_for_its_workers(tmp_path):
+    """An error keeps their iterator alive to the end, where Python stops and joins them."""
+    code = "from dfm_fast.training import orders; data = [(i, i) for i in range(99)]\n"
+    code += "order = orders.Ordered(data, 0, False, 0.0, 0)\n"
+    code += "slices = orders.Slices(0, 50, 1, 1, 0, 1)\n"
+    code += "batches = orders.batches(orders.loader(order, slices, 2, False))\n"
+    code += "next(batches); raise KeyError('failed')"
+    result = run_python("-c", code, timeout=60)
+    assert "KeyError: 'failed'" in result.stderr
+    assert "DataLoader worker" not in result.stderr
+
+
 def test_parts_of_a_batch_give_the_losses_of_the_batch(whole, tmp_path):
     losses, _ = run(tiny(tmp_path, accumulate=2, steps=4))
     assert losses == pytest.approx({k: whole[1][k] for k in losses}, rel=1e-5)
@@ -206,17 +241,11 @@ def test_killed_in_mid_run_it_loses_only_the_steps_since_the_last_checkpoint(who
 def test_a_full_disk_leaves_the_old_checkpoint(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     before = weights(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     config = tiny(tmp_path, steps=7)
-    # Files over this size fail while they are written; the logs are smaller.
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"could not save .*step-00000007: OSError") as e:
-            loop.train(config, resume=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    message = r"could not save .*step-00000007: OSError"
+    # The logs are smaller.
+    with largest_file(100_000), pytest.raises(CheckpointError, match=message) as e:
+        loop.train(config, resume=True)
     folder = tmp_path / loop.CHECKPOINTS
     assert f"the last good checkpoint: {folder / 'step-00000006'}" in str(e.value)
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000003", "step-00000006"]
@@ -224,6 +253,137 @@ def test_a_full_disk_leaves_the_old_checkpoint(whole, tmp_path):
     assert all(torch.equal(v, after[k]) for k, v in before.items() if torch.is_tensor(v))
     losses, _ = run(config, resume=True)  # space again
     assert list(losses) == [7]
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Files beyond it fail while they are written, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def failing(error, name):
+    """`name`'s replacement, as on a full disk."""
+
+    def fail(*args, **kwargs):
+        raise OSError(28, f"{error}: {name}")
+
+    return fail
+
+
+def test_logs_and_grids_that_cannot_be_written_do_not_end_the_run(
+    whole, tmp_path, monkeypatch, capfd
+):
+    """Told once each; the losses and the checkpoint are those of the run."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", failing("No space left", "log"))
+    monkeypatch.setattr(pictures, "write", failing("No space left", "grid"))
+    config = tiny(tmp_path, sample_every=2, sample_count=2, log_every=1)
+    assert run(config)[0] == whole[1]
+    assert_same_state(whole[0], tmp_path)
+    err = capfd.readouterr().err
+    for what in ("log", "grid"):
+        assert err.count(f"not written from here on: [Errno 28] No space left: {what}") == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboards_own_file_may_be_cut_off(whole, tmp_path):
+    """Its writer fails in a thread of its own."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    config = tiny(tmp_path, steps=40, save_every=100, log_every=1)
+    with largest_file(4000), pytest.raises(CheckpointError, match="step-00000040"):
+        loop.train(config, resume=True)
+
+
+def test_an_export_that_cannot_be_written_names_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.recipes, "export", failing("No space left", "model"))
+    message = r"could not write .*model: OSError: .*No space left.* weights are in .*step-00000001"
+    with pytest.raises(RunError, match=message):
+        loop.train(tiny(tmp_path, steps=1))
+    assert len(Checkpoints(tmp_path / loop.CHECKPOINTS).all()) == 1
+
+
+def test_one_run_to_a_folder(tmp_path):
+    """Another process' is named; a process that has died holds nothing on, nor do its workers."""
+    code = "import sys, os, time; from pathlib import Path\n"
+    code += "from dfm_fast.training.outputs import alone\n"
+    code += "with alone('train', Path(sys.argv[1])):\n"
+    code += "    if os.fork() == 0: time.sleep(60)\n"
+    code += "    print(os.getpid(), flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        number = int(process.stdout.readline())
+        with pytest.raises(ValueError, match=f"out: .*no other run writes to, got .*{number}'s$"):
+            loop.train(tiny(tmp_path, steps=1))
+        process.kill()
+        process.wait()
+        assert loop.train(tiny(tmp_path, steps=1)).step == 1
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Though the loss of the step before was."""
+    config = tiny(tmp_path, steps=4, save_every=1)
+    update = loop.Run._update
+
+    def broken(self):
+        norm = update(self)
+        if self.step == 2:  # the third step
+            with torch.no_grad():
+                self.ema.heads.bias[0] = math.inf
+        return norm
+
+    monkeypatch.setattr(loop.Run, "_update", broken)
+    with pytest.raises(NotFinite, match=r"step 3: weights .*checkpoint: .*step-00000002$"):
+        loop.train(config)
+    names = [p.name for p in Checkpoints(tmp_path / loop.CHECKPOINTS).all()]
+    assert names == ["step-00000001", "step-00000002"]
+
+
+def test_copies_and_remains_among_the_checkpoints(whole, tmp_path):
+    """A user's copy is no checkpoint; what is not whole does not count as saved."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(tmp_path / loop.CHECKPOINTS)
+    last = checkpoints.latest()
+    copy = shutil.copytree(last, last.with_name(f"{last.name}-bak"))
+    (last.with_name("step-00000007")).mkdir()
+    assert checkpoints.latest() == last
+    losses, outcome = run(tiny(tmp_path, steps=7), resume=True)
+    assert list(losses) == [7]
+    assert outcome.checkpoint == checkpoints.latest() == last.with_name("step-00000007")
+    assert saved.open_model(copy)[0] == saved.open_model(tmp_path)[0]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_damaged_checkpoint_is_named_and_so_is_the_one_before(whole, tmp_path, name):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    last = Checkpoints(tmp_path / loop.CHECKPOINTS).latest()
+    (last / name).write_bytes((last / name).read_bytes()[:50])
+    older = last.with_name("step-00000003")
+    message = f"{last}: damaged checkpoint: .*; the one before, {older}, is used where"
+    for call in (lambda: run(tiny(tmp_path), resume=True), lambda: saved.open_model(tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    last.rename(last.with_name("damaged"))
+    assert list(run(tiny(tmp_path), resume=True)[0]) == [4, 5, 6]
+
+
+def test_a_full_disk_is_called_one():
+    """torch's own words for it name a line of its source."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 22")
+    assert "is the disk full" in reason(error)
 
 
 def test_checkpoints_of_another_shape_name_the_keys(whole):
@@ -255,6 +415,27 @@ def test_nan_stops_with_the_step_and_the_last_good_checkpoint(tmp_path, monkeypa
     assert [p.name for p in Checkpoints(tmp_path / loop.CHECKPOINTS).all()] == ["step-00000003"]
 
 
+# --- Logs ---
+
+
+def test_speed_is_of_the_steps_and_the_last_window_is_written(tmp_path):
+    """Reports come a step late, at a step that saves at once: it is when they were done that
+    counts."""
+    written = {}
+    board = Board(tmp_path, 0, 7, 2, main=True)
+    board.writer.add_scalar = lambda name, value, step: written.update({(name, step): value})
+    board.since = 100.0
+    for step in range(1, 6):
+        board.step(Report(step, float(step), [1.0], 1.0, 1e-3, 100.0 + 0.5 * step), 8)
+    board.step(Report(6, 6.0, [1.0], 1.0, 1e-3, 103.0), 8)
+    board.step(Report(7, 7.0, [1.0], 1.0, 1e-3, 103.5), 8)
+    board.pause()  # a checkpoint, and the end: nothing was trained since
+    board.close()
+    speeds = {step: value for (name, step), value in written.items() if "images" in name}
+    assert speeds == pytest.approx({2: 16, 4: 16, 6: 16})
+    assert [written["loss", step] for step in (2, 4, 6, 7)] == [1.5, 3.5, 5.5, 7.0]
+
+
 # --- Ranks ---
 
 
@@ -267,6 +448,7 @@ def torchrun(kind, folder):
         *launcher, __file__, kind, str(folder), env={"OMP_NUM_THREADS": "1"}, timeout=180
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "is deprecated" not in result.stderr
     return {int(k): v for k, v in json.loads((folder / "losses.json").read_text()).items()}
 
 

@@ -13,11 +13,17 @@ COMMANDS = {
     "check": "compile every GPU kernel for every target, with no GPU",
     "encode": "write the latents of images or videos, to train on",
     "equivariance": "fine-tune an autoencoder so that its latents can be scaled",
+    "decoder": "train a small decoder for the latents of a frozen autoencoder",
     "train": "train a DFM transformer on images, videos or latents",
     "sample": "pictures from a trained model",
     "report": "turn benchmark results into a table, plots and an HTML page",
 }
-PASSES_ON = ("encode", "equivariance", "train")  # what it does not know, to a parser of its own
+PASSES_ON = (
+    "encode",
+    "equivariance",
+    "decoder",
+    "train",
+)  # what it does not know, to a parser of its own
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,4 +28,7 @@ def _run(rest: list[str]) -> None:
             values = "  ".join(f"{name} {value:.4f}" for name, value in vars(losses).items())
             print(f"step {step + 1}  {values}", flush=True)
 
-    print(finetune(config, on_step=tell))
+    done = finetune(config, on_step=tell)
+    if done.stopped_by:
+        print(f"stopped at step {done.steps} by {done.stopped_by}, saved ", end="")
+    print(done.folder)

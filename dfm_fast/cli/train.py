@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import sys
 from pathlib import Path
+from typing import get_args
+
+from dfm_fast.cli import _configs
+
+PROG = "dfm-fast train"
 
 DESCRIPTION = """\
 Train a DFM transformer on images, videos or latents. Two options come before all others: --preset
-NAME takes the defaults of one of {presets} (digits); --resume goes on from the last checkpoint in
---out, with its configuration, if there is one.
+NAME takes the defaults of one of {presets}
+(without it, of the one that is called as --data.name, or of digits); --resume goes on from the last
+checkpoint in --out, with its configuration, if there is one.
 """
 
 
@@ -32,19 +36,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     from dfm_fast.training import loop
-    from dfm_fast.training.checkpoints import CheckpointError
-    from dfm_fast.training.monitors import NotFinite
 
-    try:
+    def call() -> None:
         config = parse(args.preset, args.resume, args.rest)
         _tell(loop.train(config, resume=args.resume), config)
-    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
-        print(f"dfm-fast train: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, NotFinite) as error:
-        print(f"dfm-fast train: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return _configs.reported(PROG, call)
 
 
 def parse(preset: str | None, resume: bool, rest: list[str]):
@@ -54,23 +51,27 @@ def parse(preset: str | None, resume: bool, rest: list[str]):
     except ImportError as error:
         raise ImportError(f"expected tyro for the command line, got none: {error}") from error
     from dfm_fast.training import config, loop
+    from dfm_fast.training.datasets import Name
+    from dfm_fast.training.outputs import read_json
 
-    saved = _out(rest) / loop.CONFIG if _out(rest) else None
+    out, data = _early(rest)
+    saved = out / loop.CONFIG if out else None
     if resume and saved is not None and saved.exists():
-        base = config.from_json(config.TrainConfig, json.loads(saved.read_text()))
+        base = config.from_json(config.TrainConfig, read_json(saved))
     else:
-        base = config.preset(preset or "digits", Path())
-        base = dataclasses.replace(base, out=tyro.MISSING)
+        known = data if data in get_args(Name) else None  # else tyro names the choices
+        base = dataclasses.replace(config.preset_for(preset, known), out=tyro.MISSING)
     description = DESCRIPTION.format(presets=", ".join(config.PRESETS))
-    return tyro.cli(
-        config.TrainConfig, default=base, args=rest, prog="dfm-fast train", description=description
-    )
+    return tyro.cli(config.TrainConfig, default=base, args=rest, prog=PROG, description=description)
 
 
-def _out(rest: list[str]) -> Path | None:
+def _early(rest: list[str]) -> tuple[Path | None, str | None]:
+    """(--out, --data.name), on which the defaults of the other options depend."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=Path)
-    return parser.parse_known_args(rest)[0].out
+    parser.add_argument("--data.name", dest="data")
+    found = parser.parse_known_args(rest)[0]
+    return found.out, found.data
 
 
 def _tell(outcome, config) -> None:

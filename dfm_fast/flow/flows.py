@@ -209,11 +209,14 @@ class DecomposableFlow(nn.Module):
         *,
         steps: Sequence[int] | int = (30, 10),
         threshold: float | Sequence[float] = 0.1,
+        shift: float = 1.0,
         solver: str = "euler",
         cfg_scale: float = 1.0,
         uncond: Mapping[str, Any] | None = None,
         cfg_interval: tuple[float, float] = (0.0, 1.0),
         preview: Callable[[int, Tensor], None] | None = None,
+        on_step: Callable[[int, list[Tensor]], None] | None = None,
+        noise: Sequence[Tensor] | None = None,
         seed: Seed = None,
         progress: bool = False,
         cuda_graph: bool | None = None,
@@ -227,13 +230,16 @@ class DecomposableFlow(nn.Module):
             model: see the module's docstring; called once per step (twice with "heun"), on
                 conditional and unconditional inputs in one batch where both can be stacked.
             shape: of the result, [N, C, H, W] or [N, C, T, H, W].
-            steps, threshold: see `StageSchedule`; one number of steps per level.
+            steps, threshold, shift: see `StageSchedule`; one number of steps per level.
             solver: "euler" or "heun".
             cfg_scale: w in u + w (c - u); the same for every level.
             uncond: conditions that replace those of `cond` of the same name for u.
             cfg_interval: noise levels (low, high) between which a level is guided.
             preview: called with (stage, picture) after each stage: the collapse of the levels that
                 have been active, at the size of the last of them.
+            on_step: called with (step, levels) after each step; what it writes into the levels that
+                are active is what the next step starts from. They may be written over later.
+            noise: L tensors that the levels start from, in place of the seed's.
             seed: as `philox_normal`; level s starts where `pyramid_add_noise` starts it.
             progress: show a bar (needs tqdm).
             cuda_graph: replay one CUDA graph per stage: None where x is on a GPU, False never. The
@@ -249,7 +255,7 @@ class DecomposableFlow(nn.Module):
                 of wrong count or shape; with `check`, velocities that are not finite.
         """
         op = "DecomposableFlow.sample"
-        schedule = StageSchedule(steps, threshold)
+        schedule = StageSchedule(steps, threshold, shift)
         if schedule.num_levels != self.num_levels:
             _checks.fail(op, "steps", f"{self.num_levels} numbers, one per level", steps)
         guidance = sampler.Guidance(op, cfg_scale, uncond, cfg_interval)
@@ -257,14 +263,17 @@ class DecomposableFlow(nn.Module):
         if dtype not in _checks.FLOATING:
             _checks.fail(op, "dtype", "float32, bfloat16, float16 or float64", dtype, TypeError)
         shapes = self.decomposition.shapes(shape)
+        if noise is not None:
+            _check_noise(op, noise, shapes)
         device = _device(model, device)
         if cuda_graph and device.type != "cuda":
             _checks.fail(op, "cuda_graph", "a CUDA device", device)
-        run = sampler.Sampler(
-            op, model, self.decomposition, schedule, guidance, solver, cond, self.check, preview
-        )
+        what = op, model, self.decomposition, schedule, guidance, solver, cond
+        run = sampler.Sampler(*what, self.check, preview, on_step, noise)
         captured = cuda_graph if cuda_graph is not None else device.type == "cuda"
-        return run(shapes, _start(seed, device), device, dtype, progress, captured)
+        # Nothing is drawn from the device's generator that is not used.
+        key = 0 if noise is not None else _start(seed, device)
+        return run(shapes, key, device, dtype, progress, captured)
 
 
 # Seeds of t, apart from those of the noise: far from any rank's.
@@ -291,6 +300,16 @@ def _shard(op: str, shard: Any, rows: int, seed: Seed) -> Shard | None:
     if seed is None:
         _checks.fail(op, "seed", "a seed, the same for all parts of the batch", None)
     return Shard(start, batch)
+
+
+def _check_noise(op: str, noise: Any, shapes: Sequence[tuple[int, ...]]) -> None:
+    if not isinstance(noise, list | tuple) or len(noise) != len(shapes):
+        got = len(noise) if isinstance(noise, list | tuple) else type(noise).__name__
+        _checks.fail(op, "noise", f"a list of {len(shapes)} tensors", got, TypeError)
+    for s, (level, shape) in enumerate(zip(noise, shapes, strict=True)):
+        _checks.tensor(op, f"noise[{s}]", level, (4, 5))
+        if tuple(level.shape) != tuple(shape):
+            _checks.fail(op, f"noise[{s}]", f"shape {list(shape)}", list(level.shape))
 
 
 def _start(seed: Seed, device: torch.device) -> Tensor | int:

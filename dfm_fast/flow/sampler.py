@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dfm_fast import _checks
 from dfm_fast.flow.decompositions import Decomposition
@@ -91,10 +92,12 @@ class Sampler:
         cond: Mapping[str, Any],
         check: bool,
         preview: Callable[[int, Tensor], None] | None,
+        on_step: Callable[[int, list[Tensor]], None] | None = None,
+        noise: Sequence[Tensor] | None = None,
     ) -> None:
         self.op, self.model, self.decomposition = op, model, decomposition
         self.schedule, self.guidance, self.heun = schedule, guidance, solver == "heun"
-        self.check, self.preview = check, preview
+        self.check, self.preview, self.on_step, self.noise = check, preview, on_step, noise
         # Conditions of c, of u, and (where they can be stacked) of both in one batch.
         self.conditions: dict[str, dict[str, Any]] = {"cond": dict(cond)}
 
@@ -118,12 +121,8 @@ class Sampler:
             if (both := _stacked(cond, other, shapes[0][0])) is not None:
                 self.conditions["both"] = both
         self.w, self.t = self.scales.float().to(device), exact.float().to(device)
-        starts = level_offsets(shapes, 0)
-        noise = {"device": device, "dtype": dtype}
-        x = [
-            philox_normal(shape, seed, offset=o, **noise)
-            for shape, o in zip(shapes, starts, strict=True)
-        ]
+        x = [v.to(device, dtype, copy=True) for v in self.noise or ()]
+        x = x or _noise(shapes, seed, device=device, dtype=dtype)
         bar = _bar(sum(self.schedule.steps)) if progress else None
         for stage, steps in enumerate(self.schedule.stages):
             x = self._stage(stage, steps, x, graphs, bar)
@@ -149,9 +148,14 @@ class Sampler:
         for k in steps:
             x = self._step(stage, k, x, step)
             step += 1
-            if bar is not None:
-                bar.update()
+            self._after(k, x, bar)
         return x
+
+    def _after(self, k: int, x: list[Tensor], bar: Any) -> None:
+        if self.on_step is not None:
+            self.on_step(k, x)
+        if bar is not None:
+            bar.update()
 
     def _step(self, stage: int, k: int, x: list[Tensor], step: Tensor) -> list[Tensor]:
         on = [s <= stage for s in range(len(x))]
@@ -231,8 +235,7 @@ class Sampler:
             if kind not in replays:
                 replays[kind] = capture(lambda k=k: advance(k), [*x, step])
             replays[kind]()
-            if bar is not None:
-                bar.update()
+            self._after(k, x, bar)
         return x
 
 
@@ -259,21 +262,37 @@ def capture(call: Callable[[], None], state: Iterable[Tensor]) -> Callable[[], N
 
 
 def _stacked(a: Mapping[str, Any], b: Mapping[str, Any], n: int) -> dict[str, Any] | None:
-    """Conditions for a batch of both, None where some cannot be stacked."""
+    """Conditions for a batch of both, None where some cannot be stacked. What is the same object
+    and no tensor serves both as it is; of other lists, tuples and dicts every tensor is stacked."""
     if a.keys() != b.keys():
         return None
     both = {}
     for name, left in a.items():
         right = b[name]
-        if isinstance(left, Tensor) and isinstance(right, Tensor):
-            if left.shape != right.shape or left.shape[:1] != (n,) or left.dtype != right.dtype:
-                return None
-            both[name] = torch.cat((left, right))
-        elif left is right:
+        if left is right and not isinstance(left, Tensor):
             both[name] = left
-        else:
+            continue
+        (lefts, spec), (rights, other) = tree_flatten(left), tree_flatten(right)
+        if spec != other or not all(
+            _stackable(x, y, n) for x, y in zip(lefts, rights, strict=True)
+        ):
             return None
+        pairs = zip(lefts, rights, strict=True)
+        stacked = [torch.cat(p) if isinstance(p[0], Tensor) else p[0] for p in pairs]
+        both[name] = tree_unflatten(stacked, spec)
     return both
+
+
+def _stackable(x: Any, y: Any, n: int) -> bool:
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        return x is y
+    return x.shape == y.shape and x.shape[:1] == (n,) and x.dtype == y.dtype
+
+
+def _noise(shapes: Sequence[tuple[int, ...]], seed: Tensor | int, **options: Any) -> list[Tensor]:
+    starts = level_offsets(shapes, 0)
+    pairs = zip(shapes, starts, strict=True)
+    return [philox_normal(shape, seed, offset=start, **options) for shape, start in pairs]
 
 
 def _active(n: int, on: Sequence[bool], device: torch.device) -> Tensor:

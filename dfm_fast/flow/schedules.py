@@ -8,11 +8,17 @@ noise level of level s before step k is (DFM, arXiv 2506.19839, §3.3; 1 is pure
     t_s(k) = tau_s (1 - (k - b_(s+1)) / (N - b_(s+1)))     k >= b_(s+1)          with the finer ones
 
 and the last level falls from 1 to 0 in its own stage: all end at 0 together.
+
+With one level a shift s spends more steps where there is much noise, as large pictures need
+(Stable Diffusion 3, arXiv 2403.03206, §5.3.2):
+
+    t'(k) = s t(k) / (1 + (s - 1) t(k))
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,18 +34,25 @@ class StageSchedule:
         steps: L numbers of steps, at least 1 each.
         threshold: noise level in [0, 1) at which the next level starts, for every level but the
             last: a number, or L - 1 of them (L where the last is 0, which it is anyway).
+        shift: s, positive; 1 is none. Only with one level: it would move the thresholds, too.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
 
-    def __init__(self, steps: Sequence[int] | int, threshold: float | Sequence[float] = 0.1):
+    def __init__(
+        self,
+        steps: Sequence[int] | int,
+        threshold: float | Sequence[float] = 0.1,
+        shift: float = 1.0,
+    ) -> None:
         op = type(self).__name__
         steps = (steps,) if isinstance(steps, int) else steps
         if not isinstance(steps, Sequence) or not steps:
             _checks.fail(op, "steps", "a sequence of numbers of steps", repr(steps), TypeError)
         self.steps = tuple(_checks.integer(op, f"steps[{s}]", n, 1) for s, n in enumerate(steps))
         self.threshold = _thresholds(op, threshold, len(self.steps))
+        self.shift = _shift(op, shift, len(self.steps))
 
     @property
     def num_levels(self) -> int:
@@ -62,7 +75,8 @@ class StageSchedule:
                 rest = tau * (1 - (k - end) / (total - end))
                 t = torch.where(k > end, rest, t)
             columns.append(t)
-        return torch.stack(columns, 1)
+        t = torch.stack(columns, 1)
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
     def active(self) -> Tensor:
         """[N, L] bool: whether a level is denoised in step k."""
@@ -70,7 +84,18 @@ class StageSchedule:
         return torch.stack([torch.arange(sum(self.steps)) >= own.start for own in stages], 1)
 
     def __repr__(self) -> str:
-        return f"StageSchedule(steps={self.steps}, threshold={self.threshold[:-1]})"
+        shift = "" if self.shift == 1 else f", shift={self.shift:g}"
+        return f"StageSchedule(steps={self.steps}, threshold={self.threshold[:-1]}{shift})"
+
+
+def _shift(op: str, shift: float, num_levels: int) -> float:
+    if isinstance(shift, bool) or not isinstance(shift, int | float):
+        _checks.fail(op, "shift", "a number", repr(shift), TypeError)
+    if not (0 < shift < math.inf):
+        _checks.fail(op, "shift", "a positive number", shift)
+    if shift != 1 and num_levels > 1:
+        _checks.fail(op, "shift", f"1, as there are {num_levels} levels", shift)
+    return float(shift)
 
 
 def _thresholds(op: str, threshold: float | Sequence[float], num_levels: int) -> tuple[float, ...]:

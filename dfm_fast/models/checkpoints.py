@@ -1,4 +1,4 @@
-"""Weights of published models, renamed to `DFMTransformer`'s.
+"""Weights of published models, renamed to `DFMTransformer`'s and `SnapGenUNet`'s.
 
 Each function takes a state dict and gives one for `load_state_dict`; nothing is downloaded.
 
@@ -25,11 +25,13 @@ says what they are called where nothing else is known; see `dfm_sit_state_dict`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfm_fast import _checks
+from dfm_fast.models.snapgen import SnapGenUNet
 
 _ATTENTION = ("attn.qkv", "attn.proj")
 _MLP = {"mlp.fc1": "mlp.net.0.proj", "mlp.fc2": "mlp.net.2"}
@@ -140,3 +142,108 @@ def _head(rows: Tensor, patches: Tensor) -> Tensor:
     _, channels, patch, _ = patches.shape
     rows = rows.unflatten(0, (patch, patch, -1))[:, :, :channels]  # [p, p, C, ...]
     return rows.movedim(2, 0).flatten(0, 2)
+
+
+# --- DreamLite's UNet, of SnapGen's design --------------------------------------------------------
+
+# What a configuration of diffusers' `DreamLiteUNetModel` must say for `SnapGenUNet` to compute it.
+_DREAMLITE = {
+    "center_input_sample": (False,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "only_cross_attention": (False,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "act_fn": ("silu", "swish"),
+    "norm_eps": (1e-5,),
+    "reverse_transformer_layers_per_block": (None,),
+    "encoder_hid_dim_type": (None, "text_proj_rms"),
+    "dual_cross_attention": (False,),
+    "class_embed_type": (None,),
+    "addition_embed_type": (None, "time"),
+    "addition_time_embed_dim": (None, 256),
+    "num_class_embeds": (None,),
+    "upcast_attention": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_type": ("positional",),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "attention_type": ("default",),
+    "class_embeddings_concat": (False,),
+    "mid_block_only_cross_attention": (None, False),
+    "qk_norm": (None, "rms_norm"),
+    "num_mid_layers": (1,),
+}
+
+
+def snapgen_from_dreamlite(unet: nn.Module) -> SnapGenUNet:
+    """A `SnapGenUNet` that computes what diffusers' `DreamLiteUNetModel` does, with its weights.
+
+    Its timestep is 1000 t. Parameters have the same names; where projections of its transformers
+    are 1x1 convolutions, they become linear layers.
+
+    Args:
+        unet: the model.
+
+    Raises:
+        ValueError: a configuration that `SnapGenUNet` has no form of, by its key.
+    """
+    op, config = "snapgen_from_dreamlite", dict(unet.config)
+    for key, allowed in _DREAMLITE.items():
+        if any(value not in allowed for value in _listed(config[key], 1)):
+            expected = " or ".join(map(repr, allowed))
+            _checks.fail(op, f"unet.config.{key}", expected, repr(config[key]))
+    with torch.device("meta"):
+        model = SnapGenUNet(**_dreamlite_config(op, config))
+    state = {
+        name: v.flatten(1) if v.ndim == 4 and name.split(".")[-2] in ("proj_in", "proj_out") else v
+        for name, v in unet.state_dict().items()
+    }
+    one = next(iter(state.values()))
+    model = model.to(one.dtype).to_empty(device=one.device)
+    model.load_state_dict(state)
+    return model.train(unet.training)
+
+
+def _listed(value: Any, stages: int) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] * stages
+
+
+def _dreamlite_config(op: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`SnapGenUNet`'s arguments."""
+    widths, kinds = config["block_out_channels"], config["down_block_types"]
+    stages, going_up = len(widths), config["up_block_types"]
+    depths = _listed(config["transformer_layers_per_block"], stages)
+    plain = ["CrossAttn" not in kind for kind in kinds]
+    mirrored = [kind.replace("DownBlock", "UpBlock") for kind in reversed(kinds)]
+    last = "CrossAttn" in going_up[-1]
+    if list(going_up[:-1]) != mirrored[:-1] or (last and going_up[-1] != mirrored[-1]):
+        _checks.fail(op, "unet.config.up_block_types", f"{mirrored} but for the last", going_up)
+    one = {}
+    for key in ("layers_per_block", "cross_attention_dim"):
+        values = _listed(config[key], stages)
+        one[key] = values[0]
+        if len(set(values)) > 1:
+            _checks.fail(op, f"unet.config.{key}", "one for all stages", values)
+    return {
+        "in_channels": config["in_channels"],
+        "channels": list(widths),
+        "depths": [0 if p else d for p, d in zip(plain, depths, strict=True)],
+        "heads": _listed(config["attention_head_dim"], stages),  # diffusers calls their number so
+        "cross_dim": one["cross_attention_dim"],
+        "text_dim": config["encoder_hid_dim"] if config["encoder_hid_dim_type"] else None,
+        "layers": one["layers_per_block"],
+        "mid_depth": depths[-1],
+        "kv_heads": config["num_kv_heads"],
+        "self_attention": ["CrossAttnDown" in kind for kind in kinds],
+        "last_transformer": last,
+        "convolutions": "expanded" if config["use_sep_conv"] else "dense",
+        "ff_mult": config["ff_mult"],
+        "qk_norm": config["qk_norm"] is not None,
+        "time_channels": config["time_embedding_dim"] or 4 * widths[0],
+        "num_ids": (config["projection_class_embeddings_input_dim"] or 0) // 256,
+        "groups": config["norm_num_groups"],
+    }

@@ -13,6 +13,11 @@ from dfm_fast.models._pretrained import check_state
 from dfm_fast.models.dfm import DFMTransformer
 from dfm_fast.models.flux import PATCH, FluxDFM
 
+# Arguments that may change, as what the trained levels give does not: at all, or from False to
+# True, which adds parameters that start as an identity.
+FREE = ("checkpointing", "class_dropout", "input_size")
+ADDED = ("block_conditioning", "stage_embedding")
+
 
 @torch.no_grad()
 def expand_to_dfm(
@@ -21,7 +26,8 @@ def expand_to_dfm(
     in_channels: int | Sequence[int] | None = None,
     **options: Any,
 ) -> DFMTransformer | FluxDFM:
-    """A trained model, and finer levels with parameters of zero: what the levels of the model were
+    """A trained model, and finer levels with parameters of zero (a new stage has the embedding of
+    the last one): what the levels of the model were
     given is unchanged until training moves them (arXiv 2506.19839, fine-tuning).
 
     Args:
@@ -30,7 +36,9 @@ def expand_to_dfm(
         patch_sizes: of the finer levels that are new; for FLUX, whose own patches are 2 x 2, (4,)
             where a level has twice the side of the one before.
         in_channels: of theirs; None takes those of the model's finest level.
-        options: arguments of `DFMTransformer` or `FluxDFM` that change, such as `checkpointing`.
+        options: arguments of `DFMTransformer` or `FluxDFM` that change: of the former
+            `checkpointing`, `class_dropout`, `input_size`, `block_conditioning` and
+            `stage_embedding`, where they are new, and `data_std`, which gets the finer levels'.
 
     Returns:
         A new model on the same device, in the same dtype: a `DFMTransformer` with copies of the
@@ -38,7 +46,8 @@ def expand_to_dfm(
         twice), so that training it changes the model that was given.
 
     Raises:
-        TypeError: a model of another class. ValueError: weights or arguments that do not fit.
+        TypeError: a model of another class. ValueError: weights or arguments that do not fit;
+            options that would change what the trained levels give.
     """
     if isinstance(model, DFMTransformer):
         return _expand_own(model, patch_sizes, in_channels, options)
@@ -55,6 +64,7 @@ def _expand_own(
     in_channels: int | Sequence[int] | None,
     options: dict[str, Any],
 ) -> DFMTransformer:
+    _check_options(model, options, len(patch_sizes))
     config = {**model.config, **options}
     new = model.channels[-1] if in_channels is None else in_channels
     new = (new,) * len(patch_sizes) if isinstance(new, int) else tuple(new)
@@ -69,9 +79,32 @@ def _expand_own(
     for name, value in own.items():
         if name in given:  # what is new lies behind what was there, in every parameter
             value.zero_()[tuple(map(slice, given[name].shape))] = given[name]
+            if name == "stage_embedder.weight":
+                value[model.num_levels :] = given[name][-1]
+        elif name == "stage_embedder.weight":
+            value.zero_()
         elif name.startswith("t_embedders") and ".mlp.2." in name:
             value.zero_()  # the layer before keeps its start, so that this one gets gradients
     return wide.train(model.training)
+
+
+def _check_options(model: DFMTransformer, options: dict[str, Any], new: int) -> None:
+    op = "expand_to_dfm"
+    old_std, std = model.data_std, options.get("data_std", model.data_std)
+    if old_std is not None and (std is None or len(std) != len(old_std) + new):
+        _checks.fail(op, "data_std", f"{list(old_std)} and {new} more numbers", std)
+    for name, value in options.items():
+        old = model.config.get(name)
+        if name == "data_std" and old is not None:
+            value = value[: len(old)]
+        same = _plain(value) == _plain(old)
+        if name in model.config and name not in FREE and not same and (old or name not in ADDED):
+            expected = f"{_plain(old)}, as the model was trained"
+            _checks.fail(op, name, expected, _plain(value))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _expand_flux(

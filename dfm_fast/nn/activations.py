@@ -233,24 +233,50 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim] -> [..., dim_out]."""
-        first, dropout, last = self.net[0], self.net[1], self.net[2]
-        if not (self.training and dropout.p) and _epilogues_serve(x, first, last):
+        x = feed_forward(x, self.net[0], self.net[1], self.net[2])
+        return x if len(self.net) == 3 else self.net[3](x)
+
+
+class Projected(NamedTuple):
+    """A first layer whose projection is part of somebody else's module."""
+
+    proj: nn.Module
+    activation: _Activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.activation.function(self.proj(x))
+
+
+def activation_of(name: str) -> _Activation:
+    """As `FeedForward` names it."""
+    return _ACTIVATIONS[name]
+
+
+def feed_forward(
+    x: Tensor, first: nn.Module | Projected, dropout: nn.Module, last: nn.Module
+) -> Tensor:
+    """last(dropout(first(x))): what `FeedForward` computes, of whatever layers."""
+    if not (dropout.training and dropout.p):
+        if _epilogues_serve(x, first, dropout, last):
             return _inference(x.flatten(0, -2), first, last).unflatten(0, x.shape[:-1])
-        if not (self.training and dropout.p) and _recomputes(x, first, dropout, last):
+        if _recomputes(x, first, dropout, last):
             h = linear(x, first.proj.weight, first.proj.bias)
-            x = _LinearOfActivation.apply(h, last.weight, last.bias, first.activation)
-            return x if len(self.net) == 3 else self.net[3](x)
-        for module in self.net:
-            x = module(x)
-        return x
+            return _LinearOfActivation.apply(h, last.weight, last.bias, first.activation)
+    return last(dropout(first(x)))
 
 
-def _plain(first: nn.Module, *layers: nn.Module) -> bool:
+def _plain(first: nn.Module | Projected, *layers: nn.Module) -> bool:
     """Whether nobody replaced the layers, or looks on."""
-    return type(first) in (GEGLU, _ActivatedLinear) and not any(map(_hooked, (first, *layers)))
+    own = type(first) is Projected or (type(first) in _OWN and not _hooked(first))
+    return own and not any(map(_hooked, layers))
 
 
-def _recomputes(x: Tensor, first: nn.Module, dropout: nn.Module, last: nn.Module) -> bool:
+_OWN = (GEGLU, _ActivatedLinear)
+
+
+def _recomputes(
+    x: Tensor, first: nn.Module | Projected, dropout: nn.Module, last: nn.Module
+) -> bool:
     """Whether backward will need the activation, and it can be computed again there."""
     return (
         not torch.compiler.is_compiling()
@@ -260,7 +286,7 @@ def _recomputes(x: Tensor, first: nn.Module, dropout: nn.Module, last: nn.Module
         and type(last) is nn.Linear
         and first.activation.gradient is not None
         and type(x) is Tensor
-        and differentiable(x, *first.parameters(), *last.parameters())
+        and differentiable(x, *first.proj.parameters(), *last.parameters())
     )
 
 
@@ -309,15 +335,17 @@ def _measured_faster(x: Tensor) -> bool:
 # --- Inference on a CPU ---------------------------------------------------------------------------
 
 
-def _epilogues_serve(x: Tensor, first: nn.Module, last: nn.Module) -> bool:
+def _epilogues_serve(
+    x: Tensor, first: nn.Module | Projected, dropout: nn.Module, last: nn.Module
+) -> bool:
     """Whether x and the layers are plain enough, and oneDNN there."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    if not _plain(first) or first.activation.onednn is None:
+    if not _plain(first, dropout) or first.activation.onednn is None:
         return False
     if any(type(m) is not nn.Linear or _hooked(m) for m in (first.proj, last)):
         return False
-    parameters = [*first.parameters(), *last.parameters()]
+    parameters = [*first.proj.parameters(), *last.parameters()]
     return (
         x.ndim >= 2
         and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
@@ -339,7 +367,7 @@ def _bf16_serves() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _inference(x: Tensor, first: _ActivatedLinear, last: nn.Linear) -> Tensor:
+def _inference(x: Tensor, first: _ActivatedLinear | Projected, last: nn.Linear) -> Tensor:
     """x [rows, dim] -> [rows, dim_out]. The hidden tensor comes in blocks of columns: gate, then
     hidden = (x W + b) gate, then its part of the output."""
     linear = torch.ops.mkldnn._linear_pointwise  # what Inductor calls

@@ -6,96 +6,13 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dfm_fast import _checks
-from dfm_fast._library import differentiable
+from dfm_fast.nn._packs import linears, pack
 from dfm_fast.nn.convolutions import DepthwiseConv2d
 from dfm_fast.ops import multi_query_attention, qk_norm_rope, rms_norm, rope_2d
 from dfm_fast.ops.convolutions import KERNEL_SIZES
-
-# --- Several linear layers as one -----------------------------------------------------------------
-#
-# Weights of layers that read the same input are parts of one piece of memory, one after the other:
-# together they are the weight of one wider layer, a view, whoever wrote into them and how. (A
-# packed copy would not see `weight.data.mul_`.) What gives them memory of their own, such as a new
-# Parameter or FSDP, makes them separate products again, and nothing else.
-
-
-def pack(*layers: nn.Linear) -> None:
-    """Move their weights into one piece of memory, if they are what they were built as."""
-    if any(type(layer) is not nn.Linear for layer in layers):
-        return
-    weights = [layer.weight for layer in layers]
-    one = weights[0]
-    alike = all(w.dtype == one.dtype and w.device == one.device for w in weights)
-    if not alike or one.is_meta or any(type(w) is not nn.Parameter for w in weights):
-        return
-    if packed(*layers) is None:
-        with torch.no_grad():
-            whole = torch.cat([w.detach() for w in weights])
-            for w, part in zip(weights, whole.split([len(w) for w in weights]), strict=True):
-                w.data = part
-
-
-def packed(*layers: nn.Module) -> Tensor | None:
-    """The weight of all, [sum of outputs, inputs], if it lies there and the layers are plain."""
-    if any(type(layer) is not nn.Linear or layer.bias is not None for layer in layers):
-        return None
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
-        return None
-    weights = [layer.weight for layer in layers]
-    first, end, rows = weights[0], None, 0
-    for w in weights:
-        if type(w) is not nn.Parameter or w.is_meta or not w.is_contiguous():
-            return None
-        if end is not None and (w.data_ptr() != end or w.dtype != first.dtype):
-            return None
-        end, rows = w.data_ptr() + w.numel() * w.element_size(), rows + len(w)
-    storage = first.untyped_storage().data_ptr()
-    if any(w.untyped_storage().data_ptr() != storage for w in weights):
-        return None  # neighbours by chance
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
-
-
-class _PackedLinear(torch.autograd.Function):
-    """F.linear(x, whole), whose gradient goes to the parts."""
-
-    @staticmethod
-    def forward(ctx, x, whole, *parts):
-        ctx.save_for_backward(x, *parts)  # whose versions tell of changes; `whole` has none
-        ctx.whole = whole
-        return F.linear(x, whole)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (x, *parts), dx, grads = ctx.saved_tensors, None, [None] * (len(ctx.needs_input_grad) - 2)
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ ctx.whole.to(dy.dtype)).to(x.dtype)
-        if any(ctx.needs_input_grad[2:]):
-            dw = dy.flatten(0, -2).t() @ x.to(dy.dtype).flatten(0, -2)
-            grads = dw.to(parts[0].dtype).split([len(w) for w in parts])
-            needs = ctx.needs_input_grad[2:]
-            grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return dx, None, *grads
-
-
-def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """layer(x) of each, by one product where their weights are packed: then views of one tensor."""
-    whole = None
-    if type(x) is Tensor and not torch.compiler.is_compiling():
-        whole = packed(*layers)
-    if whole is None:
-        return tuple(layer(x) for layer in layers)
-    parts = [layer.weight for layer in layers]
-    y = _PackedLinear.apply(x, whole, *parts) if differentiable(x, *parts) else F.linear(x, whole)
-    return y.split([len(w) for w in parts], -1)
-
-
-# --- Layers ---------------------------------------------------------------------------------------
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
@@ -221,7 +138,10 @@ class CrossAttention(_Attention):
 
     def key_values(self, text: Tensor, mask: Tensor | None = None) -> KeyValues:
         """text [B, S, cross_dim]; mask bool [B, S], True for tokens that count, or None: all."""
-        k, v = (_heads(y, self.head_dim) for y in linears(text, *self._packs()))
+        return self._key_values(*linears(text, *self._packs()), mask)
+
+    def _key_values(self, k: Tensor, v: Tensor, mask: Tensor | None) -> KeyValues:
+        k, v = _heads(k, self.head_dim), _heads(v, self.head_dim)
         if self.norm_k is not None:
             k = rms_norm(k, self.norm_k.weight, eps=self.eps)
         return KeyValues(k, v.contiguous(), mask)
@@ -294,7 +214,9 @@ class SeparableConvAttention(MultiQueryAttention):
             _checks.fail(op, "x", f"{self.dim} channels", x.shape[1])
         last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         size = x.shape[2:]
-        tables = _tables(*size, self.head_dim, self.base, x.device, x.dtype) if self.rope else ()
+        tables = ()
+        if self.rope:
+            tables = rotary_tables(*size, self.head_dim, self.base, x.device, x.dtype)
         if self.depthwise is not None:
             x = self.depthwise(x)
         tokens = x.flatten(2).transpose(1, 2)  # [N, H W, C], a view of channels_last
@@ -306,7 +228,7 @@ class SeparableConvAttention(MultiQueryAttention):
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(
+def rotary_tables(
     height: int, width: int, d: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Made once for a size; outside inference mode, whose tensors no backward may keep."""

@@ -118,21 +118,27 @@ class SeparableConvBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        temb: Tensor,
+        temb: Tensor | None = None,
         statistics: ChannelStatistics | None = None,
         with_statistics: bool = False,
+        *,
+        shift: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ChannelStatistics]:
         """x [N, C, H, W], temb [N, time_channels], `channel_statistics(x)` or None ->
         y [N, out_channels, H, W] in the memory format of x; or (y, those of y), for the block that
-        follows, which then reads its input once less."""
+        follows, which then reads its input once less. `shift` [N, hidden] in place of temb is
+        time_emb_proj(silu(temb)), where a model computed those of all its blocks at once."""
         op = "SeparableConvBlock"
         _checks.tensor(op, "x", x, (4,))
-        _checks.tensor(op, "temb", temb, (2,))
-        if temb.shape != (x.shape[0], self.time_channels):
-            wanted = [x.shape[0], self.time_channels]
-            _checks.fail(op, "temb", f"shape {wanted}", list(temb.shape))
+        if shift is None:
+            _checks.tensor(op, "temb", temb, (2,))
+            if temb.shape != (x.shape[0], self.time_channels):
+                wanted = [x.shape[0], self.time_channels]
+                _checks.fail(op, "temb", f"shape {wanted}", list(temb.shape))
+            shift = self.time_emb_proj(F.silu(temb))
+        elif temb is not None:
+            _checks.fail(op, "shift", "None beside temb, which gives it", "both")
         statistics = channel_statistics(x.detach()) if statistics is None else statistics
-        shift = self.time_emb_proj(F.silu(temb))
         h, found = self.conv1(x, shift, None, self.norm1, statistics, with_statistics=True)
         return self.conv2(h, None, self._shortcut(x), self.norm2, found, with_statistics)
 

@@ -7,24 +7,32 @@ written under a temporary name, flushed to the disk and renamed; only then the o
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dfm_fast.training.distributed import World
-from dfm_fast.training.recipes import Recipe
+from dfm_fast.training.outputs import RunError
 
 PREFIX, TEMPORARY = "step-", ".tmp-"
+NAME = re.compile(rf"{PREFIX}\d+")
 
 
-class CheckpointError(RuntimeError):
+class Written(Protocol):
+    """What a run's weights are, as files beside them: its recipe."""
+
+    def write(self, folder: Path) -> None: ...
+
+
+class CheckpointError(RunError):
     """A checkpoint that could not be written; the older ones are as they were."""
 
 
@@ -36,18 +44,18 @@ class Checkpoints:
         self.world = world or World(0, 1, torch.device("cpu"))
 
     def all(self) -> list[Path]:
-        """Whole ones, oldest first."""
-        found = [p for p in self.folder.glob(f"{PREFIX}*") if (p / ".metadata").exists()]
-        return sorted(found, key=step_of)
+        """Whole ones, oldest first; folders of other names (a user's copies) are none."""
+        named = [p for p in self.folder.glob(f"{PREFIX}*") if NAME.fullmatch(p.name)]
+        return sorted((p for p in named if whole(p)), key=step_of)
 
     def latest(self) -> Path | None:
         found = self.all()
         return found[-1] if found else None
 
-    def save(self, step: int, state: dict[str, Any], recipe: Recipe) -> Path:
+    def save(self, step: int, state: dict[str, Any], recipe: Written) -> Path:
         """All ranks call it. Raises CheckpointError on all of them where one cannot write."""
         target = self.folder / f"{PREFIX}{step:08d}"
-        if target.exists():  # the same run at the same step
+        if whole(target):  # the same run at the same step
             return target
         temporary = self.folder / f"{TEMPORARY}{target.name}"
         self._together(target, lambda: self._prepare(temporary))
@@ -78,9 +86,10 @@ class Checkpoints:
             shutil.rmtree(left)
         temporary.mkdir()
 
-    def _finish(self, temporary: Path, target: Path, recipe: Recipe) -> None:
+    def _finish(self, temporary: Path, target: Path, recipe: Written) -> None:
         recipe.write(temporary)
         flush(temporary)
+        shutil.rmtree(target, ignore_errors=True)  # one of that name that is not whole
         os.rename(temporary, target)
         flush(self.folder)
         for old in self.all()[: -self.keep]:
@@ -94,10 +103,10 @@ def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Fill `state` (tensors in place) from a checkpoint, whatever ranks wrote it.
 
     Raises:
-        ValueError: one that names every key that is missing, or of another shape.
+        ValueError: one that names every key that is missing, or of another shape; a damaged file.
     """
     check_fits(path, state)
-    with _alone_is_fine():
+    with _alone_is_fine(), _named(path):
         dcp.load(state, checkpoint_id=path)
     return state
 
@@ -115,8 +124,21 @@ def _alone_is_fine() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What cannot be read is a ValueError that names the checkpoint, and the one before."""
+    try:
+        yield
+    # Pickle raises all sorts of errors for bad bytes; CheckpointException is no Exception.
+    except (Exception, dcp.CheckpointException) as error:
+        older = [p for p in Checkpoints(path.parent).all() if step_of(p) < step_of(path)]
+        rest = f"; the one before, {older[-1]}, is used where this one is moved away" * bool(older)
+        raise ValueError(f"{path}: damaged checkpoint: {reason(error)}{rest}") from error
+
+
 def check_fits(path: Path, state: Mapping[str, Any]) -> None:
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    with _named(path):
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     wrong = []
     for name, own in _flat(state).items():
         there = saved.get(name)
@@ -138,8 +160,13 @@ def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def whole(path: Path) -> bool:
+    return (path / ".metadata").exists()
+
+
 def step_of(path: Path) -> int:
-    return int(path.name.removeprefix(PREFIX))
+    """-1 for a folder of another name, such as a copy."""
+    return int(path.name.removeprefix(PREFIX)) if NAME.fullmatch(path.name) else -1
 
 
 def flush(folder: Path) -> None:
@@ -157,4 +184,6 @@ def reason(error: BaseException | None) -> str:
         error = next(iter(error.failures.values()))[0]
     while error is not None and not isinstance(error, OSError) and error.__cause__ is not None:
         error = error.__cause__
+    if "inline_container" in str(error):  # torch's way to say it
+        return "OSError: a file could not be written whole: is the disk full?"
     return "another rank failed" if error is None else f"{type(error).__name__}: {error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,15 @@ class ModelConfig:
 
     positions: Literal["sincos", "rope"] = "rope"
     qk_norm: bool = True
+
+    block_conditioning: bool = False
+    """A layer of every block's own on the conditioning, the identity at first."""
+
     stage_embedding: bool = False
+    """Embed how many levels are active."""
+
+    flip_time: bool = False
+    """Embed 1 - t: for weights (`init`) of models whose time runs from noise to data, as SiT's."""
 
     precondition: bool = False
     """EDM's preconditioning, by the deviations of the levels of the data."""
@@ -149,18 +158,33 @@ class TrainConfig:
 
     sample_count: int = 40
 
+    init: Path | None = None
+    """Folder of weights to begin with: a saved or exported model, or a run. A model of fewer levels
+    gets the finer ones, which change nothing at first."""
+
 
 # --- Presets --------------------------------------------------------------------------------------
 
 
 def _paper(size: str, data: DataConfig, patches: tuple[int, ...], **flow: Any):
-    """The paper's recipe; latents are made by `dfm-fast encode`."""
+    """The paper's recipe and network; latents are made by `dfm-fast encode`. The class's own
+    defaults give the rotary positions and the QK norm."""
+    network = {"block_conditioning": True, "stage_embedding": True, "precondition": True}
     return {
         "data": data,
-        "model": ModelConfig(size=size, patch_sizes=patches),
+        "model": ModelConfig(size=size, patch_sizes=patches, **network),
         "flow": FlowConfig(**flow),
         "distribution": "fsdp" if size == "XL" else "ddp",
         "compile": True,
+    }
+
+
+def _own(name: str, patches: tuple[int, ...], **flow: Any) -> dict[str, Any]:
+    """Data of one's own: the paper's recipe of the middle size, and patches for its resolution."""
+    return {
+        "data": DataConfig(name=name),
+        "model": ModelConfig(patch_sizes=patches),
+        "flow": FlowConfig(**flow),
     }
 
 
@@ -183,6 +207,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimizer": OptimizerConfig(lr=5e-4, warmup=200, schedule="cosine", ema=0.999),
         "steps": 5000, "batch": 32, "save_every": 500, "sample_every": 500, "sample_count": 16,
     },
+    "images": _own("images", (8, 16)),
+    "webdataset": _own("webdataset", (8, 16)),
+    "videos": _own("videos", (8, 16), factor=(1, 2, 2)),
+    "latents": _own("latents", (1, 2)),
     "imagenet-512-b": _paper("B", _LATENTS, (1, 2), threshold=0.3),
     "imagenet-512-l": _paper("L", _LATENTS, (1, 2), threshold=0.3),
     "imagenet-512-xl": _paper("XL", _LATENTS, (1, 2), threshold=0.3),
@@ -201,6 +229,21 @@ def preset(name: str, out: str | Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**PRESETS[name], "out": Path(out), **changes})
 
 
+def preset_for(name: str | None, data: str | None) -> TrainConfig:
+    """The preset `name`, with what belongs to its data replaced where `data` is of another name;
+    without a name, the preset that is called as the data."""
+    base = preset(name or data or "digits", Path())
+    if data is None or data == base.data.name:
+        return base
+    own = preset(data, Path())
+    return dataclasses.replace(
+        base,
+        data=own.data,
+        model=dataclasses.replace(base.model, patch_sizes=own.model.patch_sizes),
+        flow=dataclasses.replace(base.flow, factor=own.flow.factor),
+    )
+
+
 # --- Checks ---------------------------------------------------------------------------------------
 
 
@@ -216,18 +259,33 @@ def check(config: TrainConfig, world_size: int) -> None:
     if config.batch % parts:
         expected = f"a multiple of {parts} ({world_size} ranks x accumulate {config.accumulate})"
         _checks.fail(op, "batch", expected, config.batch)
-    optimizer = config.optimizer
-    if not optimizer.lr > 0:
-        _checks.fail(op, "optimizer.lr", "a positive number", optimizer.lr)
-    _checks.integer(op, "optimizer.warmup", optimizer.warmup, 0)
-    if not 0 <= optimizer.ema < 1:
-        _checks.fail(op, "optimizer.ema", "from 0 to below 1", optimizer.ema)
-    if not optimizer.clip >= 0:
-        _checks.fail(op, "optimizer.clip", "at least 0", optimizer.clip)
-    levels = len(config.model.patch_sizes)
-    if config.flow.sample_steps and len(config.flow.sample_steps) != levels:
-        expected = f"{levels} numbers, one per level"
-        _checks.fail(op, "flow.sample_steps", expected, config.flow.sample_steps)
+    _checks.integer(op, "optimizer.warmup", config.optimizer.warmup, 0)
+    for name, (expected, holds) in _NUMBERS.items():
+        section, _, field_name = name.partition(".")
+        values = getattr(getattr(config, section), field_name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if not (math.isfinite(value) and holds(value)):
+                _checks.fail(op, name, expected, value)
+    levels, steps = len(config.model.patch_sizes), config.flow.sample_steps
+    if steps and len(steps) != levels:
+        _checks.fail(op, "flow.sample_steps", f"{levels} numbers, one per level", steps)
+    for n in steps:
+        _checks.integer(op, "flow.sample_steps", n, 1)
+
+
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "optimizer.lr": ("a positive number", lambda v: v > 0),
+    "optimizer.betas": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "optimizer.weight_decay": ("at least 0", lambda v: v >= 0),
+    "optimizer.ema": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "optimizer.clip": ("at least 0", lambda v: v >= 0),
+    "model.class_dropout": ("from 0 to 1", lambda v: 0 <= v <= 1),
+    "flow.location": ("a finite number", lambda v: True),
+    "flow.earlier_location": ("a finite number", lambda v: True),
+    "flow.scale": ("a positive number", lambda v: v > 0),
+    "flow.threshold": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "flow.cfg": ("a finite number", lambda v: True),
+}
 
 
 # --- As JSON --------------------------------------------------------------------------------------

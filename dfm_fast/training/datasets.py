@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -238,24 +238,42 @@ def files_by_class(
     """Sorted (path, label) below the split's folder, and the names of its classes.
 
     Subfolders are classes, in alphabetical order; files in the folder itself have none, and then
-    nothing has.
+    nothing has. Links are followed; what begins with a dot is left out.
     """
     root, suffixes = root_of(config, split), tuple(suffixes)
     if not root.is_dir():
         raise FileNotFoundError(f"open_dataset: root: expected a folder, got {root}")
-    paths = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-    )
+    paths = sorted(path for path in _files_below(root) if path.suffix.lower() in suffixes)
     if not paths:
         kinds = ", ".join(suffixes)
         _checks.fail("open_dataset", "root", f"files ({kinds})", f"none in {root}")
     parts = [path.relative_to(root).parts for path in paths]
-    if not config.labels or any(len(p) == 1 for p in parts):
+    loose = [p[0] for p in parts if len(p) == 1]
+    if config.labels and loose and len(loose) < len(parts):
+        warnings.warn(
+            f"open_dataset: root: {len(loose)} files lie in {root} itself ({loose[0]} ...): its "
+            "subfolders are no classes, and the data has no labels",
+            stacklevel=2,
+        )
+    if not config.labels or loose:
         return [(path, 0) for path in paths], []
     names = class_folders(config, root)
     return [(path, names.index(p[0])) for path, p in zip(paths, parts, strict=True)], names
+
+
+def _files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """All that is no folder, links followed (a dangling one too: whoever reads it will tell);
+    nothing hidden, and no folder inside itself."""
+    status = folder.stat()
+    if (own := (status.st_dev, status.st_ino)) in above:
+        return
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files_below(path, above | {own})
+        else:
+            yield path
 
 
 def class_folders(config: DataConfig, root: Path) -> list[str]:

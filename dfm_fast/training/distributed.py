@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -55,10 +56,7 @@ class World:
 
 def start(device: str = "auto") -> World:
     """The world that torchrun's environment describes, or one process."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        _checks.fail("train", "device", "cuda on this machine", "none")
+    device = device_named("train", device)
     at = torch.device(device)
     if device == "cuda":
         at = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -69,6 +67,15 @@ def start(device: str = "auto") -> World:
         # Decisions are taken between the hosts, by gloo, so that no stream waits for them.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     return World(dist.get_rank(), dist.get_world_size(), at)
+
+
+def device_named(op: str, device: str) -> str:
+    """ "auto" resolved; an error for a GPU that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        _checks.fail(op, "device", "cuda on this machine", "none")
+    return device
 
 
 def leave(status: int) -> int:
@@ -96,10 +103,13 @@ def wrap(model: nn.Module, kind: str, world: World, compile: bool) -> nn.Module:
     if world.size == 1:
         return model
     if not sharded:
-        ids = [world.device.index] if world.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        ddp, ids = nn.parallel.DistributedDataParallel, None
+        if world.device.type == "cuda":
+            ids = [world.device.index]
+        # Buffers are tables, the same on all ranks; what says so has another name from torch 2.13.
+        known = inspect.signature(ddp).parameters
+        buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in known)
+        return ddp(model, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False})
     shard(model, world)
     return model
 

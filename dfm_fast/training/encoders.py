@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +14,10 @@ from torch import Tensor, nn
 
 from dfm_fast import _checks
 from dfm_fast.training.datasets import DataConfig, Dataset, Item, open_dataset, require
+from dfm_fast.training.distributed import device_named
 from dfm_fast.training.images import Substituting, Unusable
 from dfm_fast.training.latents import LatentInfo, shard_path, write_shard
+from dfm_fast.training.outputs import check_folder, read_json
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLCogVideoX")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,7 +58,7 @@ class Autoencoder:
         if not (folder / "config.json").is_file():
             expected = "a folder with an autoencoder's config.json"
             raise FileNotFoundError(f"Autoencoder.load: folder: expected {expected}, got {folder}")
-        name = json.loads((folder / "config.json").read_text()).get("_class_name")
+        name = read_json(folder / "config.json").get("_class_name")
         _checks.choice("Autoencoder.load", f"_class_name in {folder}", name, CLASSES)
         require("diffusers", "diffusers", "Autoencoder.load")
         kind = getattr(importlib.import_module("diffusers"), name)
@@ -185,9 +185,8 @@ def encode(config: EncodeConfig, *, progress: bool = False) -> LatentInfo:
     """
     for name in ("batch", "shard"):
         _checks.integer("encode", name, getattr(config, name), 1)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_folder("encode", config.out)
+    device = device_named("encode", config.device)
     autoencoder = Autoencoder.load(config.autoencoder, device)
     dataset = open_dataset(config.data, config.split)
     info = _info(config, autoencoder, dataset)
@@ -240,7 +239,7 @@ def _encode_shard(
     if config.posterior == "sample":  # of the shard's own: the same whatever was done before it
         generator = torch.Generator(autoencoder.device).manual_seed(config.seed + (shard << 32))
     latents, items = [torch.empty(0, *info.shape)], []
-    for batch in _batches(config, dataset, indices):
+    for batch in filter(None, _loader(config, dataset, indices)):
         x = torch.stack([x for x, _ in batch])
         latents.append(_latents(config, autoencoder, x, generator).float().cpu())
         items += batch
@@ -271,15 +270,19 @@ class _Readable(torch.utils.data.Dataset):
             return None
 
 
-def _batches(config: EncodeConfig, dataset: Dataset, indices: range) -> Iterator[list[Item]]:
-    loader = torch.utils.data.DataLoader(
+def _readable(items: list[Item | None]) -> list[Item]:  # of the module: workers are sent its name
+    return [item for item in items if item is not None]
+
+
+def _loader(config: EncodeConfig, dataset: Dataset, indices: range) -> torch.utils.data.DataLoader:
+    """Batches of the samples that can be read: some may be empty."""
+    return torch.utils.data.DataLoader(
         _Readable(dataset),
         config.batch,
         sampler=indices,
         num_workers=config.workers,
-        collate_fn=lambda items: [item for item in items if item is not None],
+        collate_fn=_readable,
     )
-    return (batch for batch in loader if batch)
 
 
 def _fingerprint(config: EncodeConfig, autoencoder: Autoencoder) -> str:

@@ -9,6 +9,9 @@ with L1 means over all elements. down is the pyramid's: a mean of 2 x 2 (of ever
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +19,16 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfm_fast import _checks
 from dfm_fast.ops import laplacian_build
 from dfm_fast.training.datasets import DataConfig, open_dataset
+from dfm_fast.training.distributed import device_named
 from dfm_fast.training.encoders import Autoencoder
+from dfm_fast.training.monitors import caught_signals
 from dfm_fast.training.orders import Ordered
+from dfm_fast.training.outputs import check_folder
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,9 @@ class EquivarianceConfig:
     lr: float = 1e-5
     warmup: int = 100
     clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+
+    save_every: int = 1_000
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -98,40 +107,86 @@ def halved(x: Tensor) -> Tensor:
     return laplacian_build(x, 2, factor=factor)[0]
 
 
+@dataclass(frozen=True)
+class Finetuned:
+    """How a fine-tuning ended."""
+
+    folder: Path
+    steps: int  # that were done
+    stopped_by: str | None = None  # a signal
+
+
 def finetune(
     config: EquivarianceConfig, *, on_step: Callable[[int, Losses], None] | None = None
-) -> Path:
-    """Fine-tune and write; the folder.
+) -> Finetuned:
+    """Fine-tune and write, every `save_every` steps, at the end, and where a signal stops it.
 
     Raises:
-        ValueError: a loss that is not finite, with its step.
+        ValueError: configuration; a loss that is not finite, with its step.
     """
-    for name in ("steps", "batch"):
-        _checks.integer("finetune", name, getattr(config, name), 1)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check(config)
+    device = device_named("equivariance", config.device)
     autoencoder = Autoencoder.load(config.autoencoder, device)
     dataset = open_dataset(config.data)
     ordered = Ordered(dataset, config.seed, config.data.flip, 0.0, 0)
     module = autoencoder.module.train()
     optimizer = torch.optim.AdamW(module.parameters(), config.lr, weight_decay=0.0)
     torch.manual_seed(config.seed)
-    for step in range(config.steps):
-        positions = range(step * config.batch, (step + 1) * config.batch)
-        x = torch.stack([ordered[p][0] for p in positions]).to(device)
-        with torch.autocast(device, torch.bfloat16, config.precision == "bf16"):
-            losses = scale_equivariance_loss(autoencoder, x, config.levels)
-        loss = losses.total(config.weight, config.kl_weight)
-        if not loss.isfinite():
-            raise ValueError(f"finetune: step {step}: expected a finite loss, got {loss.item()}")
-        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / (config.warmup + 1))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip)
-        optimizer.step()
-        if on_step is not None:
-            detached = (getattr(losses, f.name).detach() for f in dataclasses.fields(losses))
-            on_step(step, Losses(*detached))
-    module.eval().save_pretrained(config.out)
-    return config.out
+    with caught_signals() as signals:
+        for step in range(config.steps):
+            losses = _step(config, autoencoder, optimizer, ordered, step)
+            if on_step is not None:
+                on_step(step, losses)
+            done = step + 1
+            if signals or done % config.save_every == 0 or done == config.steps:
+                _save(module, config.out)
+            if signals and done < config.steps:
+                return Finetuned(config.out, done, signals[0])
+    return Finetuned(config.out, config.steps)
+
+
+def _check(config: EquivarianceConfig) -> None:
+    op = "equivariance"
+    check_folder(op, config.out)
+    counts = {"steps": 1, "batch": 1, "levels": 2, "warmup": 0, "save_every": 1}
+    for name, least in counts.items():
+        _checks.integer(op, name, getattr(config, name), least)
+    for name in ("weight", "kl_weight", "clip"):
+        if not getattr(config, name) >= 0:
+            _checks.fail(op, name, "at least 0", getattr(config, name))
+    if not config.lr > 0:
+        _checks.fail(op, "lr", "a positive number", config.lr)
+
+
+def _step(
+    config: EquivarianceConfig,
+    autoencoder: Autoencoder,
+    optimizer: torch.optim.Optimizer,
+    ordered: Ordered,
+    step: int,
+) -> Losses:
+    """One step of the optimizer; the losses before it, without their graph."""
+    device, parameters = autoencoder.device, list(autoencoder.module.parameters())
+    positions = range(step * config.batch, (step + 1) * config.batch)
+    x = torch.stack([ordered[p][0] for p in positions]).to(device)
+    with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
+        losses = scale_equivariance_loss(autoencoder, x, config.levels)
+    loss = losses.total(config.weight, config.kl_weight)
+    if not loss.isfinite():
+        raise ValueError(f"finetune: step {step}: expected a finite loss, got {loss.item()}")
+    optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / (config.warmup + 1))
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+    optimizer.step()
+    return Losses(*(getattr(losses, f.name).detach() for f in dataclasses.fields(losses)))
+
+
+def _save(module: nn.Module, folder: Path) -> None:
+    """diffusers' files, each renamed when all are written: what was whole stays so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
+        module.save_pretrained(temporary)
+        # The configuration last: without it a folder is no autoencoder.
+        for path in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "config.json"):
+            os.replace(path, folder / path.name)

@@ -23,6 +23,7 @@ import torch
 from dfm_fast import _checks
 from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.training.datasets import DataConfig, Dataset, Item, require, root_of
+from dfm_fast.training.outputs import read_json
 
 NAME = "latents.json"
 
@@ -55,7 +56,7 @@ class LatentInfo:
         if not (folder / NAME).is_file():
             expected = "a folder written by dfm-fast encode"
             raise FileNotFoundError(f"open_dataset: root: expected {expected}, got {folder}")
-        values = json.loads((folder / NAME).read_text())
+        values = read_json(folder / NAME)
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -105,10 +106,16 @@ class Latents(Dataset):
         return x.float(), int(self.labels[shard][row]) if self.num_classes else 0
 
     def _file(self, shard: int) -> Any:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if shard not in self._files:
-            self._files[shard] = safe_open(self.paths[shard], "pt")
+            try:
+                self._files[shard] = safe_open(self.paths[shard], "pt")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"open_dataset: root: expected safetensors, got {self.paths[shard]}, damaged "
+                    f"({error}); without it dfm-fast encode makes it again"
+                ) from error
         return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:  # mapped files cannot be sent to another process

@@ -7,7 +7,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,13 @@ from torch.utils.data import Dataset
 from dfm_fast import _checks
 from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.ops._philox import fold
-from dfm_fast.training import distributed, orders, pictures, recipes
-from dfm_fast.training.checkpoints import Checkpoints, load
+from dfm_fast.training import distributed, orders, outputs, pictures, recipes, saved
+from dfm_fast.training.checkpoints import Checkpoints, load, reason
 from dfm_fast.training.config import TrainConfig, check, to_json
 from dfm_fast.training.datasets import open_dataset
 from dfm_fast.training.distributed import World
 from dfm_fast.training.monitors import Board, NotFinite, Report, Reports, caught_signals
+from dfm_fast.training.outputs import RunError
 from dfm_fast.training.recipes import Recipe
 
 CONFIG, CHECKPOINTS, EXPORT = "config.json", "checkpoints", "model"
@@ -71,18 +74,36 @@ def train(
         ValueError: configuration; a checkpoint of another model (named keys).
         NotFinite: an inf or nan, with the step and the last good checkpoint.
         CheckpointError: one that could not be written.
+        RunError: a model that could not be written at the end; its weights are in a checkpoint.
     """
     world = world or distributed.start(config.device)
     check(config, world.size)
-    checkpoints = Checkpoints(config.out / CHECKPOINTS, config.keep, world)
-    if not resume and (last := checkpoints.latest()) is not None:
-        _checks.fail("train", "out", "a new folder, or --resume", f"one with {last.name}")
-    run = Run(config, world, checkpoints)
-    try:
-        with caught_signals() as signals:
-            return run.train(signals, on_step)
-    finally:
-        run.board.close()
+    with _held(config.out, world):
+        checkpoints = Checkpoints(config.out / CHECKPOINTS, config.keep, world)
+        if not resume and (last := checkpoints.latest()) is not None:
+            _checks.fail("train", "out", "a new folder, or --resume", f"one with {last.name}")
+        run = Run(config, world, checkpoints)
+        try:
+            with caught_signals() as signals:
+                return run.train(signals, on_step)
+        finally:
+            run.board.close()
+
+
+@contextmanager
+def _held(folder: Path, world: World) -> Iterator[None]:
+    """The folder is this run's alone: rank 0 sees to it, all fail where it cannot."""
+    error: Exception | None = None
+    with ExitStack() as stack:
+        if world.main:
+            try:
+                outputs.check_folder("train", folder)
+                stack.enter_context(outputs.alone("train", folder))
+            except (ValueError, OSError) as caught:
+                error = caught
+        if world.any(error is not None):
+            raise error or ValueError(f"train: out: rank 0 cannot use {folder}")
+        yield
 
 
 class Run:
@@ -94,7 +115,10 @@ class Run:
         last = checkpoints.latest()
         self.recipe = self._recipe(last)
         torch.manual_seed(config.seed)
-        self.model = self.recipe.build_model().to(world.device).train()
+        model = self.recipe.build_model()
+        if last is None and config.init is not None:
+            model.load_state_dict(saved.initial(config.init, self.recipe))
+        self.model = model.to(world.device).train()
         self.flow = self.recipe.build_flow(config.seed)
         # A model that FSDP2 has sharded cannot be copied: the average is, before.
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -120,26 +144,35 @@ class Run:
             write_bytes(config.out / CONFIG, text.encode())
 
     def _recipe(self, last: Path | None) -> Recipe:
-        saved = Recipe.read(last) if last else None
+        before = Recipe.read(last) if last else None
         std = None
-        if recipes.needs_std(self.config) and saved:
-            std = saved.measured
-        elif recipes.needs_std(self.config):
-            std = self.world.share(lambda: recipes.measure(self.config, self.dataset))
+        if recipes.needs_std(self.config):
+            std = self._std(before, last)
         recipe = recipes.recipe_of(self.config, self.dataset, std)
-        if saved:
-            recipe.check_same(saved, last)
+        if before:
+            recipe.check_same(before, last)
         return recipe
+
+    def _std(self, before: Recipe | None, last: Path | None) -> list[float]:
+        """Of the levels of the data: what the run began with, or measured."""
+        config = self.config
+        if before is None:
+            std = self.world.share(lambda: recipes.measure(config, self.dataset))
+            return std if config.init is None else saved.initial_std(config.init, std)
+        if before.measured is None:
+            name = "model.precondition" if config.model.precondition else "flow.standardise"
+            raise ValueError(f"train: {last} does not fit this run: {name}: saved false, now true")
+        return before.measured
 
     # --- Steps ---
 
     def train(self, signals: list[str], on_step: Callable[[Report], None] | None) -> Outcome:
-        config, saved = self.config, self.checkpoints.latest()
+        config, last = self.config, self.checkpoints.latest()
         slices = orders.Slices(
             self.position, config.steps - self.step, config.batch, config.accumulate,
             self.world.rank, self.world.size,
         )  # fmt: skip
-        batches = iter(self._loader(slices))
+        batches = orders.batches(self._loader(slices))
         while self.step < config.steps:
             sums, active = self._step(batches, slices)
             self._tell(on_step)  # of the step before
@@ -149,14 +182,14 @@ class Run:
             done = self.step == config.steps
             if stop or done or self.step % config.save_every == 0:
                 self._tell(on_step)  # nothing is saved that was not seen to be finite
-                saved = self.save()
+                last = self.save()
             if config.sample_every and (done or self.step % config.sample_every == 0) and not stop:
                 self._tell(on_step)
                 self._pictures()
             if stop and not done:
-                return Outcome(self.step, saved, signals[0] if signals else "a signal of a rank")
+                return Outcome(self.step, last, signals[0] if signals else "a signal of a rank")
         self._export()
-        return Outcome(self.step, saved)
+        return Outcome(self.step, last)
 
     def _tell(self, on_step: Callable[[Report], None] | None) -> None:
         try:
@@ -251,9 +284,23 @@ class Run:
         }  # fmt: skip
 
     def save(self) -> Path:
+        self._check_weights()
         path = self.checkpoints.save(self.step, self._state(), self.recipe)
         self.board.pause()
         return path
+
+    def _check_weights(self) -> None:
+        """A finite loss is of the weights before the step: these may have become inf or nan."""
+        both = [distributed.local_parameters(m) for m in (self.model, self.ema)]
+        # A rank may have no part of a parameter that is sharded.
+        parts = [p.detach() for part in both for p in part if p.numel()]
+        largest = torch._foreach_norm(parts, math.inf)
+        broken = bool(largest) and not torch.stack(largest).isfinite().all().item()
+        if self.world.any(broken):
+            last = self.checkpoints.latest() or "none"
+            raise NotFinite(
+                f"step {self.step}: weights that are not finite; the last good checkpoint: {last}"
+            )
 
     def _load(self, path: Path) -> None:
         state = load(path, self._state())
@@ -270,9 +317,17 @@ class Run:
         """The averaged weights as a folder of their own."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.ema, options=whole)
+        error: OSError | None = None
         if self.world.main:
-            recipes.export(self.config.out / EXPORT, self.recipe, weights)
-        self.world.barrier()
+            try:
+                recipes.export(self.config.out / EXPORT, self.recipe, weights)
+            except OSError as caught:
+                error = caught
+        if self.world.any(error is not None):
+            raise RunError(
+                f"could not write {self.config.out / EXPORT}: {reason(error)}; its weights are in "
+                f"{self.checkpoints.latest()}, which dfm-fast sample takes"
+            ) from error
 
     # --- Pictures ---
 
@@ -292,7 +347,8 @@ class Run:
             self.ema.reshard()  # which otherwise only a backward does
         if self.world.main:
             image = pictures.grid(x, _columns(labels, count))
-            pictures.write(self.config.out / "samples" / f"step-{self.step:08d}.png", image)
+            with self.board.optional("samples"):
+                pictures.write(self.config.out / "samples" / f"step-{self.step:08d}.png", image)
             self.board.picture("samples", image, self.step)
             self.board.pause()
 
@@ -303,11 +359,7 @@ def _columns(labels: Tensor | None, count: int) -> int | None:
 
 
 def _opened(config: TrainConfig, world: World) -> Dataset:
-    dataset = open_dataset(config.data, "train")
-    if world.main and dataset.skipped:
-        print(f"skipped {len(dataset.skipped)} files:")
-        for name, reason in dataset.skipped[:20]:
-            print(f"  {name}: {reason}")
-        if len(dataset.skipped) > 20:
-            print("  ...")
-    return dataset
+    with warnings.catch_warnings():
+        if not world.main:  # what is wrong with the data is told once
+            warnings.simplefilter("ignore")
+        return open_dataset(config.data, "train")

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SIGNALS = signal.SIGTERM, signal.SIGINT
+from dfm_fast.training.orders import SIGNALS
+from dfm_fast.training.outputs import RunError
 
 
-class NotFinite(RuntimeError):
-    """A loss or a gradient that is inf or nan."""
+class NotFinite(RunError):
+    """A loss, a gradient or a weight that is inf or nan."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Report:
     levels: list[float]  # mean over samples that have the level active; nan where none has
     grad_norm: float
     lr: float
+    time: float = 0.0  # when it was done, by time.perf_counter
 
 
 class Reports:
@@ -38,7 +40,7 @@ class Reports:
     on by then."""
 
     def __init__(self) -> None:
-        self.pending: tuple[int, float, list[int], Tensor, Any] | None = None
+        self.pending: tuple[int, float, list[int], Tensor, Any, float] | None = None
 
     def put(self, step: int, lr: float, active: list[int], batch: int, sums: Tensor) -> None:
         """`sums` [L + 1]: the losses of the levels, summed over a batch, and the gradients' norm.
@@ -51,79 +53,105 @@ class Reports:
             event = torch.cuda.Event()
             event.record()
         self.batch = batch
-        self.pending = step, lr, active, sums, event
+        self.pending = step, lr, active, sums, event, time.perf_counter()
 
     def take(self) -> Report | None:
         """The last step that was put, if it was not taken yet. Raises NotFinite."""
         if self.pending is None:
             return None
-        step, lr, active, sums, event = self.pending
+        step, lr, active, sums, event, done = self.pending
         self.pending = None
         if event is not None:
             event.synchronize()
+            done = time.perf_counter()
         *levels, norm = sums.tolist()
         loss = sum(levels) / self.batch
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFinite(f"step {step}: loss {loss}, norm of the gradients {norm}")
         means = [v / n if n else math.nan for v, n in zip(levels, active, strict=True)]
-        return Report(step, loss, means, norm, lr)
+        return Report(step, loss, means, norm, lr, done)
 
 
 class Board:
-    """Scalars (means since the last ones), pictures, and the bar. Does nothing on other ranks."""
+    """Scalars (means since the last ones), pictures, and the bar. Does nothing on other ranks. A
+    log that cannot be written is told once, and the run goes on without."""
 
     def __init__(self, folder: Path, step: int, steps: int, every: int, main: bool) -> None:
         self.every, self.main = every, main
         self.recent: list[Report] = []
         self.images, self.since = 0, time.perf_counter()
+        self.told: set[str] = set()  # what could not be written
+        self.writer: Any = None
         if not main:
             return
         from tqdm.auto import tqdm
 
-        self.writer = _writer(folder, step)
+        with self.optional("logs"):
+            self.writer = _writer(folder, step)
         seconds = 1 if sys.stderr.isatty() else 30  # between lines of a log
         options = {"desc": "training", "unit": "step", "mininterval": seconds}
         self.bar = tqdm(total=steps, initial=step, **options)
 
     def step(self, report: Report, images: int) -> None:
+        if not self.main:
+            return
         self.recent.append(report)
         self.images += images
-        if not self.main:
-            self.recent.clear()
-            return
         self.bar.update()
         if report.step % self.every == 0:
-            self._write(report)
+            self._write()
 
-    def _write(self, report: Report) -> None:
-        now = time.perf_counter()
-        rate = self.images / max(now - self.since, 1e-9)
+    def _write(self) -> None:
+        report = self.recent[-1]
         loss = sum(r.loss for r in self.recent) / len(self.recent)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s", refresh=False)
-        scalars = {"loss": loss, "lr": report.lr, "images_per_second": rate}
+        scalars, told = {"loss": loss, "lr": report.lr}, f"loss {loss:.4f}"
+        if self.images:  # none since a pause: then there is no speed
+            rate = self.images / max(report.time - self.since, 1e-9)
+            scalars["images_per_second"], told = rate, f"{told}, {rate:.1f} images/s"
+        self.bar.set_postfix_str(told, refresh=False)
         scalars["grad_norm"] = sum(r.grad_norm for r in self.recent) / len(self.recent)
         for s in range(len(report.levels)):
             seen = [r.levels[s] for r in self.recent if not math.isnan(r.levels[s])]
             if seen:
                 scalars[f"loss/level_{s}"] = sum(seen) / len(seen)
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, report.step)
-        self.recent, self.images, self.since = [], 0, now
+        self.recent, self.images = [], 0
+        self.since = max(self.since, report.time)
+        with self.optional("logs"):
+            for name, value in scalars.items() if self.writer is not None else ():
+                self.writer.add_scalar(name, value, report.step)
 
     def picture(self, name: str, image: Tensor, step: int) -> None:
         """A grid; of a video, the first frame."""
-        if self.main:
+        if self.main and self.writer is not None:
             frame = image if image.ndim == 3 else image[0]
-            self.writer.add_image(name, frame, step, dataformats="HWC")
+            with self.optional("logs"):
+                self.writer.add_image(name, frame, step, dataformats="HWC")
 
     def pause(self) -> None:
-        """Time until now does not count for images/s."""
+        """Time until now does not count for images/s, and neither do the images."""
         self.since, self.images = time.perf_counter(), 0
 
+    @contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """A run goes on without what cannot be written (a full disk), and says so once."""
+        try:
+            yield
+        except OSError as error:
+            if what == "logs":
+                self.writer = None
+            if what not in self.told:
+                print(f"{what}: not written from here on: {error}", file=sys.stderr)
+            self.told.add(what)
+
     def close(self) -> None:
-        if self.main:
-            self.bar.close()
-            self.writer.close()
+        if not self.main:
+            return
+        if self.recent:  # of a window that the end, or a signal, has cut off
+            self._write()
+        self.bar.close()
+        if self.writer is not None:
+            with self.optional("logs"):
+                self.writer.close()
 
 
 def _writer(folder: Path, step: int) -> Any:

@@ -8,7 +8,10 @@ parts (gradient accumulation), part a of rank r is the (a W + r)-th of its A W s
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class Draw(NamedTuple):
@@ -92,5 +97,39 @@ class Slices(Sampler[list[int]]):
 
 
 def loader(ordered: Ordered, slices: Slices, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches (x [n, ...], labels [n]) in order, whatever the number of workers."""
-    return DataLoader(ordered, batch_sampler=slices, num_workers=workers, pin_memory=pin_memory)
+    """Batches (x [n, ...], labels [n]) in order, whatever the number of workers. `batches` starts
+    them."""
+    return DataLoader(
+        ordered,
+        batch_sampler=slices,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=leave_signals,
+    )
+
+
+def batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """An iterator, whose workers never die of a signal that the whole process group gets: the
+    process that trains needs them to finish its step."""
+    # Held back until a worker has come to `leave_signals`, which runs after torch's own handlers.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def leave_signals(_: int = 0) -> None:
+    """In a worker: signals are the parent's matter. Its own SIGTERM, with which Python ends the
+    workers that are left at its exit, still ends them: else it would wait for them for ever."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in SIGNALS:  # for native threads that do not block it
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_watch, daemon=True).start()
+
+
+def _watch() -> None:
+    while True:
+        came = signal.sigwaitinfo(SIGNALS)
+        if came.si_signo == signal.SIGTERM and came.si_pid == os.getppid():
+            os._exit(0)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from dfm_fast import _checks
 from dfm_fast.flow import DecomposableFlow
 from dfm_fast.models._pretrained import write_bytes
+from dfm_fast.ops._philox import fold
+from dfm_fast.training.outputs import check_folder
 from dfm_fast.training.recipes import Recipe
 
 SHOWN = 64  # pixels that smaller pictures are enlarged to, by whole factors
@@ -42,9 +44,17 @@ def sample(
     preview: Callable[[int, Tensor], None] | None = None,
     progress: bool = False,
     cuda_graph: bool | None = None,
+    batch: int | None = None,
 ) -> Tensor:
     """`count` samples [count, *shape], of the classes `labels` ([count]) if there are any. What is
-    None is as the recipe has it."""
+    None is as the recipe has it. `batch`: how many are made at once, None for all (each part has
+    noise of its own, so that another `batch` gives other samples); `preview` gets all of them."""
+    if batch is not None and batch < count:
+        return _in_parts(
+            model, flow, recipe, labels, count, batch, seed, preview,
+            steps=steps, threshold=threshold, cfg=cfg, device=device, progress=progress,
+            cuda_graph=cuda_graph,
+        )  # fmt: skip
     cond: dict[str, Any] = {}
     cfg = recipe.flow.cfg if cfg is None else cfg
     if labels is None:
@@ -65,6 +75,35 @@ def sample(
         device=device,
         **cond,
     )
+
+
+def _in_parts(
+    model: nn.Module,
+    flow: DecomposableFlow,
+    recipe: Recipe,
+    labels: Tensor | None,
+    count: int,
+    batch: int,
+    seed: int,
+    preview: Callable[[int, Tensor], None] | None,
+    **options: Any,
+) -> Tensor:
+    stages: dict[int, list[Tensor]] = {}
+
+    def note(stage: int, x: Tensor) -> None:
+        stages.setdefault(stage, []).append(x.cpu())
+
+    parts = []
+    for i, first in enumerate(range(0, count, batch)):
+        rows = slice(first, min(first + batch, count))
+        x = sample(
+            model, flow, recipe, None if labels is None else labels[rows], rows.stop - first,
+            seed=fold(seed, i) if i else seed, preview=note if preview else None, **options,
+        )  # fmt: skip
+        parts.append(x.cpu())
+    for stage, seen in stages.items():
+        preview(stage, torch.cat(seen))
+    return torch.cat(parts)
 
 
 def grid(x: Tensor, columns: int | None = None) -> Tensor:
@@ -98,6 +137,20 @@ def _tiled(frames: Tensor, columns: int) -> Tensor:
     return out.permute(0, 2, 3, 1)
 
 
+def check_path(op: str, argument: str, path: Path, video: bool) -> None:
+    """Raise where `write` could not write there: before there is anything to write."""
+    from PIL import Image
+
+    ending = path.suffix.lower()
+    Image.init()
+    written = {e for e, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    if ending not in written and not (video and ending == ".mp4"):
+        _checks.fail(op, argument, "an ending such as .png or .gif", path)
+    if path.is_dir():
+        _checks.fail(op, argument, "a file", f"{path}, a folder")
+    check_folder(op, path.absolute().parent, argument)
+
+
 def write(path: str | Path, picture: Tensor) -> Path:
     """A grid as PNG (or what the ending says), written whole; a video as .mp4 or an
     animation (.gif, .webp), or as PNG with its frames side by side."""
@@ -112,10 +165,8 @@ def write(path: str | Path, picture: Tensor) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_frames(path, picture.contiguous().numpy())
         return path
-    endings = Image.registered_extensions()
-    if path.suffix.lower() not in endings:
-        _checks.fail("write", "path", "an ending such as .png or .gif", path)
-    kind = endings[path.suffix.lower()]
+    check_path("write", "path", path, video=False)
+    kind = Image.registered_extensions()[path.suffix.lower()]
     if picture.ndim == 4 and kind not in ("GIF", "WEBP"):
         picture = picture.transpose(0, 1).flatten(1, 2)
     if picture.ndim == 4:

@@ -3,6 +3,7 @@ weights, in checkpoints and in exported folders."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from dfm_fast.models import DFMTransformer
 from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.training.config import SIZES, FlowConfig, TrainConfig, from_json, to_json
 from dfm_fast.training.orders import draw
+from dfm_fast.training.outputs import read_json
 
 NAME = "recipe.json"
 MEASURED = 1024  # samples that deviations are measured on
+MEMORY = ("checkpointing",)  # arguments of the model that change no number
+LATER = {"block_conditioning": False, "flip_time": False}  # not in the recipes of older runs
 
 
 @dataclass(frozen=True)
@@ -73,22 +77,38 @@ class Recipe:
 
     @classmethod
     def read(cls, folder: Path) -> Recipe:
-        values = json.loads((folder / NAME).read_text())
-        return from_json(cls, values)
+        return from_json(cls, read_json(folder / NAME))
 
     def check_same(self, saved: Recipe, where: Path) -> None:
         """Raise one ValueError that names what a checkpoint was trained with and this run is not.
         The loss and the sampler may change; what the weights mean may not."""
-        pairs = [(f"model.{k}", v, self.model[k]) for k, v in saved.model.items()]
+        pairs = [
+            (f"model.{k}", saved.model.get(k, LATER.get(k)), v)
+            for k, v in self.model.items()
+            if k not in MEMORY
+        ]
+        # A Haar transform has no filter to choose.
+        laplacian = ("filter",) if self.flow.decomposition == "laplacian" else ()
         pairs += [
             (f"flow.{k}", getattr(saved.flow, k), getattr(self.flow, k))
-            for k in ("decomposition", "filter", "factor", "standardise")
+            for k in ("decomposition", *laplacian, "factor", "standardise")
         ]
         names = "shape", "num_classes", "std"
         pairs += [(f"data.{k}", getattr(saved, k), getattr(self, k)) for k in names]
         plain = [(name, json.dumps(a), json.dumps(b)) for name, a, b in pairs]
-        if wrong := [f"{name}: saved {a}, now {b}" for name, a, b in plain if a != b]:
+        wrong = [f"{name}: saved {a}, now {b}" for name, a, b in plain if a != b]
+        if wrong := wrong or self._renamed(saved):
             raise ValueError(f"train: {where} does not fit this run: " + "; ".join(wrong))
+
+    def _renamed(self, saved: Recipe) -> list[str]:
+        """The first class that has another name: from there on labels mean something else."""
+        both = enumerate(zip(saved.class_names, self.class_names, strict=False))
+        moved = [(i, a, b) for i, (a, b) in both if a != b]
+        return [
+            f"data.class_names: class {i} of {self.num_classes}: saved {json.dumps(a)}, "
+            f"now {json.dumps(b)}"
+            for i, a, b in moved[:1]
+        ]
 
 
 def decomposition(
@@ -127,14 +147,41 @@ def recipe_of(config: TrainConfig, dataset: Dataset, std: list[float] | None) ->
         "input_size": list(grid[-2:]),
         "positions": model.positions,
         "qk_norm": model.qk_norm,
+        "block_conditioning": model.block_conditioning,
         "stage_embedding": model.stage_embedding,
         "data_std": ([1.0] * levels if divided else std) if model.precondition else None,
+        "flip_time": model.flip_time,
         "checkpointing": model.checkpointing,
     }
     return Recipe(
         arguments, config.flow, std if divided else None, shape, dataset.num_classes,
         tuple(getattr(dataset, "class_names", ())), config.data.name,
     )  # fmt: skip
+
+
+def implied(model: dict[str, Any]) -> Recipe:
+    """The recipe of a saved model that has none beside it, as far as its arguments tell: a Haar
+    decomposition where the levels' channels differ, else a Laplacian whose factor is that of the
+    patches; samples of the size that the model keeps positions of.
+
+    Raises:
+        ValueError: patches that are of neither.
+    """
+    patches, grid = model["patch_sizes"], model["input_size"]
+    channels, levels = model["in_channels"], len(model["patch_sizes"])
+    first = channels if isinstance(channels, int) else channels[0]
+    haar = not isinstance(channels, int) and len(set(channels)) > 1
+    growth = {b / a for a, b in itertools.pairwise(patches)}
+    if growth and growth not in (({1.0},) if haar and levels == 2 else ({2.0}, {4.0})):
+        expected = f"patches that grow by 2 or by 4, as there is no {NAME}"
+        _checks.fail("sample", "patch_sizes", expected, list(patches))
+    flow = FlowConfig(
+        decomposition="haar" if haar else "laplacian",
+        factor=(2 if haar or not growth else int(growth.pop()),),
+    )
+    side = patches[-1] * (2 if haar else 1)
+    shape = (first, *(n * side for n in grid))
+    return Recipe(model, flow, None, shape, model["num_classes"])
 
 
 def needs_std(config: TrainConfig) -> bool:

@@ -78,7 +78,7 @@ def shard_paths(root: Path) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     if root.is_dir():
-        paths = sorted(str(path) for path in root.glob("*.tar"))
+        paths = sorted(str(p) for p in root.glob("*.tar") if not p.name.startswith("."))
     else:
         paths = expand_urls(str(root))
     missing = [path for path in paths if not os.path.isfile(path)]

@@ -1,0 +1,42 @@
+"""`dfm-fast decoder`: the command line is the dataclass `DecoderConfig`."""
+
+from __future__ import annotations
+
+import argparse
+
+from dfm_fast.cli import _configs
+
+PROG = "dfm-fast decoder"
+EVERY = 50  # steps between lines
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.allow_abbrev = False
+    parser.add_argument("--resume", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    return _configs.reported(PROG, lambda: _run(args.resume, args.rest))
+
+
+def _run(resume: bool, rest: list[str]) -> None:
+    from dfm_fast.training import loop
+    from dfm_fast.training.config import from_json
+    from dfm_fast.training.decoders import DecoderConfig, DecoderReport, train_decoder
+    from dfm_fast.training.outputs import read_json
+
+    out, options = _configs.out_of(rest), {}
+    if resume and out is not None and (out / loop.CONFIG).exists():
+        options["default"] = from_json(DecoderConfig, read_json(out / loop.CONFIG))
+    config = _configs.parse(DecoderConfig, rest, prog=PROG, **options)
+
+    def tell(report: DecoderReport) -> None:
+        if report.step % EVERY == 0 or report.step in (1, config.steps):
+            values = "  ".join(f"{name} {value:.4g}" for name, value in vars(report).items())
+            print(values, flush=True)
+
+    outcome = train_decoder(config, resume=resume, on_step=tell)
+    if outcome.stopped_by:
+        print(f"stopped by {outcome.stopped_by}, saved {outcome.checkpoint}; --resume goes on")
+    else:
+        print(f"trained {outcome.step} steps; the decoder: {config.out / loop.EXPORT}")

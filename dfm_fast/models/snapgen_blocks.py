@@ -1,0 +1,181 @@
+"""The parts of SnapGen's UNet: residual blocks, transformers, samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfm_fast.nn._linears import linear
+from dfm_fast.nn.activations import FeedForward
+from dfm_fast.nn.attentions import CrossAttention, KeyValues, MultiQueryAttention
+from dfm_fast.nn.convolutions import DepthwiseConv2d
+from dfm_fast.nn.group_norms import GroupNormSiLU
+from dfm_fast.nn.separables import SeparableConv2d, SeparableConvBlock, UpsampleConv2d
+from dfm_fast.ops import ChannelStatistics, channel_statistics
+
+NORM_EPS, TRANSFORMER_NORM_EPS = 1e-5, 1e-6
+Rotary = tuple[Tensor, Tensor] | tuple[()]
+
+
+class Map(NamedTuple):
+    """[N, C, H, W], and its channels' statistics where who wrote it had them."""
+
+    x: Tensor
+    statistics: ChannelStatistics | None = None
+
+    def known(self) -> Map:
+        """With statistics."""
+        return self if self.statistics else Map(self.x, channel_statistics(self.x.detach()))
+
+
+def joined(a: Map, b: Map) -> Map:
+    """Along the channels, whose statistics are just beside each other."""
+    (_, *first), (count, *second) = a.known().statistics, b.known().statistics
+    both = (torch.cat(pair, 1) for pair in zip(first, second, strict=True))
+    return Map(torch.cat((a.x, b.x), 1), ChannelStatistics(count, *both))
+
+
+def residual(block: nn.Module, given: Map, shift: Tensor) -> Map:
+    """Either residual block, on a map with statistics."""
+    if isinstance(block, SeparableConvBlock):
+        return Map(*block(given.x, None, given.statistics, True, shift=shift))
+    return Map(block(given.x, shift, given.statistics))
+
+
+class DenseConvBlock(nn.Module):
+    """The residual block with two 3x3 convolutions, as SDXL has it."""
+
+    def __init__(self, in_channels: int, channels: int, time_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNormSiLU(groups, in_channels, NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_channels, channels)
+        self.norm2 = GroupNormSiLU(groups, channels, NORM_EPS)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        same = in_channels == channels
+        self.conv_shortcut = None if same else nn.Conv2d(in_channels, channels, 1)
+
+    def forward(self, x: Tensor, shift: Tensor, statistics: ChannelStatistics) -> Tensor:
+        """x [N, C, H, W], shift [N, channels] -> [N, channels, H, W]."""
+        h = self.conv1(self.norm1(x, None, statistics))
+        h = self.conv2(self.norm2(h, shift))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each on a norm and added.
+
+    Without self-attention either the first norm stays and what it gives takes the stream's place
+    (DreamLite's blocks), or nothing does.
+    """
+
+    def __init__(self, dim: int, heads: int, config: dict[str, Any], self_attention: bool) -> None:
+        super().__init__()
+        options = {"qk_norm": config["qk_norm"], "eps": NORM_EPS}
+        kv_heads = config["kv_heads"] or heads
+        first = self_attention or config["norm_replaces_self_attention"]
+        self.norm1 = nn.LayerNorm(dim, NORM_EPS) if first else None
+        self.attn1 = None
+        if self_attention:
+            self.attn1 = MultiQueryAttention(dim, heads, kv_heads, **options)
+        self.norm2 = nn.LayerNorm(dim, NORM_EPS)
+        self.attn2 = CrossAttention(dim, config["cross_dim"], heads, kv_heads, **options)
+        self.norm3 = nn.LayerNorm(dim, NORM_EPS)
+        self.ff = FeedForward(dim, mult=config["ff_mult"])
+
+    def forward(self, x: Tensor, text: KeyValues, rotary: Rotary) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        if self.attn1 is not None:
+            x = x + self.attn1(self.norm1(x), *rotary)
+        elif self.norm1 is not None:
+            x = self.norm1(x)
+        x = x + self.attn2(self.norm2(x), text)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """Transformer blocks on the pixels of a map."""
+
+    def __init__(
+        self, dim: int, heads: int, depth: int, config: dict[str, Any], self_attention: bool
+    ) -> None:
+        super().__init__()
+        self.norm = GroupNormSiLU(config["groups"], dim, TRANSFORMER_NORM_EPS, activation="none")
+        self.proj_in = nn.Linear(dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(dim, heads, config, self_attention) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(dim, dim)
+
+    def forward(self, given: Map, texts: Sequence[KeyValues], rotary: Rotary) -> Tensor:
+        """[N, C, H, W], the text's keys and values for each block -> [N, C, H, W]."""
+        x = self.norm(given.x, None, given.statistics)
+        tokens = _linear(x.permute(0, 2, 3, 1).flatten(1, 2), self.proj_in)
+        for block, text in zip(self.transformer_blocks, texts, strict=True):
+            tokens = block(tokens, text, rotary)
+        y = _linear(tokens, self.proj_out).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return given.x + y
+
+
+def _linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """By the fastest product, where nobody replaced the layer or looks on."""
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return layer(x)
+    return linear(x, layer.weight, layer.bias)
+
+
+class Downsample(nn.Module):
+    """Stride 2: a 3x3 convolution, or a depthwise one and a pointwise one."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.conv = (
+            nn.Conv2d(channels, channels, 3, 2, 1)
+            if kind == "dense"
+            else nn.Sequential(
+                DepthwiseConv2d(channels, stride=2, padding=1, bias=False),
+                nn.Conv2d(channels, channels, 1),
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H / 2, W / 2]."""
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest, then a 3x3 convolution, or a separable one."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        dense = kind == "dense"
+        self.conv = (UpsampleConv2d if dense else SeparableConv2d)(channels, channels, bias=True)
+        self.dense = dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2 H, 2 W]."""
+        return self.conv(x if self.dense else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """Residual blocks, each with its transformer where there are any, and a sampler."""
+
+    def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.downsamplers = self.upsamplers = None
+
+
+class Embedding(nn.Module):
+    """linear, SiLU, linear"""
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(size, dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))

@@ -1,0 +1,95 @@
+"""Several linear layers as one.
+
+Weights of layers that read the same input are parts of one piece of memory, one after the other:
+together they are the weight of one wider layer, a view, whoever wrote into them and how. (A packed
+copy would not see `weight.data.mul_`.) What gives them memory of their own, such as a new Parameter
+or FSDP, makes them separate products again, and nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dfm_fast._library import differentiable
+
+
+def pack(*layers: nn.Linear) -> None:
+    """Move their weights into one piece of memory, if they are what they were built as."""
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return
+    weights = [layer.weight for layer in layers]
+    one = weights[0]
+    alike = all(w.dtype == one.dtype and w.device == one.device for w in weights)
+    if not alike or one.is_meta or any(type(w) is not nn.Parameter for w in weights):
+        return
+    if packed(*layers) is None:
+        with torch.no_grad():
+            whole = torch.cat([w.detach() for w in weights])
+            for w, part in zip(weights, whole.split([len(w) for w in weights]), strict=True):
+                w.data = part
+
+
+def packed(*layers: nn.Module) -> Tensor | None:
+    """The weight of all, [sum of outputs, inputs], if it lies there and the layers are plain."""
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return None
+    if len({layer.bias is None for layer in layers}) > 1:
+        return None
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        return None
+    weights = [layer.weight for layer in layers]
+    first, end, rows = weights[0], None, 0
+    for w in weights:
+        if type(w) is not nn.Parameter or w.is_meta or not w.is_contiguous():
+            return None
+        if end is not None and (w.data_ptr() != end or w.dtype != first.dtype):
+            return None
+        end, rows = w.data_ptr() + w.numel() * w.element_size(), rows + len(w)
+    storage = first.untyped_storage().data_ptr()
+    if any(w.untyped_storage().data_ptr() != storage for w in weights):
+        return None  # neighbours by chance
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+
+
+class _PackedLinear(torch.autograd.Function):
+    """F.linear(x, whole, bias), whose weight's gradient goes to the parts."""
+
+    @staticmethod
+    def forward(ctx, x, whole, bias, *parts):
+        ctx.save_for_backward(x, *parts)  # whose versions tell of changes; `whole` has none
+        ctx.whole, ctx.bias = whole, None if bias is None else bias.dtype
+        return F.linear(x, whole, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x, *parts), needs = ctx.saved_tensors, ctx.needs_input_grad
+        rows, dx, dbias, grads = dy.flatten(0, -2), None, None, [None] * len(parts)
+        if needs[0]:
+            dx = (dy @ ctx.whole.to(dy.dtype)).to(x.dtype)
+        if needs[2]:
+            dbias = rows.sum(0).to(ctx.bias)
+        if any(needs[3:]):
+            dw = rows.t() @ x.to(dy.dtype).flatten(0, -2)
+            grads = dw.to(parts[0].dtype).split([len(w) for w in parts])
+            grads = [g if need else None for g, need in zip(grads, needs[3:], strict=True)]
+        return dx, None, dbias, *grads
+
+
+def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """layer(x) of each, by one product where their weights are packed: then views of one tensor."""
+    whole = None
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        whole = packed(*layers)
+    if whole is None:
+        return tuple(layer(x) for layer in layers)
+    parts, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    bias = None if biases[0] is None else torch.cat(biases)
+    if differentiable(x, *parts, *([] if bias is None else [bias])):
+        y = _PackedLinear.apply(x, whole, bias, *parts)
+    else:
+        y = F.linear(x, whole, bias)
+    return y.split([len(w) for w in parts], -1)

@@ -1,0 +1,282 @@
+"""A run that distills: a student trained by `distillation.DistillationLoss`, in one process.
+
+As in `loop`, what is drawn is a function of the seed and of the step: a run that was resumed
+repeats the losses of one that was not stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from dfm_fast import _checks
+from dfm_fast.models import TextConditions
+from dfm_fast.models._pretrained import Pretrained, write_bytes
+from dfm_fast.ops._philox import fold
+from dfm_fast.training import orders, recipes
+from dfm_fast.training.checkpoints import Checkpoints, load, step_of
+from dfm_fast.training.config import to_json
+from dfm_fast.training.datasets import DataConfig, open_dataset
+from dfm_fast.training.distillation import DistillationLoss
+from dfm_fast.training.distributed import World
+from dfm_fast.training.loop import CHECKPOINTS, CONFIG, EXPORT, Outcome
+from dfm_fast.training.monitors import NotFinite, caught_signals
+from dfm_fast.training.teachers import backbone
+
+# Labels [N] -> what a network is given beside x_t and t.
+Conditions = Callable[[Tensor], Mapping[str, Any] | TextConditions]
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Train a student against a teacher. Networks compute in the dtype of their weights."""
+
+    out: Path
+    """Folder of checkpoints and of the exported student."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+
+    features: bool = True
+    """Whether the teacher's features are a loss."""
+
+    shift: float = 1.0
+    """Of the noise levels; 3 at 1024 pixels."""
+
+    ratio: Literal["sample", "batch"] = "sample"
+    """Over what the teacher's losses are brought to the size of the task's."""
+
+    class_dropout: float = 0.1
+    steps: int = 100_000
+    batch: int = 64
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    warmup: int = 1_000
+    clip: float = 1.0
+    ema: float = 0.9999
+    """Of the average of the student's weights, which is what is exported."""
+
+    seed: int = 0
+    save_every: int = 5_000
+    keep: int = 2
+    """Checkpoints that are kept, the newest."""
+
+    workers: int = 4
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class DistillationReport:
+    """Means over a step's batch."""
+
+    step: int  # of the first: 1
+    loss: float
+    task: float
+    kd: float
+    features: float  # 0 without them
+    grad_norm: float  # before it was clipped
+
+
+@dataclass(frozen=True)
+class StudentRecipe:
+    """What a checkpoint's weights are."""
+
+    model: dict[str, Any]  # arguments of the student
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps({"model": self.model}, indent=2) + "\n"
+        write_bytes(folder / recipes.NAME, text.encode())
+
+
+def distill(
+    config: DistillationConfig,
+    student: Pretrained,
+    teacher: nn.Module,
+    *,
+    conditions: Conditions | None = None,
+    teacher_conditions: Conditions | None = None,
+    resume: bool = False,
+    on_step: Callable[[DistillationReport], None] | None = None,
+) -> Outcome:
+    """Train to `config.steps`, and save the student's average to `config.out / "model"`.
+
+    Args:
+        config: see `DistillationConfig`.
+        student: trained in place; a `SnapGenUNet`, or a `DFMTransformer` of one level.
+        teacher: see `teachers.backbone`; frozen by this.
+        conditions, teacher_conditions: of labels, of which the number of classes is no class. A
+            module of the student's, such as `ClassTokens`, is trained with it, and saved in the
+            checkpoints and as conditions.pt. None: no conditions.
+        resume: go on from the last checkpoint in `config.out`, if there is one; without it such a
+            folder is an error.
+        on_step: called with every step's report.
+
+    Raises:
+        TypeError, ValueError: configuration, networks; a checkpoint of other weights (named keys).
+        NotFinite: an inf or nan, with the step and the last good checkpoint.
+        CheckpointError: one that could not be written.
+    """
+    check(config)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    world = World(0, 1, torch.device(device))
+    checkpoints = Checkpoints(config.out / CHECKPOINTS, config.keep, world)
+    if not resume and (last := checkpoints.latest()) is not None:
+        _checks.fail("distill", "out", "a new folder, or resume", f"one with {last.name}")
+    if not isinstance(student, Pretrained):
+        _checks.fail("distill", "student", "a Pretrained", type(student).__name__, TypeError)
+    run = Run(config, checkpoints, student, teacher, conditions, teacher_conditions)
+    with caught_signals() as signals:
+        return run.train(signals, on_step)
+
+
+def check(config: DistillationConfig) -> None:
+    """Raise ValueError where numbers make no sense; shift and ratio are the loss's."""
+    for name, least in (
+        ("steps", 0), ("batch", 1), ("warmup", 0), ("save_every", 1), ("keep", 1), ("workers", 0),
+        ("seed", 0),
+    ):  # fmt: skip
+        _checks.integer("distill", name, getattr(config, name), least)
+    for name in ("lr", "weight_decay", "clip"):
+        if not getattr(config, name) >= 0:
+            _checks.fail("distill", name, "at least 0", getattr(config, name))
+    for name in ("class_dropout", "ema"):
+        if not 0 <= getattr(config, name) <= 1:
+            _checks.fail("distill", name, "from 0 to 1", getattr(config, name))
+
+
+class Run:
+    """A run's networks, optimizer and place."""
+
+    def __init__(
+        self,
+        config: DistillationConfig,
+        checkpoints: Checkpoints,
+        student: Pretrained,
+        teacher: nn.Module,
+        conditions: Conditions | None,
+        teacher_conditions: Conditions | None,
+    ) -> None:
+        self.config, self.checkpoints = config, checkpoints
+        self.device = checkpoints.world.device
+        self.dataset = open_dataset(config.data, "train")
+        self.conditions, self.teacher_conditions = conditions, teacher_conditions
+        self.student = student.to(self.device).train()
+        self.recipe = StudentRecipe(dict(student.config))
+        torch.manual_seed(config.seed)
+        channels = backbone(student).channels if config.features else 0
+        teacher = teacher.to(self.device)
+        self.loss = DistillationLoss(teacher, channels, shift=config.shift, ratio=config.ratio)
+        self.trained = nn.ModuleDict({"student": student, "loss": self.loss.to(self.device)})
+        if isinstance(conditions, nn.Module):
+            self.trained["conditions"] = conditions.to(self.device).train()
+        kept = {name: m for name, m in self.trained.items() if name != "loss"}
+        self.ema = nn.ModuleDict(copy.deepcopy(kept)).eval().requires_grad_(False)
+        self.average = get_ema_multi_avg_fn(config.ema)
+        parameters = self.trained.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+        self.step = 0
+        if (last := checkpoints.latest()) is not None:
+            self._load(last)
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_bytes(config.out / CONFIG, (json.dumps(to_json(config), indent=2) + "\n").encode())
+
+    # --- Steps ---
+
+    def train(
+        self, signals: list[str], on_step: Callable[[DistillationReport], None] | None
+    ) -> Outcome:
+        config, saved = self.config, self.checkpoints.latest()
+        for x, y in self._loader():
+            report = self._step(x.to(self.device), y.to(self.device))
+            if on_step is not None:
+                on_step(report)
+            stop, done = bool(signals), self.step == config.steps
+            if stop or done or self.step % config.save_every == 0:
+                saved = self.save()
+            if stop and not done:
+                return Outcome(self.step, saved, signals[0])
+        self.ema["student"].save_pretrained(config.out / EXPORT)
+        if "conditions" in self.ema:
+            torch.save(self.ema["conditions"].state_dict(), config.out / "conditions.pt")
+        return Outcome(self.step, saved)
+
+    def _loader(self) -> torch.utils.data.DataLoader:
+        config, classes = self.config, self.dataset.num_classes
+        dropout = config.class_dropout if classes else 0.0
+        ordered = orders.Ordered(self.dataset, config.seed, config.data.flip, dropout, classes)
+        first, left = self.step * config.batch, config.steps - self.step
+        slices = orders.Slices(first, left, config.batch, 1, 0, 1)
+        return orders.loader(ordered, slices, config.workers, self.device.type == "cuda")
+
+    def _step(self, x: Tensor, y: Tensor) -> DistillationReport:
+        config, seed = self.config, fold(self.config.seed, self.step)
+        # For what a network draws itself.
+        torch.manual_seed(seed % (1 << 63))
+        self.step += 1
+        with torch.no_grad():
+            teacher_cond = given(self.teacher_conditions, y)
+        cond = given(self.conditions, y)
+        losses = self.loss(self.student, x, seed=seed, cond=cond, teacher_cond=teacher_cond)
+        losses.total.mean().backward()
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip or math.inf)
+        found = [x.new_zeros(()) if v is None else v.detach().float().mean() for v in losses]
+        values = torch.stack([*found, norm]).tolist()
+        if not all(map(math.isfinite, values)):
+            last = self.checkpoints.latest() or "none"
+            raise NotFinite(f"step {self.step}: {values}; the last good checkpoint: {last}")
+        self.optimizer.param_groups[0]["lr"] = config.lr * min(1, self.step / (config.warmup + 1))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._average()
+        return DistillationReport(self.step, *values)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """The weights after the first step, then their moving average."""
+        parts = [self.trained[name] for name in self.ema]
+        both = list(self.ema.parameters()), [p for part in parts for p in part.parameters()]
+        if self.step == 1:
+            torch._foreach_copy_(*both)
+        else:
+            self.average(*both, None)
+
+    # --- Saving ---
+
+    def _state(self) -> dict[str, Any]:
+        moments = get_optimizer_state_dict(self.trained, self.optimizer)["state"]
+        weights = {"model": self.trained.state_dict(), "ema": self.ema.state_dict()}
+        return {**weights, "optimizer": moments}
+
+    def save(self) -> Path:
+        return self.checkpoints.save(self.step, self._state(), self.recipe)
+
+    def _load(self, path: Path) -> None:
+        self.step = step_of(path)
+        state = load(path, self._state())
+        self.trained.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        whole = get_optimizer_state_dict(self.trained, self.optimizer)
+        whole["state"] = state["optimizer"]
+        set_optimizer_state_dict(self.trained, self.optimizer, whole)
+
+
+def given(conditions: Conditions | None, labels: Tensor) -> Mapping[str, Any]:
+    """Keywords of a network."""
+    found = {} if conditions is None else conditions(labels)
+    if isinstance(found, TextConditions):
+        return {"text": found[0], "mask": found[1]}
+    return found

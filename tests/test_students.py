@@ -1,0 +1,122 @@
+"""A run that distills: stopping and going on, what it saves, and its errors."""
+
+import pytest
+import torch
+from distillation_models import randomise
+from small_models import small as small_dfm
+
+from dfm_fast._library import INTERPRET
+from dfm_fast.models import ClassTokens, SnapGenUNet
+from dfm_fast.training import orders
+from dfm_fast.training.datasets import DataConfig, open_dataset
+from dfm_fast.training.distillation import DistillationLoss
+from dfm_fast.training.monitors import NotFinite
+from dfm_fast.training.students import DistillationConfig, distill
+
+pytest.importorskip("sklearn")
+pytestmark = pytest.mark.skipif(INTERPRET, reason="no kernels in it")
+
+SIZES = {"in_channels": 1, "channels": (8, 16), "depths": (0, 1), "heads": (1, 2), "groups": 4}
+WIDTHS = {"cross_dim": 8, "time_channels": 8, "self_attention": (False, True), "layers": 1}
+
+
+def networks():
+    torch.manual_seed(0)
+    student = randomise(SnapGenUNet(**SIZES, **WIDTHS), 1)
+    return student, small_dfm(patch_sizes=(4,), in_channels=1), ClassTokens(10, 2, 8)
+
+
+def config(out, **changes):
+    values = {"steps": 4, "batch": 4, "workers": 0, "lr": 1e-2, "warmup": 1, "save_every": 2}
+    data = DataConfig(name="digits")
+    return DistillationConfig(out, data, device="cpu", **{**values, **changes})
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def run(settings, each=lambda student, tokens: None, **options):
+    """(reports, student, tokens, outcome); `each` is called after every step."""
+    student, teacher, tokens = networks()
+    reports = []
+
+    def on_step(report):
+        reports.append(report)
+        each(student, tokens)
+
+    outcome = distill(
+        settings, student, teacher, conditions=tokens, teacher_conditions=lambda y: {"y": y},
+        on_step=on_step, **options,
+    )  # fmt: skip
+    return reports, student, tokens, outcome
+
+
+def test_a_resumed_run_repeats_the_losses(tmp_path):
+    whole, student, tokens, outcome = run(config(tmp_path / "a"))
+    assert [r.step for r in whole] == [1, 2, 3, 4]
+    assert outcome.step == 4
+    run(config(tmp_path / "b", steps=2))
+    rest, again, same, _ = run(config(tmp_path / "b"), resume=True)
+    assert rest == whole[2:]
+    for p, q in zip(student.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert torch.equal(tokens.weight, same.weight)
+    averages = [SnapGenUNet.from_pretrained(tmp_path / f / "model") for f in "ab"]
+    for p, q in zip(*(average.parameters() for average in averages), strict=True):
+        assert torch.equal(p, q)
+    assert not torch.equal(tokens.weight, networks()[2].weight)  # they are trained
+
+
+def test_a_step_is_the_losses(tmp_path):
+    """The first report, from the parts."""
+    settings = config(tmp_path / "a", steps=1, features=False, shift=2.0, class_dropout=0.5)
+    (report,), *_ = run(settings)
+    ordered = orders.Ordered(open_dataset(settings.data, "train"), 0, False, 0.5, 10)
+    samples = [ordered[i] for i in range(4)]
+    x, y = torch.stack([x for x, _ in samples]), torch.tensor([y for _, y in samples])
+    assert (y == 10).any()  # a label was dropped
+    student, teacher, tokens = networks()
+    text = tokens(y)
+    cond = {"text": text.text, "mask": text.mask}
+    loss = DistillationLoss(teacher, 0, shift=2.0)
+    want = loss(student, x, seed=0, cond=cond, teacher_cond={"y": y})
+    assert report.task == pytest.approx(want.task.mean().item(), rel=1e-5)
+    assert report.kd == pytest.approx(want.kd.mean().item(), rel=1e-5)
+    assert report.features == 0
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.75])
+def test_the_average_is_saved(ema, tmp_path):
+    settings = config(tmp_path / "a", steps=2, save_every=1, ema=ema)
+    seen = []
+    _, student, tokens, _ = run(settings, each=lambda s, t: seen.append((weights(s), weights(t))))
+    # Of the weights after the first step, which the second step began with, and after the second.
+    last = weights(student), weights(tokens)
+    loaded = SnapGenUNet.from_pretrained(settings.out / "model")
+    saved = torch.load(settings.out / "conditions.pt")
+    for got, one, two in zip((loaded.state_dict(), saved), seen[0], last, strict=True):
+        for name in got:
+            want = ema * one[name].double() + (1 - ema) * two[name].double()
+            torch.testing.assert_close(got[name].double(), want, rtol=1e-5, atol=1e-7)
+    assert (settings.out / "config.json").exists()
+
+
+def test_errors(tmp_path):
+    settings = config(tmp_path / "a", steps=1)
+    run(settings)
+    with pytest.raises(ValueError, match=r"distill: out: expected a new folder, or resume"):
+        run(settings)
+    with pytest.raises(ValueError, match=r"distill: batch: expected at least 1, got 0"):
+        run(config(tmp_path / "b", batch=0))
+    with pytest.raises(ValueError, match=r"distill: class_dropout: expected from 0 to 1, got 2"):
+        run(config(tmp_path / "b", class_dropout=2))
+    run(config(tmp_path / "c", steps=1, features=False))
+    with pytest.raises(ValueError, match=r"loss\.projector"):
+        run(config(tmp_path / "c", steps=2), resume=True)
+    student, teacher, _ = networks()
+    with pytest.raises(TypeError, match=r"distill: student: expected a Pretrained, got Linear"):
+        distill(config(tmp_path / "d"), torch.nn.Linear(2, 2), teacher)
+    teacher.heads.weight.data.fill_(torch.nan)
+    with pytest.raises(NotFinite, match=r"step 1: .* the last good checkpoint: none"):
+        distill(config(tmp_path / "d"), student, teacher, conditions=ClassTokens(10, 2, 8))
