@@ -47,6 +47,7 @@ def extensions():
             extra_link_args=OPENMP,
         )
 
+    only = os.environ.get("DFM_FAST_BUILDS", "").split(",")
     modules = [cpp(name, flags) for name, flags in BUILDS.items()]
     sources = sorted(str(p) for p in Path("csrc/cuda").glob("*.c*"))
     import torch
@@ -57,6 +58,7 @@ def extensions():
         modules.append(
             CUDAExtension("dfm_fast._C_cuda", sources, depends=headers, extra_compile_args=args)
         )
+    modules = [m for m in modules if only == [""] or m.name.removeprefix("dfm_fast.") in only]
     return modules, {"build_ext": Build}
 
 

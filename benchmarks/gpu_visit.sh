@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # One visit to a machine with a GPU, in one call of at most 9 minutes:
 #   bash benchmarks/gpu_visit.sh OUT_DIR [quick|full|training]
-# Installs, tests, checks memory, measures the ceilings, runs the benchmarks and makes the report.
+# Installs, tests on the GPU, checks memory, measures the ceilings, rehearses the benchmarks (every
+# row once, in parallel: gates, and the compilers' work done), runs them and makes the report.
 # A step that fails or runs out of time stops nothing; the summary at the end says which did.
 # "training" is a visit for the models: their rows alone, and small DFMs trained and compared with
 # flow matching, in place of tests, memcheck, photographs and the other rows.
 # With no GPU (or --dry-run as third argument) it runs the same steps on the CPU, cut short.
 # SKIP="tests memcheck" leaves steps out; with SKIP=benchmarks and then SKIP=tests a full set of rows
-# has two visits' time.
+# has two visits' time. TESTS and ROWS are pytest's -k of them, SECONDS_OF_ROW the timing of each.
 # DFM_FAST_COMMIT names the commit where the folder is no git repository.
 set -uo pipefail
 
@@ -30,7 +31,7 @@ command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || gpu=0
 [ "$mode" = --dry-run ] && gpu=0
 device=cuda
 [ "$gpu" = 1 ] || device=cpu
-export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONUNBUFFERED=1 PYTHONPYCACHEPREFIX=$work/pycache
 
 note() { printf '%-12s %s\n' "$1" "$2" | tee -a "$summary"; }
 
@@ -49,7 +50,8 @@ step() {
         return 1
     fi
     printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
-    timeout --kill-after=5 "$limit" "$@" >"$work/step.log" 2>&1
+    # Interrupted, pytest still says what failed.
+    timeout --signal=INT --kill-after=15 "$limit" "$@" >"$work/step.log" 2>&1
     code=$?
     cat "$work/step.log" >>"$log"
     case $code in
@@ -78,7 +80,21 @@ install_package() {
         "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site \
             .whl/*.whl || return
     fi
-    "$python" -m pip install -q --no-index --no-build-isolation --no-deps -e .
+    DFM_FAST_NO_EXT=1 "$python" -m pip install -q --no-index --no-build-isolation --no-deps -e .
+}
+
+# Of the extensions only the CUDA one, meanwhile: nothing but large pyramids waits for it.
+build() {
+    suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+    [ -e "dfm_fast/_C_cuda$suffix" ] ||
+        DFM_FAST_BUILDS=_C_cuda "$python" setup.py build_ext --inplace >"$work/build.log" 2>&1
+    echo $? >"$work/built"
+}
+
+built() {
+    while [ ! -e "$work/built" ]; do sleep 0.2; done
+    cat "$work/build.log" 2>/dev/null
+    return "$(cat "$work/built")"
 }
 
 ceilings() {
@@ -89,29 +105,35 @@ memcheck() {
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m benchmarks.smoke "$device"
 }
 
-export -f facts install_package ceilings memcheck
-export python gpu device
-run() { bash -c "$1"; }
-export -f run
+export -f facts install_package built ceilings memcheck
+export python gpu device work
 
 [ "$gpu" = 1 ] || note visit "no GPU: the same steps on the CPU, cut short"
 step facts 30 bash -c facts
 if [ "$mode" = --dry-run ]; then
     note install "skipped: dry run"
 else
-    step install 120 bash -c install_package
+    step install 60 bash -c install_package
 fi
 [ -d /tmp/site ] && export PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
 step import 60 "$python" -c 'import dfm_fast; print(dfm_fast.__version__)'
-step smoke 60 "$python" -m benchmarks.smoke "$device"
 if [ "$gpu" = 1 ]; then
-    workers=()
-    "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-    step tests 170 env OMP_NUM_THREADS=2 "$python" -m pytest tests -q -p no:cacheprovider "${workers[@]}"
+    build &
+    tests=(-m pytest tests -q --tb=short -p no:cacheprovider --continue-on-collection-errors)
+    "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 14 --dist worksteal)
+    selected="(cuda or tf32_is_allowed or replay_with or few_programs) and not cuda_sources"
+    export OMP_NUM_THREADS=1
+    step tests 170 "$python" "${tests[@]}" -k "${TESTS:-$selected}"
+    cp "$work/step.log" "$out/tests.log" 2>/dev/null
+    step build 120 bash -c built
+    step cuda-tests 60 "$python" "${tests[@]}" -k "cuda and (laplacian or haar) and not cuda_sources"
+    cat "$work/step.log" >>"$out/tests.log" 2>/dev/null
+    unset OMP_NUM_THREADS
 else
+    step smoke 60 "$python" -m benchmarks.smoke "$device"
     step tests 60 "$python" -m pytest tests/test_harness.py tests/test_report.py -q -p no:cacheprovider
+    cp "$work/step.log" "$out/tests.log" 2>/dev/null
 fi
-cp "$work/step.log" "$out/tests.log" 2>/dev/null
 if [ "$gpu" = 1 ] && command -v compute-sanitizer >/dev/null; then
     step memcheck 75 bash -c memcheck
 else
@@ -121,7 +143,13 @@ step ceilings 40 bash -c ceilings
 options=(--benchmark-only --results "$work/results" -p no:cacheprovider)
 [ "$rows" = quick ] || options+=(--full)
 families=(benchmarks/)
-[ "$gpu" = 1 ] || options+=(--device cpu --seconds 0.1 -k "haar_build or video or (dfm_s_256 and forward and not sampling)")
+if [ "$gpu" = 1 ]; then
+    [ -z "${ROWS:-}" ] || options+=(-k "$ROWS")
+    options+=(--seconds "${SECONDS_OF_ROW:-0.5}")
+else
+    options+=(--device cpu --seconds 0.1)
+    options+=(-k "haar_build or video or (dfm_s_256 and forward and not sampling)")
+fi
 step photographs 40 "$python" -m benchmarks.photographs --out "$work/results/photographs" \
     --device "$device"
 if [ "$rows" = training ]; then
@@ -134,6 +162,10 @@ if [ "$rows" = training ]; then
     cp "$work"/comparison/*.json "$out/" 2>/dev/null
     grep '^|' "$work/step.log" >"$out/comparison.md" 2>/dev/null
 fi
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}
+step rehearsal "${REHEARSAL:-120}" "$python" -m benchmarks.rehearsal --jobs "$([ "$gpu" = 1 ] && echo 10 || echo 2)" \
+    --limit $((${REHEARSAL:-120} - 15)) "${families[@]}" "${options[@]}"
+cp "$work/step.log" "$out/rehearsal.log" 2>/dev/null
 # The benchmarks write their results row by row: what the time limit cuts off is the last rows.
 step benchmarks $((deadline - SECONDS - 25)) "$python" -m pytest "${families[@]}" "${options[@]}"
 cp "$work/step.log" "$out/benchmarks.log" 2>/dev/null

@@ -7,6 +7,7 @@ operator the shared suite's first case, in both layouts; of pyramids every filte
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -20,36 +21,41 @@ from cases import CASES
 from helpers import grads
 
 
-def first_cases(device: str, dtype: torch.dtype) -> None:
-    cases = {case.operator: case for case in reversed(CASES)}
-    for name, operator in OPERATORS.items():
-        for layout in ("contiguous", "channels_last"):
-            args = cases[name].args(dtype, device, layout)
-            kwargs = dict(cases[name].kwargs)
-            if "device" in kwargs:
-                kwargs["device"] = device
-            operator.public(*args, **kwargs)
-            grads(operator.public, args, kwargs)
+def first_case(name: str, device: str, dtype: torch.dtype) -> None:
+    operator, case = OPERATORS[name], next(case for case in CASES if case.operator == name)
+    for layout in ("contiguous", "channels_last"):
+        args, kwargs = case.args(dtype, device, layout), dict(case.kwargs)
+        if "device" in kwargs:
+            kwargs["device"] = device
+        operator.public(*args, **kwargs)
+        grads(operator.public, args, kwargs)
 
 
-def pyramids(device: str, dtype: torch.dtype) -> None:
+def pyramids(filter: str, device: str, dtype: torch.dtype) -> None:
     sizes = {"binomial": (33, 50)}
-    for filter in FILTERS:
-        shape = (2, 3, *sizes.get(filter, (32, 48)))
-        x = torch.randn(shape, device=device).to(dtype).requires_grad_()
-        levels = dfm_fast.laplacian_build(x, 3, filter=filter)
-        dfm_fast.laplacian_collapse(levels, filter=filter).sum().backward()
+    x = torch.randn((2, 3, *sizes.get(filter, (32, 48))), device=device).to(dtype).requires_grad_()
+    levels = dfm_fast.laplacian_build(x, 3, filter=filter)
+    dfm_fast.laplacian_collapse(levels, filter=filter).sum().backward()
 
 
-def main() -> None:
+def main() -> int:
+    """How many of them failed; each says why."""
     device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    runs = [*((first_case, name) for name in OPERATORS), *((pyramids, name) for name in FILTERS)]
+    failed = set()
     for dtype in (torch.float32, torch.bfloat16):
-        first_cases(device, dtype)
-        pyramids(device, dtype)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    print(f"{len(OPERATORS)} operators ran on {device}")
+        for run, name in runs:
+            try:
+                run(name, device, dtype)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            except Exception:
+                print(f"\n{name}, {dtype}:\n{traceback.format_exc(limit=-4)}")
+                failed.add(name)
+    bad = f", {len(failed)} failed: {' '.join(sorted(failed))}" if failed else ""
+    print(f"{len(OPERATORS)} operators and {len(FILTERS)} filters ran on {device}{bad}")
+    return len(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

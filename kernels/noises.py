@@ -148,7 +148,10 @@ def _vectors(
 
 @triton.jit
 def _at(ptr, offset):
-    return None if ptr is None else ptr + offset
+    at = None  # Triton 3.6 takes no None from `... if ... else ...`
+    if ptr is not None:
+        at = ptr + offset
+    return at
 
 
 @triton.jit

@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -13,3 +14,14 @@ def poisoned_under_the_interpreter():
     from dfm_fast._library import INTERPRET
 
     torch.use_deterministic_algorithms(INTERPRET, warn_only=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish():
+    """A fault on a GPU spoils its process for every test that follows: under xdist another one
+    takes over."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
