@@ -1,4 +1,5 @@
-"""pytest benchmarks/ --benchmark-only [--full] [--results DIR] [--device cpu|cuda] [--seconds S]"""
+"""pytest benchmarks/ --benchmark-only [--full] [--results DIR] [--device cpu|cuda] [--seconds S]
+[--no-compile]"""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ class Session:
     full: bool
     seconds: float
     results: Path
+    compiling: bool = True
     done: int = 0
     families: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     files: set[Path] = dataclasses.field(default_factory=set)
@@ -47,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="all rows, not only the quick ones")
     group.addoption("--results", type=Path, default=LOCAL, help="folder of the results' JSON")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
     group.addoption("--seconds", type=float, default=2.0, help="of timing per row, at least")
 
 
@@ -57,7 +60,11 @@ def pytest_configure(config: pytest.Config) -> None:
     option = config.getoption
     device = option("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
     config.stash[SESSION] = Session(
-        device, option("--full"), option("--seconds"), option("--results")
+        device,
+        option("--full"),
+        option("--seconds"),
+        option("--results"),
+        not option("--no-compile"),
     )
 
 
@@ -111,7 +118,7 @@ def measure_fixture(
     def run(row: Row) -> None:
         session.done += 1
         say(f"\n[{session.done}/{request.session.testscollected}] {row.id}")
-        record, call = measure(row, session.device, session.seconds, say)
+        record, call = measure(row, session.device, session.seconds, say, session.compiling)
         session.add(family, record)
         say(f"    {summary(record)}")
         benchmark.group = row.op

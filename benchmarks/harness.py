@@ -207,7 +207,7 @@ def copy_provider(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[
 
 
 def assemble(
-    row: Row, inputs: Sequence[Tensor], say: Say
+    row: Row, inputs: Sequence[Tensor], say: Say, compiling: bool = True
 ) -> tuple[dict[str, Provider], dict[str, str]]:
     """Everybody who takes part but copy, and why the others do not."""
     missing: dict[str, str] = {}
@@ -226,7 +226,10 @@ def assemble(
             missing[name] = provider
         else:
             providers[name] = provider
-    providers |= dict(compile_forms(row, inputs, say, missing))
+    if compiling:
+        providers |= dict(compile_forms(row, inputs, say, missing))
+    else:
+        missing |= {f"compiled {form}": "left out, as asked" for form in row.compiled}
     return providers, missing
 
 
@@ -392,12 +395,14 @@ def keep_freed_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-def measure(row: Row, device: str, seconds: float, say: Say) -> tuple[dict, Callable[[], Any]]:
+def measure(
+    row: Row, device: str, seconds: float, say: Say, compiling: bool = True
+) -> tuple[dict, Callable[[], Any]]:
     """(record, our call): everything for one row. Raises GateError."""
     keep_freed_memory()
     with clock_of(device) as clock:
         inputs = make_inputs(row, device)
-        providers, missing = assemble(row, inputs, say)
+        providers, missing = assemble(row, inputs, say, compiling)
         gate(row, inputs, providers)
         outputs = tensors(providers["ours"].call())
         providers["copy"], copied = copy_provider(inputs, outputs)

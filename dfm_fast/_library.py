@@ -24,6 +24,11 @@ _LIBRARY = torch.library.Library("dfm_fast", "DEF")
 # The fake kernels promise exact strides; Inductor must then hand over the strides it traced with.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+# An operator's own torch calls are not for autocast, which sees the operator alone.
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA).add(
+    torch._C.DispatchKey.AutocastCPU
+)
+
 # Triton reads this variable at import. With it set the Triton kernels also serve CPU tensors,
 # so that the whole test suite can run them without a GPU.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -121,7 +126,11 @@ def _on_first_call(name: str, kernel: str) -> Callable[..., Any]:
             ) from error
         return getattr(module, launcher)
 
-    return lambda *args, **kwargs: load()(*args, **kwargs)
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return load()(*args, **kwargs)
+
+    return launch
 
 
 def _without_out(flops: Callable[..., int]) -> Callable[..., int]:

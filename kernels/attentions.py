@@ -174,6 +174,8 @@ def multi_query_attention(
     if q.numel() == 0 or k.shape[1] == 0:
         lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
         return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
+    if q.dtype == torch.float64:  # no fused backend has it
+        return attentions._forward(q, k, v, mask, scale)
     if q.device.type == "cpu" or _takes(q, k):  # the interpreter's
         return _triton_forward(q, k, v, mask, scale)
     return _sdpa.forward(None, q, k, v, mask, scale, k.shape[2] == 1)
@@ -191,7 +193,7 @@ def multi_query_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.numel() == 0 or k.shape[1] == 0:
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" or q.dtype == torch.float64:
         return attentions._backward(dy, q, k, v, mask, y, lse, scale)
     return _sdpa.backward(None, dy, q, k, v, mask, y, lse, scale, _sdpa.view_backward(k))
 

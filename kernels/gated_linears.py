@@ -66,7 +66,7 @@ def _linear_glu_kernel(
     a_ptrs = weight_ptr + w_row[None, :] * KV * VEC + k[:, None]
     b_ptrs = a_ptrs + K * D
     if WIDE:
-        b_ptrs = a_ptrs + K.to(tl.int64) * D
+        b_ptrs = a_ptrs + tl.cast(K, tl.int64) * D
     a = tl.zeros((BM, BN), tl.float32)
     b = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):

@@ -109,7 +109,8 @@ def _part(
             )  # fmt: skip
     else:  # SIZE vectors of VEC; a lane has EACH elements
         start = block.to(tl.int64) * (BLOCK * EACH)
-        left = tl.minimum(SIZE.to(tl.int64) * VEC - start, BLOCK * EACH).to(tl.int32)
+        size = tl.cast(SIZE, tl.int64) * VEC  # a SIZE of 1 is a constant, without `to`
+        left = tl.minimum(size - start, BLOCK * EACH).to(tl.int32)
         start += n.to(tl.int64) * SIZE * VEC
         GROUP: tl.constexpr = VEC if VEC > 4 else 4
         if ALIGNED and HOW != PLAIN:

@@ -16,6 +16,12 @@ def poisoned_under_the_interpreter():
     torch.use_deterministic_algorithms(INTERPRET, warn_only=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_is_float32():
+    """torch lets cuDNN convolve float32 in TF32 unless told otherwise; our kernels do likewise."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish():
     """A fault on a GPU spoils its process for every test that follows: under xdist another one

@@ -110,7 +110,9 @@ def test_masked_keys_are_as_if_not_there(device):
 def test_one_key_is_its_value(device):
     q, k, v = (x.requires_grad_() for x in heads(2, 3, 1, 4, 1, 8, device))
     y = dfm_fast.multi_query_attention(q, k, v)
-    assert torch.equal(y, v.expand(-1, 3, 4, -1))
+    # On a GPU torch multiplies float32 in three products of TF32.
+    rtol = 2**-21 if device == "cuda" else 0.0
+    torch.testing.assert_close(y, v.expand(-1, 3, 4, -1), atol=0.0, rtol=rtol)
     dq, dk, _ = torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
     for dx in (dq, dk):  # 0 but for the rounding of dy . v
         assert dx.abs().max() <= 1e-5

@@ -92,7 +92,8 @@ def test_a_large_mean_cancels_nothing(device, layout, mean):
     exact = channel_statistics_ref(x.double())
     got = dfm_fast.channel_statistics(relayout(x, layout))
     error = (got.m2.double() / exact.m2 - 1).abs().max()
-    assert error < 1e-5  # E[x²] - m² in float32 is off by more than 1
+    # E[x²] - m² in float32 is off by more than 1. The means of Triton's blocks are rounded to it.
+    assert error < (1e-5 if device == "cpu" and not INTERPRET else 1e-4)
     assert (got.mean - exact.mean).abs().max() <= abs(mean) * 2**-23
     y = dfm_fast.group_norm_silu(relayout(x, layout), 2, *small)
     exact = group_norm_silu_ref(x.double(), 2, *(v.double() for v in small))

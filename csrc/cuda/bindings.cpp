@@ -113,7 +113,7 @@ Tensor collapse(const std::vector<Tensor>& levels) {
   const Pyramid p = pyramid_of("binomial_collapse", "levels", levels);
   const c10::cuda::CUDAGuard guard(levels.back().device());
   if (p.num_levels == 1) return levels[0].clone();
-  Tensor x = at::empty_like(levels.back());
+  Tensor x = at::empty_like(levels.back(), at::MemoryFormat::Contiguous);
   C10_CUDA_CHECK(binomial_collapse(p, x.data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return x;
 }
@@ -123,7 +123,7 @@ Tensor build_backward(const std::vector<Tensor>& grads) {
   const Pyramid p = pyramid_of("binomial_build_backward", "grads", grads);
   const c10::cuda::CUDAGuard guard(grads.back().device());
   if (p.num_levels == 1) return grads[0].clone();
-  Tensor dx = at::empty_like(grads.back());
+  Tensor dx = at::empty_like(grads.back(), at::MemoryFormat::Contiguous);
   C10_CUDA_CHECK(binomial_build_backward(p, dx.data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return dx;
 }

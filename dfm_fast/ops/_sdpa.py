@@ -43,8 +43,12 @@ def seen(x: Tensor, view: bool) -> Tensor:
 
 def restored(x: Tensor, like: Tensor, view: bool) -> Tensor:
     """Undoes `seen`; contiguous."""
-    x = x.squeeze(1).unflatten(1, like.shape[1:3]) if view else x.transpose(1, 2)
-    return x.contiguous()
+    return _contiguous(x.squeeze(1).unflatten(1, like.shape[1:3]) if view else x.transpose(1, 2))
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """With exactly the strides of a new tensor: `contiguous` leaves those of sides of one."""
+    return x.contiguous().view(-1).view(x.shape)
 
 
 def heads_of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, view: bool) -> Heads:
@@ -80,7 +84,7 @@ def _summed(dx: Tensor, like: Tensor) -> Tensor:
     if dx.shape[1] != heads:
         wide = torch.promote_types(dx.dtype, torch.float32)
         dx = dx.unflatten(1, (heads, -1)).sum(2, dtype=wide).to(dx.dtype)
-    return dx.transpose(1, 2).contiguous()
+    return _contiguous(dx.transpose(1, 2))
 
 
 # --- Backends -------------------------------------------------------------------------------------

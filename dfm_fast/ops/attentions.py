@@ -223,7 +223,11 @@ def multi_query_attention(
 
     Raises:
         TypeError: dtypes. ValueError: shapes, devices, a number of heads that does not divide.
-        RuntimeError: on a GPU, what no fused backend of torch's SDPA takes (float64).
+        RuntimeError: on a GPU, what no fused backend of torch's SDPA takes.
+
+    On a GPU torch's SDPA serves, and its backward is deterministic where
+    `torch.use_deterministic_algorithms(True)` asks for it. float64 is written out there, scores and
+    all.
     """
     _check("multi_query_attention", q, k, v, mask)
     args = *(_rows(x) for x in (q, k, v)), mask, _scale(q, scale)

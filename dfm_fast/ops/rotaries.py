@@ -268,12 +268,13 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check_weight(op: str, name: str, weight: Any, q: Tensor) -> None:
+def _check_weight(op: str, name: str, weight: Any, q: Tensor) -> Tensor:
     _checks.tensor(op, name, weight, (1,))
     if weight.shape[0] != q.shape[-1]:
         _checks.fail(op, name, f"[{q.shape[-1]}], the head dimension", list(weight.shape))
     if weight.device != q.device:
         _checks.fail(op, name, f"device {q.device} like q", weight.device)
+    return weight.contiguous()
 
 
 def _check_tables(op: str, q: Tensor, k: Tensor, cos: Any, sin: Any) -> tuple[Tensor, Tensor]:
@@ -355,9 +356,9 @@ def qk_norm_rope(
     op = "qk_norm_rope"
     _check_heads(op, q, k)
     if q_weight is not None:
-        _check_weight(op, "q_weight", q_weight, q)
+        q_weight = _check_weight(op, "q_weight", q_weight, q)
     if k_weight is not None:
-        _check_weight(op, "k_weight", k_weight, q)
+        k_weight = _check_weight(op, "k_weight", k_weight, q)
     if cos is not None or sin is not None:
         cos, sin = _check_tables(op, q, k, cos, sin)
     elif q_weight is None and k_weight is None:
