@@ -175,6 +175,13 @@ def test_a_form_that_does_not_compile_is_reported(monkeypatch):
     assert record["missing"] == {"compiled plain": "does not compile: no compiler found"}
 
 
+def test_compiled_forms_are_left_out_where_asked():
+    row = tiny_row(compiled={"plain": halve})
+    record, _ = harness.measure(row, "cpu", 0.0, lambda text, end=None: None, compiling=False)
+    assert "compiled" not in record["providers"]
+    assert record["missing"]["compiled plain"] == "left out, as asked"
+
+
 def test_a_backward_row_times_the_backward_alone():
     forwards = []
 
