@@ -41,6 +41,15 @@ def cpu_name() -> str:
     return next(models, platform.machine() or "cpu")
 
 
+def _nvidia_smi(fields: str) -> str | None:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
 def machine(device: str) -> dict[str, Any]:
     """The device that results are filed under, e.g. amd-epyc-avx512-2c or h200."""
     if torch.device(device).type == "cuda":
@@ -51,6 +60,8 @@ def machine(device: str) -> dict[str, Any]:
             "memory_gib": round(properties.total_memory / 2**30),
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
+            "driver": _nvidia_smi("driver_version"),
+            "clocks_mhz": _nvidia_smi("clocks.sm,clocks.mem"),
         }
         return {"slug": slug(name.removeprefix("NVIDIA ")), "name": name, **facts}
     capability, cores = torch.backends.cpu.get_cpu_capability(), os.cpu_count()
@@ -83,10 +94,13 @@ def _git(*args: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """Commit and whether the tree had changes; DFM_FAST_COMMIT where there is no repository."""
+    """Commit and whether the tree had changes. DFM_FAST_COMMIT says it of a copy of the tree, whose
+    repository is none or another."""
+    if named := os.environ.get("DFM_FAST_COMMIT"):
+        return {"commit": named, "dirty": None}
     head = _git("rev-parse", "HEAD")
     if head is None:
-        return {"commit": os.environ.get("DFM_FAST_COMMIT", "unknown"), "dirty": None}
+        return {"commit": "unknown", "dirty": None}
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {"commit": head, "dirty": bool(changes)}
 

@@ -97,7 +97,10 @@ LAYOUTS = ("contiguous", "channels_last", *(() if INTERPRET else ("permuted", "s
 
 
 def relayout(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values in another memory layout."""
+    """The same values in another memory layout. Vectors beside maps in channels_last are every
+    second element of others."""
+    if layout == "channels_last" and x.ndim == 1:
+        layout = "strided"
     if layout == "channels_last" and x.ndim in (4, 5):
         last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
         return x.contiguous(memory_format=last)

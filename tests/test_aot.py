@@ -1,5 +1,6 @@
 """Triton kernels compile for every target, within its limits, with no GPU: what `check` gates."""
 
+import dataclasses
 import json
 import os
 
@@ -37,6 +38,26 @@ def test_what_once_spilled_spills_no_more(targets, dtype, kernel, tmp_path):
     rows = [row for row in rows if row["kernel"] == kernel]  # without those that begin so
     assert [(row["target"], row["spills"]) for row in rows] == [(target, 0) for target in targets]
     assert status == 0
+
+
+def test_sizes_of_one_compile():
+    """A launch makes a constant of every integer that is 1: every kernel must take that."""
+    from triton.backends.compiler import GPUTarget
+
+    from dfm_fast.kernels import _aot
+
+    kinds = {}
+    for spec in _aot.specialisations():
+        key = spec.kernel, spec.constants.get("LAST"), spec.constants.get("DO")
+        if "sm_90" in spec.targets:
+            kinds.setdefault(key, spec)
+    for (kernel, *_), spec in kinds.items():
+        asked = kernel.do_not_specialize or ()
+        kept = {kernel.arg_names[i] if isinstance(i, int) else i for i in asked}
+        integers = {name for name, kind in spec.arguments.items() if kind in ("i32", "i64")}
+        ones = dict.fromkeys((integers - kept) & set(kernel.arg_names), 1)
+        ones = dataclasses.replace(spec, constants={**spec.constants, **ones})
+        assert _aot._compile(ones, GPUTarget("cuda", 90, 32)).asm["cubin"], spec.name
 
 
 # Everything on one target; then the one that matters most and the general one on the others.
