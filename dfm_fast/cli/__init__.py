@@ -15,6 +15,7 @@ COMMANDS = {
     "equivariance": "fine-tune an autoencoder so that its latents can be scaled",
     "decoder": "train a small decoder for the latents of a frozen autoencoder",
     "train": "train a DFM transformer on images, videos or latents",
+    "snapgen": "train a SnapGen UNet on classes, against a teacher, or to a few steps",
     "sample": "pictures from a trained model",
     "report": "turn benchmark results into a table, plots and an HTML page",
 }
@@ -23,6 +24,7 @@ PASSES_ON = (
     "equivariance",
     "decoder",
     "train",
+    "snapgen",
 )  # what it does not know, to a parser of its own
 
 

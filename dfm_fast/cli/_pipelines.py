@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def is_one(args: argparse.Namespace) -> bool:
-    """Whether the folder is a pipeline's. Raises where its options are given for another."""
+    """Whether the folder has a pipeline. Raises where its options are given for another."""
     from dfm_fast.models import snapgen_folders
 
-    found = snapgen_folders.is_pipeline(args.checkpoint)
+    found = snapgen_folders.pipeline_in(args.checkpoint) is not None
     for name in ("prompt", "negative_prompt", "size"):
         if not found and getattr(args, name) is not None:
             expected = f"a folder with {snapgen_folders.INDEX}"
@@ -34,12 +34,13 @@ def is_one(args: argparse.Namespace) -> bool:
 def run(args: argparse.Namespace, device: str) -> None:
     import torch
 
-    from dfm_fast.models import SnapGenPipeline
+    from dfm_fast.models import SnapGenPipeline, snapgen_folders
     from dfm_fast.training import pictures
 
     options = _options(args)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    pipeline = SnapGenPipeline.from_pretrained(args.checkpoint, device=device, dtype=dtype)
+    folder = snapgen_folders.pipeline_in(args.checkpoint)
+    pipeline = SnapGenPipeline.from_pretrained(folder, device=device, dtype=dtype)
     if not args.prompt:
         options["class_labels"] = _labels(pipeline, args.classes)
     images = pipeline(**options, output_type="pt", progress=True).images

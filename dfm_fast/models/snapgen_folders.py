@@ -2,7 +2,7 @@
 
     model_index.json    {_class_name, components: {folder: class}, text_layout, shift, ...}
     unet/               SnapGenUNet
-    decoder/ or vae/    SnapGenDecoder; AutoencoderKL or AutoencoderTiny of diffusers
+    decoder/ or vae/    SnapGenDecoder; AutoencoderKL or AutoencoderTiny of diffusers; none: pixels
     class_tokens/       ClassTokens, or any of
     text_encoder/  text_encoder_2/  text_encoder_3/     CLIP-L, CLIP-G, Gemma 2 of transformers
     tokenizer/     tokenizer_2/     tokenizer_3/        and theirs
@@ -18,6 +18,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,6 +46,20 @@ TEXTS = {
 }
 NUMBERS = ("shift", "sample_size", "scaling_factor", "shift_factor")
 
+
+class Pixels(nn.Module):
+    """The decoder where there are no latents."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(
+            latent_channels=channels, scaling_factor=1.0, shift_factor=0.0, block_out_channels=(0,)
+        )
+
+    def decode(self, z: torch.Tensor) -> tuple[torch.Tensor]:
+        return (z,)
+
+
 # --- Writing --------------------------------------------------------------------------------------
 
 
@@ -56,7 +71,9 @@ def save(
     numbers: Mapping[str, float],
 ) -> None:
     folder = Path(folder)
-    parts = {"unet": unet, "decoder" if isinstance(decoder, Pretrained) else "vae": decoder}
+    parts = {"unet": unet}
+    if not isinstance(decoder, Pixels):
+        parts["decoder" if isinstance(decoder, Pretrained) else "vae"] = decoder
     index: dict[str, Any] = {"_class_name": PIPELINE, "components": {}}
     if isinstance(conditions, TextEncoders):
         index["text_layout"] = conditions.layout.to_dict()
@@ -87,8 +104,10 @@ def _save_whole(save: Callable[[str], Any], folder: Path) -> None:
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def is_pipeline(folder: str | os.PathLike[str]) -> bool:
-    return (Path(folder) / INDEX).is_file()
+def pipeline_in(folder: str | os.PathLike[str]) -> Path | None:
+    """The folder, if it is a pipeline's, or the one that a run has exported into it."""
+    places = Path(folder), Path(folder) / "model"
+    return next((place for place in places if (place / INDEX).is_file()), None)
 
 
 def load(
@@ -103,7 +122,8 @@ def load(
     index = _read_index(op, folder)
     names = _components(op, folder, index)
     options = {"device": device, "dtype": dtype}
-    found = {n: OURS[n].from_pretrained(folder / n, **options) for n in names if n in OURS}
+    found: dict[str, Any] = {"decoder": None}
+    found |= {n: OURS[n].from_pretrained(folder / n, **options) for n in names if n in OURS}
     if "vae" in names:
         found["decoder"] = _autoencoder(op, folder / "vae", names["vae"]).to(device, dtype)
     conditions = found.pop("class_tokens", None)
@@ -117,7 +137,7 @@ def load(
 
 
 def _read_index(op: str, folder: Path) -> dict[str, Any]:
-    if not is_pipeline(folder):
+    if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{op}: folder: expected {INDEX}, got {folder} without it")
     index = json.loads((folder / INDEX).read_text())
     if index.get("_class_name") != PIPELINE:
@@ -131,8 +151,9 @@ def _components(op: str, folder: Path, index: Mapping[str, Any]) -> dict[str, st
     known = {*OURS, "vae", *(name for pair in TEXTS.values() for name in pair)}
     if unknown := sorted(names.keys() - known):
         _checks.fail(op, where, f"some of {', '.join(sorted(known))}", ", ".join(unknown))
-    if "unet" not in names or ("decoder" in names) == ("vae" in names):
-        _checks.fail(op, where, "unet, and decoder or vae", ", ".join(names) or "none")
+    if "unet" not in names or {"decoder", "vae"} <= names.keys():
+        expected = "unet, and decoder, vae or (of pixels) neither"
+        _checks.fail(op, where, expected, ", ".join(names) or "none")
     texts = any(pair[0] in names for pair in TEXTS.values())
     if texts == ("class_tokens" in names) or texts != ("text_layout" in index):
         expected = "class_tokens, or text encoders and a text_layout"

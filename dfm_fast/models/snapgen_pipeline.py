@@ -91,7 +91,8 @@ class SnapGenPipeline:
 
     Args:
         unet: without `num_ids`.
-        decoder: a `SnapGenDecoder`, or diffusers' AutoencoderKL or AutoencoderTiny.
+        decoder: a `SnapGenDecoder`, or diffusers' AutoencoderKL or AutoencoderTiny; None: what the
+            UNet makes are pictures, from -1 to 1.
         conditions: `TextEncoders` for prompts (any of the encoders that the UNet was trained with),
             or `ClassTokens` for labels.
         shift: of the noise levels, see `flow.StageSchedule`; Stable Diffusion 3's 3 is for 1024 px.
@@ -106,7 +107,7 @@ class SnapGenPipeline:
     def __init__(
         self,
         unet: SnapGenUNet,
-        decoder: nn.Module,
+        decoder: nn.Module | None,
         conditions: TextEncoders | ClassTokens,
         *,
         shift: float = 3.0,
@@ -115,6 +116,8 @@ class SnapGenPipeline:
         shift_factor: float | None = None,
     ) -> None:
         op = type(self).__name__
+        if decoder is None and isinstance(unet, SnapGenUNet):
+            decoder = snapgen_folders.Pixels(unet.in_channels)
         _check_parts(op, unet, decoder, conditions)
         self.unet, self.decoder, self.conditions = unet.eval(), decoder.eval(), conditions
         if isinstance(conditions, nn.Module):
@@ -258,9 +261,10 @@ class SnapGenPipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents of the UNet [N, C, h, w] -> pictures [N, 3, H, W], float32, from 0 to 1."""
+        """Latents of the UNet [N, C, h, w] -> pictures [N, 3, H, W], float32, from 0 to 1 (without
+        a decoder [N, C, h, w])."""
         z = latents / self.scaling_factor + self.shift_factor
-        z = z.to(next(self.decoder.parameters()).dtype)
+        z = z.to(next((p.dtype for p in self.decoder.parameters()), z.dtype))
         return (self.decoder.decode(z)[0].float() / 2 + 0.5).clamp(0, 1)
 
     def _noise(self, request: Request, latents: Tensor | None, seed: Any, generator: Any) -> Tensor:

@@ -259,18 +259,28 @@ def check(config: TrainConfig, world_size: int) -> None:
     if config.batch % parts:
         expected = f"a multiple of {parts} ({world_size} ranks x accumulate {config.accumulate})"
         _checks.fail(op, "batch", expected, config.batch)
-    _checks.integer(op, "optimizer.warmup", config.optimizer.warmup, 0)
-    for name, (expected, holds) in _NUMBERS.items():
-        section, _, field_name = name.partition(".")
-        values = getattr(getattr(config, section), field_name)
-        for value in values if isinstance(values, tuple) else (values,):
-            if not (math.isfinite(value) and holds(value)):
-                _checks.fail(op, name, expected, value)
+    check_optimizer(op, config.optimizer)
+    for section in ("model", "flow"):
+        _check_numbers(op, section, getattr(config, section))
     levels, steps = len(config.model.patch_sizes), config.flow.sample_steps
     if steps and len(steps) != levels:
         _checks.fail(op, "flow.sample_steps", f"{levels} numbers, one per level", steps)
     for n in steps:
         _checks.integer(op, "flow.sample_steps", n, 1)
+
+
+def check_optimizer(op: str, options: OptimizerConfig) -> None:
+    _checks.integer(op, "optimizer.warmup", options.warmup, 0)
+    _check_numbers(op, "optimizer", options)
+
+
+def _check_numbers(op: str, section: str, options: Any) -> None:
+    for name, (expected, holds) in _NUMBERS.items():
+        of, _, field_name = name.partition(".")
+        values = getattr(options, field_name) if of == section else ()
+        for value in values if isinstance(values, tuple) else (values,):
+            if not (math.isfinite(value) and holds(value)):
+                _checks.fail(op, name, expected, value)
 
 
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {

@@ -246,7 +246,7 @@ class DistillationLosses(NamedTuple):
 
     total: Tensor
     task: Tensor
-    kd: Tensor
+    kd: Tensor | None
     features: Tensor | None
 
 
@@ -254,7 +254,7 @@ class DistillationLoss(nn.Module):
     """The module's loss; its trained parameters are the projector's.
 
     Args:
-        teacher: frozen by this; see `teachers.backbone` for the kinds.
+        teacher: frozen by this; see `teachers.backbone` for the kinds. None: flow matching alone.
         channels: of the student's features (`backbone(student).channels`); 0 is without their loss.
         shift: s of the noise levels.
         ratio: as `scaled_loss`.
@@ -264,7 +264,12 @@ class DistillationLoss(nn.Module):
     """
 
     def __init__(
-        self, teacher: nn.Module, channels: int, *, shift: float = 1.0, ratio: str = "sample"
+        self,
+        teacher: nn.Module | None,
+        channels: int,
+        *,
+        shift: float = 1.0,
+        ratio: str = "sample",
     ) -> None:
         super().__init__()
         op = type(self).__name__
@@ -273,11 +278,13 @@ class DistillationLoss(nn.Module):
             _checks.fail(op, "shift", "a positive number", shift)
         self.shift, self.ratio = shift, _checks.choice(op, "ratio", ratio, RATIOS)
         # A list hides it: it is neither saved nor trained with the projector, nor moved.
-        self._teacher = [frozen(teacher)]
+        self._teacher = [None if teacher is None else frozen(teacher)]
+        if teacher is None and channels:
+            _checks.fail(op, "channels", "0 without a teacher", channels)
         self.projector = Projector(channels, self.teacher.channels) if channels else None
 
     @property
-    def teacher(self) -> Backbone:
+    def teacher(self) -> Backbone | None:
         return self._teacher[0]
 
     def forward(
@@ -300,9 +307,12 @@ class DistillationLoss(nn.Module):
             cond, teacher_cond: what each network is given beside x_t and t.
         """
         noisy = make_noisy(x, seed, start=start, shift=self.shift)
+        said = backbone(student)(noisy.x_t, noisy.t, **(cond or {}))
+        if self.teacher is None:
+            (task,) = sample_mse(said.velocity, noisy.v)
+            return DistillationLosses(task, task.detach(), None, None)
         with torch.no_grad():
             taught = ask(self.teacher, noisy.x_t, noisy.t, teacher_cond)
-        said = backbone(student)(noisy.x_t, noisy.t, **(cond or {}))
         task, kd = sample_mse(said.velocity, noisy.v, taught.velocity)
         total, features = scaled_loss(task, kd, noisy.t, ratio=self.ratio), None
         if self.projector is not None:

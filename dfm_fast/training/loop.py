@@ -31,7 +31,7 @@ from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.ops._philox import fold
 from dfm_fast.training import distributed, orders, outputs, pictures, recipes, saved
 from dfm_fast.training.checkpoints import Checkpoints, load, reason
-from dfm_fast.training.config import TrainConfig, check, to_json
+from dfm_fast.training.config import OptimizerConfig, TrainConfig, check, to_json
 from dfm_fast.training.datasets import open_dataset
 from dfm_fast.training.distributed import World
 from dfm_fast.training.monitors import Board, NotFinite, Report, Reports, caught_signals
@@ -44,6 +44,16 @@ CONFIG, CHECKPOINTS, EXPORT = "config.json", "checkpoints", "model"
 def ema_decay(ema: float, step: int) -> float:
     """What an average of `step` weights keeps of itself: a short one forgets its beginning."""
     return min(ema, (1 + step) / (10 + step))
+
+
+def learning_rate(options: OptimizerConfig, step: int, steps: int) -> float:
+    """Of a step, the first of which is 0."""
+    beyond = step - options.warmup
+    if beyond < 0:
+        return options.lr * (step + 1) / (options.warmup + 1)
+    if options.schedule == "constant":
+        return options.lr
+    return options.lr * 0.5 * (1 + math.cos(math.pi * beyond / max(1, steps - options.warmup)))
 
 
 @dataclass(frozen=True)
@@ -238,7 +248,7 @@ class Run:
 
     def _update(self) -> Tensor:
         """The optimizer's step; the norm of the gradients before they were clipped."""
-        lr = self._lr()
+        lr = learning_rate(self.config.optimizer, self.step, self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         limit = self.config.optimizer.clip or math.inf
@@ -258,16 +268,6 @@ class Run:
             torch._foreach_copy_(*both)
         else:
             get_ema_multi_avg_fn(ema_decay(self.config.optimizer.ema, self.step))(*both, None)
-
-    def _lr(self) -> float:
-        options = self.config.optimizer
-        beyond = self.step - options.warmup
-        if beyond < 0:
-            return options.lr * (self.step + 1) / (options.warmup + 1)
-        if options.schedule == "constant":
-            return options.lr
-        rest = max(1, self.config.steps - options.warmup)
-        return options.lr * 0.5 * (1 + math.cos(math.pi * beyond / rest))
 
     # --- Saving ---
 

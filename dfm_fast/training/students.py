@@ -1,4 +1,5 @@
-"""A run that distills: a student trained by `distillation.DistillationLoss`, in one process.
+"""A run that trains a network with one level, in one process: by flow matching alone, against a
+teacher (`distillation.DistillationLoss`), or to a few steps (`step_distillation`).
 
 As in `loop`, what is drawn is a function of the seed and of the step: a run that was resumed
 repeats the losses of one that was not stopped.
@@ -28,24 +29,40 @@ from dfm_fast.models._pretrained import Pretrained, write_bytes
 from dfm_fast.ops._philox import fold
 from dfm_fast.training import orders, recipes
 from dfm_fast.training.checkpoints import Checkpoints, load, step_of
-from dfm_fast.training.config import to_json
+from dfm_fast.training.config import OptimizerConfig, check_optimizer, to_json
 from dfm_fast.training.datasets import DataConfig, open_dataset
 from dfm_fast.training.distillation import DistillationLoss
 from dfm_fast.training.distributed import World
-from dfm_fast.training.loop import CHECKPOINTS, CONFIG, EXPORT, Outcome
+from dfm_fast.training.loop import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    Outcome,
+    ema_decay,
+    learning_rate,
+)
 from dfm_fast.training.monitors import NotFinite, caught_signals
+from dfm_fast.training.step_distillation import (
+    FeatureHeads,
+    discriminator_loss,
+    step_distillation_loss,
+)
 from dfm_fast.training.teachers import backbone
 
 # Labels [N] -> what a network is given beside x_t and t.
 Conditions = Callable[[Tensor], Mapping[str, Any] | TextConditions]
+# Writes averages, a student's and its conditions', to a folder.
+Export = Callable[[Pretrained, nn.Module | None, Path], None]
+# What a step reports, by name.
+LOSSES = ("total", "task", "kd", "features", "adversarial", "discriminator")
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Train a student against a teacher. Networks compute in the dtype of their weights."""
+    """Train a network with one level. Networks compute in the dtype of their weights."""
 
     out: Path
-    """Folder of checkpoints and of the exported student."""
+    """Folder of checkpoints and of the exported network."""
 
     data: DataConfig = field(default_factory=DataConfig)
 
@@ -58,15 +75,22 @@ class DistillationConfig:
     ratio: Literal["sample", "batch"] = "sample"
     """Over what the teacher's losses are brought to the size of the task's."""
 
+    few_steps: int = 0
+    """Sampling steps that the student is to take, taught by a discriminator on the teacher's
+    features in place of those features themselves; 0: any number, and no discriminator."""
+
+    adversarial: float = 0.1
+    """Weight of the discriminator's say."""
+
+    discriminator_lr: float = 1e-3
+
     class_dropout: float = 0.1
     steps: int = 100_000
     batch: int = 64
-    lr: float = 1e-4
-    weight_decay: float = 0.01
-    warmup: int = 1_000
-    clip: float = 1.0
-    ema: float = 0.9999
-    """Of the average of the student's weights, which is what is exported."""
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(betas=(0.9, 0.999), warmup=1_000)
+    )
+    """Its average is what is exported."""
 
     seed: int = 0
     save_every: int = 5_000
@@ -84,8 +108,10 @@ class DistillationReport:
     step: int  # of the first: 1
     loss: float
     task: float
-    kd: float
-    features: float  # 0 without them
+    kd: float  # what there is none of is 0, here and below
+    features: float
+    adversarial: float
+    discriminator: float
     grad_norm: float  # before it was clipped
 
 
@@ -103,25 +129,28 @@ class StudentRecipe:
 def distill(
     config: DistillationConfig,
     student: Pretrained,
-    teacher: nn.Module,
+    teacher: nn.Module | None = None,
     *,
     conditions: Conditions | None = None,
     teacher_conditions: Conditions | None = None,
     resume: bool = False,
     on_step: Callable[[DistillationReport], None] | None = None,
+    export: Export | None = None,
 ) -> Outcome:
     """Train to `config.steps`, and save the student's average to `config.out / "model"`.
 
     Args:
         config: see `DistillationConfig`.
         student: trained in place; a `SnapGenUNet`, or a `DFMTransformer` of one level.
-        teacher: see `teachers.backbone`; frozen by this.
+        teacher: see `teachers.backbone`; frozen by this. None: flow matching alone.
         conditions, teacher_conditions: of labels, of which the number of classes is no class. A
             module of the student's, such as `ClassTokens`, is trained with it, and saved in the
             checkpoints and as conditions.pt. None: no conditions.
         resume: go on from the last checkpoint in `config.out`, if there is one; without it such a
             folder is an error.
         on_step: called with every step's report.
+        export: writes the averages to that folder, in place of the student's `save_pretrained` and
+            conditions.pt.
 
     Raises:
         TypeError, ValueError: configuration, networks; a checkpoint of other weights (named keys).
@@ -129,6 +158,8 @@ def distill(
         CheckpointError: one that could not be written.
     """
     check(config)
+    if teacher is None and config.few_steps:
+        _checks.fail("distill", "few_steps", "0 without a teacher", config.few_steps)
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,22 +171,28 @@ def distill(
         _checks.fail("distill", "student", "a Pretrained", type(student).__name__, TypeError)
     run = Run(config, checkpoints, student, teacher, conditions, teacher_conditions)
     with caught_signals() as signals:
-        return run.train(signals, on_step)
+        return run.train(signals, on_step, export or saved_apart)
+
+
+def saved_apart(student: Pretrained, conditions: nn.Module | None, folder: Path) -> None:
+    student.save_pretrained(folder)
+    if conditions is not None:
+        torch.save(conditions.state_dict(), folder.parent / "conditions.pt")
 
 
 def check(config: DistillationConfig) -> None:
     """Raise ValueError where numbers make no sense; shift and ratio are the loss's."""
     for name, least in (
-        ("steps", 0), ("batch", 1), ("warmup", 0), ("save_every", 1), ("keep", 1), ("workers", 0),
-        ("seed", 0),
+        ("steps", 0), ("batch", 1), ("few_steps", 0), ("save_every", 1), ("keep", 1),
+        ("workers", 0), ("seed", 0),
     ):  # fmt: skip
         _checks.integer("distill", name, getattr(config, name), least)
-    for name in ("lr", "weight_decay", "clip"):
-        if not getattr(config, name) >= 0:
-            _checks.fail("distill", name, "at least 0", getattr(config, name))
-    for name in ("class_dropout", "ema"):
-        if not 0 <= getattr(config, name) <= 1:
-            _checks.fail("distill", name, "from 0 to 1", getattr(config, name))
+    check_optimizer("distill", config.optimizer)
+    for name in ("adversarial", "discriminator_lr"):
+        if not 0 <= getattr(config, name) < math.inf:
+            _checks.fail("distill", name, "a number from 0 on", getattr(config, name))
+    if not 0 <= config.class_dropout <= 1:
+        _checks.fail("distill", "class_dropout", "from 0 to 1", config.class_dropout)
 
 
 class Run:
@@ -166,7 +203,7 @@ class Run:
         config: DistillationConfig,
         checkpoints: Checkpoints,
         student: Pretrained,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         conditions: Conditions | None,
         teacher_conditions: Conditions | None,
     ) -> None:
@@ -177,17 +214,25 @@ class Run:
         self.student = student.to(self.device).train()
         self.recipe = StudentRecipe(dict(student.config))
         torch.manual_seed(config.seed)
-        channels = backbone(student).channels if config.features else 0
-        teacher = teacher.to(self.device)
+        features = config.features and teacher is not None and not config.few_steps
+        channels = backbone(student).channels if features else 0
+        teacher = None if teacher is None else teacher.to(self.device)
         self.loss = DistillationLoss(teacher, channels, shift=config.shift, ratio=config.ratio)
         self.trained = nn.ModuleDict({"student": student, "loss": self.loss.to(self.device)})
         if isinstance(conditions, nn.Module):
             self.trained["conditions"] = conditions.to(self.device).train()
         kept = {name: m for name, m in self.trained.items() if name != "loss"}
         self.ema = nn.ModuleDict(copy.deepcopy(kept)).eval().requires_grad_(False)
-        self.average = get_ema_multi_avg_fn(config.ema)
-        parameters = self.trained.parameters()
-        self.optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+        options = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.trained.parameters(), options.lr, options.betas, weight_decay=options.weight_decay
+        )
+        self.optimizers, self.heads = {"optimizer": self.optimizer}, None
+        if config.few_steps:
+            self.heads = FeatureHeads(self.loss.teacher.channels).to(self.device)
+            self.optimizers["heads_optimizer"] = torch.optim.AdamW(
+                self.heads.parameters(), config.discriminator_lr, (0.0, 0.99), weight_decay=0.0
+            )
         self.step = 0
         if (last := checkpoints.latest()) is not None:
             self._load(last)
@@ -197,7 +242,10 @@ class Run:
     # --- Steps ---
 
     def train(
-        self, signals: list[str], on_step: Callable[[DistillationReport], None] | None
+        self,
+        signals: list[str],
+        on_step: Callable[[DistillationReport], None] | None,
+        export: Export,
     ) -> Outcome:
         config, saved = self.config, self.checkpoints.latest()
         for x, y in self._loader():
@@ -209,9 +257,8 @@ class Run:
                 saved = self.save()
             if stop and not done:
                 return Outcome(self.step, saved, signals[0])
-        self.ema["student"].save_pretrained(config.out / EXPORT)
-        if "conditions" in self.ema:
-            torch.save(self.ema["conditions"].state_dict(), config.out / "conditions.pt")
+        conditions = dict(self.ema.items()).get("conditions")
+        export(self.ema["student"], conditions, config.out / EXPORT)
         return Outcome(self.step, saved)
 
     def _loader(self) -> torch.utils.data.DataLoader:
@@ -226,40 +273,67 @@ class Run:
         config, seed = self.config, fold(self.config.seed, self.step)
         # For what a network draws itself.
         torch.manual_seed(seed % (1 << 63))
-        self.step += 1
-        with torch.no_grad():
-            teacher_cond = given(self.teacher_conditions, y)
-        cond = given(self.conditions, y)
-        losses = self.loss(self.student, x, seed=seed, cond=cond, teacher_cond=teacher_cond)
-        losses.total.mean().backward()
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip or math.inf)
-        found = [x.new_zeros(()) if v is None else v.detach().float().mean() for v in losses]
+        losses = self._losses(x, y, seed)
+        losses["total"].mean().backward()
+        limit = config.optimizer.clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
+        if self.heads is not None:
+            losses["discriminator"].mean().backward()
+        found = [losses.get(name) for name in LOSSES]
+        found = [x.new_zeros(()) if v is None else v.detach().float().mean() for v in found]
         values = torch.stack([*found, norm]).tolist()
         if not all(map(math.isfinite, values)):
             last = self.checkpoints.latest() or "none"
-            raise NotFinite(f"step {self.step}: {values}; the last good checkpoint: {last}")
-        self.optimizer.param_groups[0]["lr"] = config.lr * min(1, self.step / (config.warmup + 1))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            raise NotFinite(f"step {self.step + 1}: {values}; the last good checkpoint: {last}")
+        lr = learning_rate(config.optimizer, self.step, config.steps)
+        self.optimizer.param_groups[0]["lr"] = lr
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
         self._average()
+        self.step += 1
         return DistillationReport(self.step, *values)
+
+    def _losses(self, x: Tensor, y: Tensor, seed: int) -> dict[str, Tensor | None]:
+        """Of each sample, by name; the total has the student's gradients, the discriminator's loss
+        those of its heads."""
+        with torch.no_grad():
+            taught = given(self.teacher_conditions, y)
+        conditions = {"cond": given(self.conditions, y), "teacher_cond": taught}
+        if self.heads is None:
+            return self.loss(self.student, x, seed=seed, **conditions)._asdict()
+        config, judges = self.config, (self.loss.teacher, self.heads)
+        losses = step_distillation_loss(
+            self.student, *judges, x, seed=seed, steps=config.few_steps, weight=config.adversarial,
+            shift=config.shift, ratio=config.ratio, **conditions,
+        )  # fmt: skip
+        told = discriminator_loss(*judges, x, losses.x0, losses.s, seed=seed, cond=taught)
+        return {**losses._asdict(), "discriminator": told}
 
     @torch.no_grad()
     def _average(self) -> None:
-        """The weights after the first step, then their moving average."""
+        """The weights after the first step, then their moving average, as in `loop`."""
         parts = [self.trained[name] for name in self.ema]
         both = list(self.ema.parameters()), [p for part in parts for p in part.parameters()]
-        if self.step == 1:
+        if self.step == 0:
             torch._foreach_copy_(*both)
         else:
-            self.average(*both, None)
+            get_ema_multi_avg_fn(ema_decay(self.config.optimizer.ema, self.step))(*both, None)
 
     # --- Saving ---
 
+    def _modules(self) -> dict[str, nn.Module]:
+        """By the optimizers' names."""
+        return {"optimizer": self.trained, "heads_optimizer": self.heads}
+
     def _state(self) -> dict[str, Any]:
-        moments = get_optimizer_state_dict(self.trained, self.optimizer)["state"]
-        weights = {"model": self.trained.state_dict(), "ema": self.ema.state_dict()}
-        return {**weights, "optimizer": moments}
+        state = {"model": self.trained.state_dict(), "ema": self.ema.state_dict()}
+        if self.heads is not None:
+            state["heads"] = self.heads.state_dict()
+        for name, optimizer in self.optimizers.items():
+            moments = get_optimizer_state_dict(self._modules()[name], optimizer)
+            state[name] = moments["state"]
+        return state
 
     def save(self) -> Path:
         return self.checkpoints.save(self.step, self._state(), self.recipe)
@@ -269,9 +343,12 @@ class Run:
         state = load(path, self._state())
         self.trained.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        whole = get_optimizer_state_dict(self.trained, self.optimizer)
-        whole["state"] = state["optimizer"]
-        set_optimizer_state_dict(self.trained, self.optimizer, whole)
+        if self.heads is not None:
+            self.heads.load_state_dict(state["heads"])
+        for name, optimizer in self.optimizers.items():
+            whole = get_optimizer_state_dict(self._modules()[name], optimizer)
+            whole["state"] = state[name]
+            set_optimizer_state_dict(self._modules()[name], optimizer, whole)
 
 
 def given(conditions: Conditions | None, labels: Tensor) -> Mapping[str, Any]:
