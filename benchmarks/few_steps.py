@@ -73,6 +73,10 @@ def plain(config: SnapGenConfig) -> dict[str, Any]:
     return {k: v for k, v in to_json(config).items() if k not in left_out}
 
 
+def found(entry: dict[str, Any], key: dict[str, Any]) -> bool:
+    return all(entry.get(k) == v for k, v in key.items())
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All entries of `few_steps.json`, the floor first; those that are missing are computed."""
     path, count = args.out / "few_steps.json", args.samples or SAMPLES["digits"]
@@ -85,7 +89,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             key = {"method": method, "seed": seed, "steps": steps, "configs": configs}
             wanted.append({**key, "samples": count})
     for key in wanted:
-        if any(all(e.get(k) == v for k, v in key.items()) for e in entries):
+        if any(found(e, key) for e in entries):
             continue
         if "seed" not in key:
             scores = judge().floor
@@ -99,9 +103,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         write_bytes(path, (json.dumps({"entries": entries}, indent=1) + "\n").encode())
         told = "  ".join(f"{k} {v:.4f}" for k, v in scores.items())
         print(f"{key['method']} {key.get('seed', '')}: {told}", flush=True)
-    return [
-        next(e for e in entries if all(e.get(k) == v for k, v in key.items())) for key in wanted
-    ]
+    return [next(e for e in entries if found(e, key)) for key in wanted]
 
 
 def table(entries: list[dict[str, Any]]) -> str:

@@ -10,9 +10,15 @@ from dfm_fast.models import ClassTokens, SnapGenUNet
 from dfm_fast.training import orders
 from dfm_fast.training.config import OptimizerConfig
 from dfm_fast.training.datasets import DataConfig, open_dataset
-from dfm_fast.training.distillation import DistillationLoss
+from dfm_fast.training.distillation import DistillationLoss, make_noisy
 from dfm_fast.training.monitors import NotFinite
+from dfm_fast.training.step_distillation import (
+    FeatureHeads,
+    discriminator_loss,
+    step_distillation_loss,
+)
 from dfm_fast.training.students import DistillationConfig, distill
+from dfm_fast.training.teachers import backbone, frozen
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.skipif(INTERPRET, reason="no kernels in it")
@@ -87,6 +93,58 @@ def test_a_step_is_the_losses(tmp_path):
     assert report.task == pytest.approx(want.task.mean().item(), rel=1e-5)
     assert report.kd == pytest.approx(want.kd.mean().item(), rel=1e-5)
     assert report.features == 0
+
+
+def test_alone_it_is_flow_matching(tmp_path):
+    settings = config(tmp_path / "a", steps=1)
+    student, _, tokens = networks()
+    reports = []
+    distill(settings, student, conditions=tokens, on_step=reports.append)
+    (report,) = reports
+    ordered = orders.Ordered(open_dataset(settings.data, "train"), 0, False, 0.1, 10)
+    x, y = zip(*(ordered[i] for i in range(4)), strict=True)
+    student, _, tokens = networks()
+    noisy = make_noisy(torch.stack(x), 0)
+    text = tokens(torch.tensor(y))
+    v = student(noisy.x_t, noisy.t, text.text, mask=text.mask)
+    assert report.loss == pytest.approx((v - noisy.v).square().mean().item(), rel=1e-5)
+    assert (report.task, report.kd, report.features) == (report.loss, 0, 0)
+    with pytest.raises(ValueError, match="few_steps: expected 0 without a teacher, got 4"):
+        distill(config(tmp_path / "b", few_steps=4), student, conditions=tokens)
+
+
+def test_a_resumed_run_to_few_steps_repeats_the_losses(tmp_path):
+    """Its discriminator and that one's optimizer are saved, too."""
+    whole, student, *_ = run(config(tmp_path / "a", few_steps=2))
+    run(config(tmp_path / "b", few_steps=2, steps=2))
+    rest, again, *_ = run(config(tmp_path / "b", few_steps=2), resume=True)
+    assert rest == whole[2:]
+    assert len({report.discriminator for report in whole}) == 4
+    for p, q in zip(student.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_step_to_few_steps_is_the_losses(tmp_path):
+    changes = {"few_steps": 4, "adversarial": 0.3, "shift": 2.0, "class_dropout": 0.0}
+    settings = config(tmp_path / "a", steps=2, **changes)
+    first, second = run(settings)[0]
+    ordered = orders.Ordered(open_dataset(settings.data, "train"), 0, False, 0.0, 10)
+    x, y = zip(*(ordered[i] for i in range(4)), strict=True)
+    x, y = torch.stack(x), torch.tensor(y)
+    student, teacher, tokens = networks()
+    torch.manual_seed(0)
+    heads, text = FeatureHeads(backbone(teacher).channels), tokens(y)
+    losses = step_distillation_loss(
+        student, frozen(teacher), heads, x, seed=0, steps=4, weight=0.3, shift=2.0,
+        cond={"text": text.text, "mask": text.mask}, teacher_cond={"y": y},
+    )  # fmt: skip
+    told = discriminator_loss(frozen(teacher), heads, x, losses.x0, losses.s, seed=0, cond={"y": y})
+    for name, value in (*losses._asdict().items(), ("discriminator", told)):
+        if name not in ("x0", "s"):
+            name = "loss" if name == "total" else name
+            assert getattr(first, name) == pytest.approx(value.mean().item(), rel=1e-4, abs=1e-6)
+    assert first.features == 0
+    assert second.discriminator != first.discriminator
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.75])
