@@ -174,9 +174,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "digits-4": {
         **_DIGITS,
-        "steps": 1000,
+        "steps": 300,
+        "save_every": 100,
         "few_steps": 4,
-        "optimizer": OptimizerConfig(lr=2e-4, warmup=100, schedule="cosine", ema=0.99),
+        "teacher_steps": 7,
+        "optimizer": OptimizerConfig(lr=2e-4, warmup=50, schedule="cosine", ema=0.99),
     },
 }
 

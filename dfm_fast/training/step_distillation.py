@@ -7,7 +7,9 @@ noised anew to a level s, are told apart by small heads on the features of the f
     discriminator = (relu(1 - D(x_s)) + relu(1 + D(x0_s))) / 2        generator = -D(x0_s)
     loss = S(task, kd) + weight generator
 
-with `distillation`'s S. Noise and levels are functions of the seed and of the sample's place.
+with `distillation`'s S. A teacher of few steps says kd's velocity itself; one of many takes several
+steps in one of the student's, and their mean is what the student learns. Noise and levels are
+functions of the seed and of the sample's place.
 """
 
 from __future__ import annotations
@@ -87,6 +89,35 @@ def draw_steps(
     z = philox_normal((count,), fold(seed, _STEPS), offset=start, device=device)
     step = (torch.special.ndtr(z) * steps).floor().clamp_max(steps - 1) + 1
     return shifted(step / steps, shift)
+
+
+def mean_velocity(
+    teacher: Backbone,
+    x_t: Tensor,
+    t: Tensor,
+    *,
+    steps: int,
+    each: int,
+    shift: float = 1.0,
+    cond: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """(x_t - x_t') / (t - t') where the teacher takes `each` steps of Euler from t to t', the next
+    level of a sampler of `steps` steps; of one step it is its velocity.
+
+    Args:
+        x_t: [N, C, H, W].
+        t: [N], of `draw_steps`.
+    """
+    _checks.integer("mean_velocity", "each", each, 1)
+    last = (t / (shift - (shift - 1) * t) * steps).round()  # the step of t: 1 to steps
+    x, now = x_t, t
+    for k in range(1, each + 1):
+        after = shifted((last - k / each) / steps, shift)
+        velocity = ask(teacher, x, now, cond).velocity
+        if each == 1:
+            return velocity
+        x, now = x - (now - after).view(-1, 1, 1, 1) * velocity, after
+    return (x_t - x) / (t - now).view(-1, 1, 1, 1)
 
 
 def denoised(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
@@ -197,6 +228,7 @@ def step_distillation_loss(
     *,
     seed: int,
     steps: int = 4,
+    teacher_steps: int = 1,
     weight: float = 0.1,
     shift: float = 1.0,
     ratio: str = "sample",
@@ -213,6 +245,7 @@ def step_distillation_loss(
         x: data [N, C, H, W].
         seed: of noise and levels; one for each step.
         steps: that the student is to take.
+        teacher_steps: that the teacher takes in one of those.
         weight: of the adversarial loss; our choice, as the paper's is not known.
         shift: of the levels.
         ratio: as `distillation.scaled_loss`.
@@ -228,7 +261,9 @@ def step_distillation_loss(
     s = draw_levels(len(x), fold(seed, _LEVELS), **where)
     x_t, v = add_noise(x, t, seed, offset=start * math.prod(x.shape[1:]))
     with torch.no_grad():
-        taught = ask(teacher, x_t, t, teacher_cond).velocity
+        taught = mean_velocity(
+            teacher, x_t, t, steps=steps, each=teacher_steps, shift=shift, cond=teacher_cond
+        )
     said = backbone(student)(x_t, t, **(cond or {})).velocity
     task, kd = sample_mse(said, v, taught)
     x0 = denoised(x_t, said, t)

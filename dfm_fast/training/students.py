@@ -79,6 +79,9 @@ class DistillationConfig:
     """Sampling steps that the student is to take, taught by a discriminator on the teacher's
     features in place of those features themselves; 0: any number, and no discriminator."""
 
+    teacher_steps: int = 1
+    """Steps that the teacher takes in one of those; 1 is for a teacher of few steps."""
+
     adversarial: float = 0.1
     """Weight of the discriminator's say."""
 
@@ -183,8 +186,8 @@ def saved_apart(student: Pretrained, conditions: nn.Module | None, folder: Path)
 def check(config: DistillationConfig) -> None:
     """Raise ValueError where numbers make no sense; shift and ratio are the loss's."""
     for name, least in (
-        ("steps", 0), ("batch", 1), ("few_steps", 0), ("save_every", 1), ("keep", 1),
-        ("workers", 0), ("seed", 0),
+        ("steps", 0), ("batch", 1), ("few_steps", 0), ("teacher_steps", 1), ("save_every", 1),
+        ("keep", 1), ("workers", 0), ("seed", 0),
     ):  # fmt: skip
         _checks.integer("distill", name, getattr(config, name), least)
     check_optimizer("distill", config.optimizer)
@@ -304,8 +307,9 @@ class Run:
             return self.loss(self.student, x, seed=seed, **conditions)._asdict()
         config, judges = self.config, (self.loss.teacher, self.heads)
         losses = step_distillation_loss(
-            self.student, *judges, x, seed=seed, steps=config.few_steps, weight=config.adversarial,
-            shift=config.shift, ratio=config.ratio, **conditions,
+            self.student, *judges, x, seed=seed, steps=config.few_steps,
+            teacher_steps=config.teacher_steps, weight=config.adversarial, shift=config.shift,
+            ratio=config.ratio, **conditions,
         )  # fmt: skip
         told = discriminator_loss(*judges, x, losses.x0, losses.s, seed=seed, cond=taught)
         return {**losses._asdict(), "discriminator": told}
