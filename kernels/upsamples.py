@@ -34,9 +34,35 @@ from dfm_fast.kernels.resample import on_device
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.upsamples import (
     gradients_of_phases,
-    phase_weights,
     upsample_conv2d_backward_ref,
 )
+
+PAIRS = 1 << 14 if INTERPRET else 256  # of channels, of a program that sums taps
+
+
+@triton.jit
+def _phases_kernel(
+    weight_ptr,  # [O, C, 3, 3], strided
+    out_ptr,  # [phases 2a + b, taps 2p + q, O, C]
+    n, C, stride_o, stride_c, stride_h, stride_w, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of taps as `phase_weights` makes them, each rounded once; n = O C."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    first = weight_ptr + at // C * stride_o + at % C * stride_c
+    columns = ()  # of column j, sums of rows: 4 j + 2a + p
+    for j in tl.static_range(3):
+        k0 = tl.load(first + j * stride_w, mask, 0).to(ACC)
+        k1 = tl.load(first + (stride_h + j * stride_w), mask, 0).to(ACC)
+        k2 = tl.load(first + (2 * stride_h + j * stride_w), mask, 0).to(ACC)
+        columns = columns + (k0, k1 + k2, k0 + k1, k2)  # noqa: RUF005 (tuples do not unpack)
+    for place in tl.static_range(4):  # 2a + p
+        left, middle, right = columns[place], columns[4 + place], columns[8 + place]
+        sums = (left, middle + right, left + middle, right)  # 2b + q
+        for k in tl.static_range(4):
+            phase, tap = place // 2 * 2 + k // 2, place % 2 * 2 + k % 2
+            to = out_ptr + (phase * 4 + tap) * n + at
+            tl.store(to, sums[k].to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -91,10 +117,13 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = empty_in(memory_format(x), x, (n, outputs, 2 * height, 2 * width))
     if not y.numel():
         return y
-    phases = phase_weights(weight).permute(0, 3, 4, 1, 2).contiguous()
+    phases, pairs = x.new_empty((4, 4, outputs, channels)), outputs * channels
     tile = tile_of(x)
     programs = n * 4 * triton.cdiv(height * width, tile.BM) * triton.cdiv(outputs, tile.BN)
     with on_device(x):
+        _phases_kernel[(triton.cdiv(pairs, PAIRS),)](
+            weight, phases, pairs, channels, *weight.stride(), ACC=accumulator(x), BLOCK=PAIRS
+        )
         _upsample_kernel[(programs,)](
             x, phases, bias, y, height, width, channels, outputs,
             ACC=accumulator(x), PRECISION=precision(x), LAST=is_last(x),
@@ -116,6 +145,13 @@ def upsample_conv2d_backward(
 
 
 def specialisations() -> Iterator[Specialisation]:
+    for dtype in SIZES:
+        acc = tl.float64 if dtype == "fp64" else tl.float32
+        integers = ("n", "C", "stride_o", "stride_c", "stride_h", "stride_w")
+        arguments = {"weight_ptr": "*", "out_ptr": "*", **dict.fromkeys(integers, "i32")}
+        yield Specialisation(
+            "upsample_conv2d phases", _phases_kernel, dtype, arguments, {"ACC": acc, "BLOCK": PAIRS}
+        )
     for dtype, last in itertools.product(SIZES, (True, False)):
         tile = TILES[SIZES[dtype], last]
         acc = tl.float64 if dtype == "fp64" else tl.float32

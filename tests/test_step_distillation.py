@@ -1,5 +1,7 @@
 """Distillation to a few steps: losses by value, who gets gradients, and that heads learn."""
 
+import itertools
+
 import pytest
 import torch
 from distillation_models import inputs, mse64, randn, snapgen
@@ -13,6 +15,7 @@ from dfm_fast.training.step_distillation import (
     discriminator_loss,
     draw_steps,
     generator_loss,
+    mean_velocity,
     step_distillation_loss,
 )
 
@@ -25,6 +28,27 @@ def test_levels_of_a_few_steps():
     assert (counts - 1000).abs().max() < 120
     assert torch.equal(draw_steps(5, 3, 1), torch.ones(5))
     assert torch.equal(t[7:40], draw_steps(33, 3, 4, start=7, shift=3.0))
+
+
+def test_the_mean_velocity_is_that_of_several_steps():
+    """Of every sample from its level to the next one, with levels spaced as a sampler's."""
+    teacher, (x, cond) = teachers.frozen(snapgen(1)), inputs()
+    shift, plain = 3.0, torch.tensor([1.0, 0.75, 0.5, 0.25])
+    t = shift * plain / (1 + (shift - 1) * plain)
+    got = mean_velocity(teacher, x, t, steps=4, each=3, shift=shift, cond=cond)
+    for i, start in enumerate(plain.tolist()):
+        u = torch.linspace(start, start - 0.25, 4)
+        levels, y = shift * u / (1 + (shift - 1) * u), x[i : i + 1]
+        for now, after in itertools.pairwise(levels):
+            own = {"text": cond["text"][i : i + 1]}
+            y = y - (now - after) * teacher(y, now.reshape(1), **own).velocity
+        want = (x[i : i + 1] - y) / (levels[0] - levels[-1])
+        torch.testing.assert_close(got[i : i + 1], want, rtol=1e-4, atol=1e-5)
+    once = mean_velocity(teacher, x, t, steps=4, each=1, shift=shift, cond=cond)
+    torch.testing.assert_close(once, teacher(x, t, **cond).velocity, rtol=1e-5, atol=1e-6)
+    assert (once - got).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="mean_velocity: each: expected at least 1, got 0"):
+        mean_velocity(teacher, x, t, steps=4, each=0)
 
 
 def adversary():

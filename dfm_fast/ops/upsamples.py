@@ -25,6 +25,7 @@ adjoint of their sums. Bytes at least: x, weight and y once.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -59,7 +60,14 @@ _TAPS = (((1, 0, 0), (0, 1, 1)), ((1, 1, 0), (0, 0, 1)))
 
 
 def _taps(x: Tensor) -> Tensor:
-    return torch.tensor(_TAPS, dtype=wide_dtype(x), device=x.device)
+    return _taps_on(x.device, wide_dtype(x))
+
+
+@functools.cache
+def _taps_on(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Kept: a copy from the host would wait for a GPU, and no CUDA graph takes it."""
+    with torch.inference_mode(False):
+        return torch.tensor(_TAPS, dtype=dtype, device=device)
 
 
 def phase_weights(weight: Tensor) -> Tensor:
