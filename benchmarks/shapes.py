@@ -176,6 +176,8 @@ GOALS = (
         Goal("cpu", "accelerated_unet-*snapgen_512-bfloat16-*", against, 1.0)
         for against in ("eager", "compiled")
     ),
+    Goal("*", "distillation_step-*", "eager", 1.1),
+    Goal("*", "distillation_step-*", "compiled", 1.1),
     Goal("cuda", "snapgen_unet-*", "eager", 3.0),
     Goal("cuda", "snapgen_unet-*", "compiled", 1.5),
     Goal("cuda", "snapgen_unet-*", "memory", 0.3),
