@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # One visit to a machine with a GPU, in one call of at most 9 minutes:
 #   bash benchmarks/gpu_visit.sh OUT_DIR [quick|full|training]
-# Installs, tests on the GPU, checks memory, measures the ceilings, rehearses the benchmarks (every
-# row once, in parallel: gates, and the compilers' work done), runs them and makes the report.
+# Installs, tests on the GPU, checks memory, measures the ceilings, runs the benchmarks and makes the
+# report. With REHEARSAL=seconds every row is run once before, in parallel, for its gate and for what
+# the compilers make.
 # A step that fails or runs out of time stops nothing; the summary at the end says which did.
 # "training" is a visit for the models: their rows alone, and small DFMs trained and compared with
 # flow matching, in place of tests, memcheck, photographs and the other rows.
 # With no GPU (or --dry-run as third argument) it runs the same steps on the CPU, cut short.
 # SKIP="tests memcheck" leaves steps out; with SKIP=benchmarks and then SKIP=tests a full set of rows
-# has two visits' time. TESTS and ROWS are pytest's -k of them, SECONDS_OF_ROW the timing of each.
+# has two visits' time. TESTS and ROWS are pytest's -k of them, SECONDS_OF_ROW the timing of each,
+# OPTIONS more of the benchmarks', such as --no-compile: a compiled form takes 2 to 16 s, one of a model
+# minutes.
 # DFM_FAST_COMMIT names the commit where the folder is no git repository.
 set -uo pipefail
 
@@ -143,6 +146,7 @@ step ceilings 40 bash -c ceilings
 options=(--benchmark-only --results "$work/results" -p no:cacheprovider)
 [ "$rows" = quick ] || options+=(--full)
 families=(benchmarks/)
+[ -z "${OPTIONS:-}" ] || options+=($OPTIONS)
 if [ "$gpu" = 1 ]; then
     [ -z "${ROWS:-}" ] || options+=(-k "$ROWS")
     options+=(--seconds "${SECONDS_OF_ROW:-0.5}")
@@ -163,9 +167,12 @@ if [ "$rows" = training ]; then
     grep '^|' "$work/step.log" >"$out/comparison.md" 2>/dev/null
 fi
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}
-step rehearsal "${REHEARSAL:-120}" "$python" -m benchmarks.rehearsal --jobs "$([ "$gpu" = 1 ] && echo 10 || echo 2)" \
-    --limit $((${REHEARSAL:-120} - 15)) "${families[@]}" "${options[@]}"
-cp "$work/step.log" "$out/rehearsal.log" 2>/dev/null
+if [ -n "${REHEARSAL:-}" ]; then
+    jobs=$([ "$gpu" = 1 ] && echo 10 || echo 2)
+    step rehearsal "$REHEARSAL" "$python" -m benchmarks.rehearsal --jobs "$jobs" \
+        --limit $((REHEARSAL - 30)) "${families[@]}" "${options[@]}"
+    cp "$work/step.log" "$out/rehearsal.log" 2>/dev/null
+fi
 # The benchmarks write their results row by row: what the time limit cuts off is the last rows.
 step benchmarks $((deadline - SECONDS - 25)) "$python" -m pytest "${families[@]}" "${options[@]}"
 cp "$work/step.log" "$out/benchmarks.log" 2>/dev/null

@@ -1,9 +1,10 @@
 """Every registered operator through every property; see `properties.py`."""
 
 import pytest
+import torch
 from cases import BAD, CASES
-from helpers import DEVICES
-from properties import OF_TENSORS, ON_CPU, PROPERTIES, clear_error, compiles
+from helpers import DEVICES, tensors
+from properties import OF_TENSORS, ON_CPU, PROPERTIES, assert_same, clear_error, compiles
 
 from dfm_fast._library import INTERPRET, OPERATORS
 
@@ -39,3 +40,18 @@ def test_every_operator_has_cases_and_errors():
     assert {case.operator for case in CASES} == set(OPERATORS)
     assert {case.operator for case in CASES if case.compiled} == set(OPERATORS)
     assert {bad.operator for bad in BAD} == set(OPERATORS)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_a_cuda_graph_takes_it(case):
+    """Nothing in a call waits for the GPU or copies from the host; a replay gives the same bits."""
+    op, args = OPERATORS[case.operator], case.args(torch.float32, "cuda")
+    kwargs = {**case.kwargs, **({"device": "cuda"} if "device" in case.kwargs else {})}
+    want = tensors(op.public(*args, **kwargs))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = tensors(op.public(*args, **kwargs))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(got, want, f"{case.id} replayed")
