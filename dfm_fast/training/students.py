@@ -224,6 +224,8 @@ class Run:
         self.trained = nn.ModuleDict({"student": student, "loss": self.loss.to(self.device)})
         if isinstance(conditions, nn.Module):
             self.trained["conditions"] = conditions.to(self.device).train()
+        if isinstance(teacher_conditions, nn.Module):
+            teacher_conditions.to(self.device).eval()
         kept = {name: m for name, m in self.trained.items() if name != "loss"}
         self.ema = nn.ModuleDict(copy.deepcopy(kept)).eval().requires_grad_(False)
         options = config.optimizer
