@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -201,3 +202,14 @@ def run_python(*args: str, env: dict[str, str] | None = None, timeout: float = 6
         timeout=timeout,
         check=False,
     )
+
+
+def torchrun(script: str, *args: str, ranks: int = 2) -> None:
+    """A script as so many processes, one thread each."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    launcher = ("-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}")
+    result = run_python(*launcher, script, *args, env={"OMP_NUM_THREADS": "1"}, timeout=180)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "is deprecated" not in result.stderr

@@ -1,13 +1,19 @@
 """A run that distills: stopping and going on, what it saves, and its errors."""
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from distillation_models import randomise
+from helpers import torchrun
 from small_models import small as small_dfm
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.models import ClassTokens, SnapGenUNet
-from dfm_fast.training import orders
+from dfm_fast.training import distributed, orders
 from dfm_fast.training.config import OptimizerConfig
 from dfm_fast.training.datasets import DataConfig, open_dataset
 from dfm_fast.training.distillation import DistillationLoss, make_noisy
@@ -17,7 +23,7 @@ from dfm_fast.training.step_distillation import (
     discriminator_loss,
     step_distillation_loss,
 )
-from dfm_fast.training.students import DistillationConfig, distill
+from dfm_fast.training.students import DistillationConfig, check, distill
 from dfm_fast.training.teachers import backbone, frozen
 
 pytest.importorskip("sklearn")
@@ -164,6 +170,24 @@ def test_the_average_is_saved(ema, tmp_path):
     assert (settings.out / "config.json").exists()
 
 
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
+@pytest.mark.parametrize("few_steps", [0, 2])
+def test_two_ranks_give_the_losses_of_one(few_steps, tmp_path):
+    """From the start; and one process goes on from their checkpoint."""
+    whole, *_ = run(config(tmp_path / "a", few_steps=few_steps))
+    torchrun(__file__, str(few_steps), str(tmp_path / "b"))
+    found = json.loads((tmp_path / "b" / "reports.json").read_text())
+    assert [report["step"] for report in found] == [1, 2]
+    for got, want in zip(found, whole[:2], strict=True):
+        # Adam's first steps have the size of lr, whatever rounding left of a gradient near 0.
+        assert got == pytest.approx(vars(want), rel=1e-3, abs=1e-6)
+    rest, *_ = run(config(tmp_path / "b", few_steps=few_steps), resume=True)
+    for got, want in zip(rest, whole[2:], strict=True):
+        assert vars(got) == pytest.approx(vars(want), rel=1e-2, abs=1e-5)
+    with pytest.raises(ValueError, match=r"distill: batch: expected a multiple of 3 ranks, got 4"):
+        check(config(tmp_path / "c"), 3)
+
+
 def test_errors(tmp_path):
     settings = config(tmp_path / "a", steps=1)
     run(settings)
@@ -182,3 +206,11 @@ def test_errors(tmp_path):
     teacher.heads.weight.data.fill_(torch.nan)
     with pytest.raises(NotFinite, match=r"step 1: .* the last good checkpoint: none"):
         distill(config(tmp_path / "d"), student, teacher, conditions=ClassTokens(10, 2, 8))
+
+
+if __name__ == "__main__":  # what each rank runs
+    folder = Path(sys.argv[2])
+    reports, *_ = run(config(folder, few_steps=int(sys.argv[1]), steps=2))
+    if dist.get_rank() == 0:
+        (folder / "reports.json").write_text(json.dumps([vars(report) for report in reports]))
+    distributed.leave(0)

@@ -9,7 +9,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT, run_python
+from helpers import ROOT, run_python, torchrun
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.training import distributed, loop, orders, pictures, saved
@@ -439,25 +438,13 @@ def test_speed_is_of_the_steps_and_the_last_window_is_written(tmp_path):
 # --- Ranks ---
 
 
-def torchrun(kind, folder):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
-    result = run_python(
-        *launcher, __file__, kind, str(folder), env={"OMP_NUM_THREADS": "1"}, timeout=180
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert "is deprecated" not in result.stderr
-    return {int(k): v for k, v in json.loads((folder / "losses.json").read_text()).items()}
-
-
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_ranks_give_the_losses_of_one(whole, tmp_path, kind):
     """From the start, and from one process' checkpoint; and back to one process."""
     folder, losses = whole
-    found = torchrun(kind, tmp_path)
+    torchrun(__file__, kind, str(tmp_path))
+    found = {int(k): v for k, v in json.loads((tmp_path / "losses.json").read_text()).items()}
     assert found == pytest.approx({k: losses[k] for k in found}, rel=1e-4)
     assert list(found) == [1, 2, 3, 4]
     assert len(list((tmp_path / "samples").iterdir())) == 4

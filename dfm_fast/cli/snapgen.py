@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 
 from dfm_fast.cli import _configs
 
@@ -20,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return _configs.reported(PROG, lambda: _run(args))
+    from dfm_fast.training import distributed
+
+    return distributed.leave(_configs.reported(PROG, lambda: _run(args)))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -30,12 +33,16 @@ def _run(args: argparse.Namespace) -> None:
 
     config = _parse(args.preset, args.resume, args.rest)
 
+    main = int(os.environ.get("RANK", 0)) == 0
+
     def tell(report: DistillationReport) -> None:
-        if report.step % EVERY == 0 or report.step in (1, config.steps):
+        if main and (report.step % EVERY == 0 or report.step in (1, config.steps)):
             told = {name: value for name, value in vars(report).items() if value}
             print("  ".join(f"{name} {value:.4g}" for name, value in told.items()), flush=True)
 
     outcome = train_snapgen(config, resume=args.resume, on_step=tell)
+    if not main:
+        return
     if outcome.stopped_by:
         print(f"stopped by {outcome.stopped_by}, saved {outcome.checkpoint}; --resume goes on")
     else:

@@ -8,8 +8,7 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def train(
     """
     world = world or distributed.start(config.device)
     check(config, world.size)
-    with _held(config.out, world):
+    with outputs.held("train", config.out, world):
         checkpoints = Checkpoints(config.out / CHECKPOINTS, config.keep, world)
         if not resume and (last := checkpoints.latest()) is not None:
             _checks.fail("train", "out", "a new folder, or --resume", f"one with {last.name}")
@@ -98,22 +97,6 @@ def train(
                 return run.train(signals, on_step)
         finally:
             run.board.close()
-
-
-@contextmanager
-def _held(folder: Path, world: World) -> Iterator[None]:
-    """The folder is this run's alone: rank 0 sees to it, all fail where it cannot."""
-    error: Exception | None = None
-    with ExitStack() as stack:
-        if world.main:
-            try:
-                outputs.check_folder("train", folder)
-                stack.enter_context(outputs.alone("train", folder))
-            except (ValueError, OSError) as caught:
-                error = caught
-        if world.any(error is not None):
-            raise error or ValueError(f"train: out: rank 0 cannot use {folder}")
-        yield
 
 
 class Run:

@@ -8,11 +8,12 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dfm_fast import _checks
+from dfm_fast.training.distributed import World
 
 LOCK = ".lock"
 NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP  # of file systems that have none
@@ -30,6 +31,22 @@ def check_folder(op: str, folder: Path, argument: str = "out") -> None:
         _checks.fail(op, argument, "a folder", f"{folder}: {at} is none")
     if not os.access(at, os.W_OK | os.X_OK):
         _checks.fail(op, argument, "a folder that can be written to", f"{folder}: {at} cannot")
+
+
+@contextmanager
+def held(op: str, folder: Path, world: World) -> Iterator[None]:
+    """The folder is this run's alone: rank 0 sees to it, all fail where it cannot."""
+    error: Exception | None = None
+    with ExitStack() as stack:
+        if world.main:
+            try:
+                check_folder(op, folder)
+                stack.enter_context(alone(op, folder))
+            except (ValueError, OSError) as caught:
+                error = caught
+        if world.any(error is not None):
+            raise error or ValueError(f"{op}: out: rank 0 cannot use {folder}")
+        yield
 
 
 @contextmanager

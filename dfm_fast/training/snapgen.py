@@ -23,7 +23,7 @@ from dfm_fast.models import (
     snapgen_t2i,
     snapgen_tiny,
 )
-from dfm_fast.training import outputs, saved
+from dfm_fast.training import distributed, outputs, saved
 from dfm_fast.training.config import OptimizerConfig
 from dfm_fast.training.datasets import DataConfig, open_dataset
 from dfm_fast.training.loop import Outcome
@@ -83,11 +83,11 @@ def train_snapgen(
         FileNotFoundError: folders that are no model's.
     """
     op = "snapgen"
-    check(config)
+    world = distributed.start(config.device)
+    check(config, world.size)
     if config.few_steps and config.teacher is None:
         _checks.fail(op, "few_steps", "0 without a teacher", config.few_steps)
-    outputs.check_folder(op, config.out)
-    with outputs.alone(op, config.out):
+    with outputs.held(op, config.out, world):
         data = open_dataset(config.data, "train")
         if not data.num_classes:
             _checks.fail(op, "data", "pictures with classes", config.data.name)
@@ -110,7 +110,7 @@ def train_snapgen(
         return distill(
             config, student, teacher and teacher.network, conditions=tokens,
             teacher_conditions=teacher and teacher.conditions, resume=resume, on_step=on_step,
-            export=export,
+            export=export, world=world,
         )  # fmt: skip
 
 

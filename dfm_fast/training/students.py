@@ -1,5 +1,6 @@
-"""A run that trains a network with one level, in one process: by flow matching alone, against a
-teacher (`distillation.DistillationLoss`), or to a few steps (`step_distillation`).
+"""A run that trains a network with one level: by flow matching alone, against a teacher
+(`distillation.DistillationLoss`), or to a few steps (`step_distillation`); under torchrun on all
+ranks, each with its part of a batch and all weights.
 
 As in `loop`, what is drawn is a function of the seed and of the step: a run that was resumed
 repeats the losses of one that was not stopped.
@@ -27,7 +28,7 @@ from dfm_fast import _checks
 from dfm_fast.models import TextConditions
 from dfm_fast.models._pretrained import Pretrained, write_bytes
 from dfm_fast.ops._philox import fold
-from dfm_fast.training import orders, recipes
+from dfm_fast.training import distributed, orders, recipes
 from dfm_fast.training.checkpoints import Checkpoints, load, step_of
 from dfm_fast.training.config import OptimizerConfig, check_optimizer, to_json
 from dfm_fast.training.datasets import DataConfig, open_dataset
@@ -139,6 +140,7 @@ def distill(
     resume: bool = False,
     on_step: Callable[[DistillationReport], None] | None = None,
     export: Export | None = None,
+    world: World | None = None,
 ) -> Outcome:
     """Train to `config.steps`, and save the student's average to `config.out / "model"`.
 
@@ -153,20 +155,18 @@ def distill(
             folder is an error.
         on_step: called with every step's report.
         export: writes the averages to that folder, in place of the student's `save_pretrained` and
-            conditions.pt.
+            conditions.pt; called on rank 0.
+        world: this process among all; None: as torchrun's environment says.
 
     Raises:
         TypeError, ValueError: configuration, networks; a checkpoint of other weights (named keys).
         NotFinite: an inf or nan, with the step and the last good checkpoint.
         CheckpointError: one that could not be written.
     """
-    check(config)
+    world = world or distributed.start(config.device)
+    check(config, world.size)
     if teacher is None and config.few_steps:
         _checks.fail("distill", "few_steps", "0 without a teacher", config.few_steps)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    world = World(0, 1, torch.device(device))
     checkpoints = Checkpoints(config.out / CHECKPOINTS, config.keep, world)
     if not resume and (last := checkpoints.latest()) is not None:
         _checks.fail("distill", "out", "a new folder, or resume", f"one with {last.name}")
@@ -183,13 +183,16 @@ def saved_apart(student: Pretrained, conditions: nn.Module | None, folder: Path)
         torch.save(conditions.state_dict(), folder.parent / "conditions.pt")
 
 
-def check(config: DistillationConfig) -> None:
+def check(config: DistillationConfig, world_size: int = 1) -> None:
     """Raise ValueError where numbers make no sense; shift and ratio are the loss's."""
     for name, least in (
         ("steps", 0), ("batch", 1), ("few_steps", 0), ("teacher_steps", 1), ("save_every", 1),
         ("keep", 1), ("workers", 0), ("seed", 0),
     ):  # fmt: skip
         _checks.integer("distill", name, getattr(config, name), least)
+    if config.batch % world_size:
+        expected = f"a multiple of {world_size} ranks"
+        _checks.fail("distill", "batch", expected, config.batch)
     check_optimizer("distill", config.optimizer)
     for name in ("adversarial", "discriminator_lr"):
         if not 0 <= getattr(config, name) < math.inf:
@@ -211,7 +214,7 @@ class Run:
         teacher_conditions: Conditions | None,
     ) -> None:
         self.config, self.checkpoints = config, checkpoints
-        self.device = checkpoints.world.device
+        self.world, self.device = checkpoints.world, checkpoints.world.device
         self.dataset = open_dataset(config.data, "train")
         self.conditions, self.teacher_conditions = conditions, teacher_conditions
         self.student = student.to(self.device).train()
@@ -241,8 +244,10 @@ class Run:
         self.step = 0
         if (last := checkpoints.latest()) is not None:
             self._load(last)
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_bytes(config.out / CONFIG, (json.dumps(to_json(config), indent=2) + "\n").encode())
+        if self.world.main:
+            config.out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(to_json(config), indent=2) + "\n"
+            write_bytes(config.out / CONFIG, text.encode())
 
     # --- Steps ---
 
@@ -253,40 +258,49 @@ class Run:
         export: Export,
     ) -> Outcome:
         config, saved = self.config, self.checkpoints.latest()
-        for x, y in self._loader():
-            report = self._step(x.to(self.device), y.to(self.device))
+        slices = self._slices()
+        for x, y in orders.batches(self._loader(slices)):
+            report = self._step(x.to(self.device), y.to(self.device), slices.start(0))
             if on_step is not None:
                 on_step(report)
-            stop, done = bool(signals), self.step == config.steps
+            stop, done = self.world.any(bool(signals)), self.step == config.steps
             if stop or done or self.step % config.save_every == 0:
                 saved = self.save()
             if stop and not done:
-                return Outcome(self.step, saved, signals[0])
-        conditions = dict(self.ema.items()).get("conditions")
-        export(self.ema["student"], conditions, config.out / EXPORT)
+                return Outcome(self.step, saved, signals[0] if signals else "a signal of a rank")
+        if self.world.main:
+            conditions = dict(self.ema.items()).get("conditions")
+            export(self.ema["student"], conditions, config.out / EXPORT)
+        self.world.barrier()
         return Outcome(self.step, saved)
 
-    def _loader(self) -> torch.utils.data.DataLoader:
+    def _slices(self) -> orders.Slices:
+        config = self.config
+        first, left = self.step * config.batch, config.steps - self.step
+        return orders.Slices(first, left, config.batch, 1, self.world.rank, self.world.size)
+
+    def _loader(self, slices: orders.Slices) -> torch.utils.data.DataLoader:
         config, classes = self.config, self.dataset.num_classes
         dropout = config.class_dropout if classes else 0.0
         ordered = orders.Ordered(self.dataset, config.seed, config.data.flip, dropout, classes)
-        first, left = self.step * config.batch, config.steps - self.step
-        slices = orders.Slices(first, left, config.batch, 1, 0, 1)
         return orders.loader(ordered, slices, config.workers, self.device.type == "cuda")
 
-    def _step(self, x: Tensor, y: Tensor) -> DistillationReport:
+    def _step(self, x: Tensor, y: Tensor, start: int) -> DistillationReport:
         config, seed = self.config, fold(self.config.seed, self.step)
         # For what a network draws itself.
-        torch.manual_seed(seed % (1 << 63))
-        losses = self._losses(x, y, seed)
+        torch.manual_seed((seed + self.world.rank) % (1 << 63))
+        losses = self._losses(x, y, seed, start)
         losses["total"].mean().backward()
+        self._share(self.trained)
         limit = config.optimizer.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
         if self.heads is not None:
             losses["discriminator"].mean().backward()
+            self._share(self.heads)
         found = [losses.get(name) for name in LOSSES]
         found = [x.new_zeros(()) if v is None else v.detach().float().mean() for v in found]
-        values = torch.stack([*found, norm]).tolist()
+        found = self.world.sum(torch.stack(found)) / self.world.size
+        values = [*found.tolist(), norm.item()]
         if not all(map(math.isfinite, values)):
             last = self.checkpoints.latest() or "none"
             raise NotFinite(f"step {self.step + 1}: {values}; the last good checkpoint: {last}")
@@ -299,12 +313,20 @@ class Run:
         self.step += 1
         return DistillationReport(self.step, *values)
 
-    def _losses(self, x: Tensor, y: Tensor, seed: int) -> dict[str, Tensor | None]:
+    def _share(self, module: nn.Module) -> None:
+        """Gradients of all ranks, averaged; where some got none, none did."""
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        if self.world.size > 1 and grads:
+            whole = self.world.sum(torch.cat([g.flatten() for g in grads])) / self.world.size
+            for g, part in zip(grads, whole.split([g.numel() for g in grads]), strict=True):
+                g.copy_(part.view_as(g))
+
+    def _losses(self, x: Tensor, y: Tensor, seed: int, start: int) -> dict[str, Tensor | None]:
         """Of each sample, by name; the total has the student's gradients, the discriminator's loss
         those of its heads."""
         with torch.no_grad():
             taught = given(self.teacher_conditions, y)
-        conditions = {"cond": given(self.conditions, y), "teacher_cond": taught}
+        conditions = {"cond": given(self.conditions, y), "teacher_cond": taught, "start": start}
         if self.heads is None:
             return self.loss(self.student, x, seed=seed, **conditions)._asdict()
         config, judges = self.config, (self.loss.teacher, self.heads)
@@ -313,7 +335,9 @@ class Run:
             teacher_steps=config.teacher_steps, weight=config.adversarial, shift=config.shift,
             ratio=config.ratio, **conditions,
         )  # fmt: skip
-        told = discriminator_loss(*judges, x, losses.x0, losses.s, seed=seed, cond=taught)
+        told = discriminator_loss(
+            *judges, x, losses.x0, losses.s, seed=seed, start=start, cond=taught
+        )
         return {**losses._asdict(), "discriminator": told}
 
     @torch.no_grad()
