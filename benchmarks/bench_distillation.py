@@ -84,6 +84,7 @@ def step_row(name: str, **options: Any) -> Row:
         eager=of(plain),
         compiled={"written out": of(plain)},
         direction="training",
+        whole=True,
         frozen=frozen,
         adapt=adapt,
         **options,
@@ -91,7 +92,7 @@ def step_row(name: str, **options: Any) -> Row:
 
 
 def rows() -> Iterator[Row]:
-    yield step_row("digits", quick=True)
+    yield step_row("digits")
     yield step_row("latents_32")
 
 

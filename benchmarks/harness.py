@@ -19,6 +19,7 @@ a graph that is kept, for everybody; a training row both.
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,6 +91,7 @@ class Row:
     device: str = ""  # "cuda" where only a GPU is worth it
     frozen: tuple[int, ...] = ()  # inputs that get no gradient
     adapt: Callable[[list[Tensor]], list[Tensor]] = lambda inputs: inputs  # of normal inputs
+    whole: bool = False  # a network: its many gradients are judged as one, by their norm
     own_noise: bool = False  # everybody else draws other random numbers: timed, not compared
 
     @property
@@ -254,6 +256,21 @@ def check_budget(what: str, got: Tensor, low: Tensor, exact: Tensor) -> None:
         raise GateError(f"{what}: error {error.max().item():.3e}, {excess:.3e} over the budget")
 
 
+def check_together(what: str, got: list[Tensor], low: list[Tensor], exact: list[Tensor]) -> None:
+    """`check_budget` by the norm of all tensors: of hundreds, one is over it by chance."""
+    far, allowed, size = (
+        math.sqrt(sum(((a.double() - b.double()) ** 2).sum().item() for a, b in pairs))
+        for pairs in (
+            zip(got, exact, strict=True),
+            zip(low, exact, strict=True),
+            ((e, torch.zeros_like(e)) for e in exact),
+        )
+    )
+    limit = 2 * allowed + torch.finfo(got[0].dtype).eps / 2 * size
+    if not far <= limit:  # NaN is not
+        raise GateError(f"{what}: distance {far:.3e}, allowed {limit:.3e}")
+
+
 def check_loosely(what: str, got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     if got.shape != exact.shape:
         raise GateError(f"{what}: expected {tuple(exact.shape)}, got {tuple(got.shape)}")
@@ -272,6 +289,9 @@ def gate(row: Row, inputs: Sequence[Tensor], providers: dict[str, Provider]) -> 
         got = tensors(provider.gather(result))
         if len(got) != len(exact):
             raise GateError(f"{row.id}, {name}: expected {len(exact)} tensors, got {len(got)}")
+        if row.whole and name == "ours":
+            check_together(f"{row.id}, ours", got, low, exact)
+            continue
         for i, (g, lo, ex) in enumerate(zip(got, low, exact, strict=True)):
             what = f"{row.id}, {name}, tensor {i}"
             if name == "ours":

@@ -122,6 +122,16 @@ def test_the_gate_stops_ours_when_wrong(wrong):
         measure(tiny_row(ours=wrong))
 
 
+def test_the_gate_judges_a_network_as_a_whole():
+    def pair(x):
+        return x / 2, x / 3
+
+    measure(tiny_row(ours=pair, reference=pair, eager=pair, whole=True))
+    wrong = tiny_row(ours=lambda x: (x / 2, x / 3.001), reference=pair, eager=pair, whole=True)
+    with pytest.raises(harness.GateError, match="ours: distance"):
+        measure(wrong)
+
+
 def test_the_gate_stops_a_rival_that_computes_something_else():
     other = harness.Rival(lambda x: lambda: x / 3)
     with pytest.raises(harness.GateError, match="other"):
