@@ -306,13 +306,14 @@ class DistillationLoss(nn.Module):
             start: place of the first sample in the batch.
             cond, teacher_cond: what each network is given beside x_t and t.
         """
-        noisy = make_noisy(x, seed, start=start, shift=self.shift)
-        said = backbone(student)(noisy.x_t, noisy.t, **(cond or {}))
+        where: dict[str, Any] = {"seed": seed, "start": start, "shift": self.shift}
         if self.teacher is None:
-            (task,) = sample_mse(said.velocity, noisy.v)
+            task = flow_matching_loss(student, x, cond=cond, **where)
             return DistillationLosses(task, task.detach(), None, None)
+        noisy = make_noisy(x, **where)
         with torch.no_grad():
             taught = ask(self.teacher, noisy.x_t, noisy.t, teacher_cond)
+        said = backbone(student)(noisy.x_t, noisy.t, **(cond or {}))
         task, kd = sample_mse(said.velocity, noisy.v, taught.velocity)
         total, features = scaled_loss(task, kd, noisy.t, ratio=self.ratio), None
         if self.projector is not None:
