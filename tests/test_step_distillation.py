@@ -144,7 +144,14 @@ def test_step_distillation_loss(ratio):
     a, size, by = timestep_weights(t.double()), task.detach(), kd.detach()
     r = size / by if ratio == "sample" else size.mean() / by.mean()
     total = a * task + (1 - a) * r * kd + 0.3 * adversarial
-    want = total, task, kd, adversarial, x0, got.s
+    noise = dfm_fast.philox_normal(x.shape, fold(6, step_distillation._FAKE))
+    w = got.s.view(-1, 1, 1, 1)
+    seen = teacher((1 - w) * x0 + w * noise, got.s, **cond).features
+    want = total, task, kd, adversarial, x0, got.s, seen
+    told = discriminator_loss(teacher, heads, x, got.x0, got.s, seed=6, cond=cond)
+    known = {"cond": cond, "features": got.features}
+    again = discriminator_loss(teacher, heads, x, got.x0, got.s, seed=6, **known)
+    torch.testing.assert_close(again, told, rtol=1e-4, atol=1e-5)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g.double(), w.double(), rtol=1e-4, atol=1e-5)
     trained = list(student.parameters())

@@ -146,6 +146,7 @@ def discriminator_loss(
     seed: int,
     start: int = 0,
     cond: Mapping[str, Any] | None = None,
+    features: Tensor | None = None,
 ) -> Tensor:
     """The hinge loss of data and of what the student made; gradients of the heads alone.
 
@@ -157,17 +158,17 @@ def discriminator_loss(
         seed: of the noise.
         start: place of the first sample in the batch.
         cond: what the teacher is given.
+        features: the teacher's of the noised x0, where they are known (`StepLosses.features`).
 
     Returns:
         [N].
     """
     _check_pair("discriminator_loss", x, x0, s)
-    losses = []
-    for sign, data, stream in ((-1, x, _REAL), (1, x0, _FAKE)):
-        with torch.no_grad():
-            features = _features(teacher, data, s, fold(seed, stream), start, cond)
-        losses.append(F.relu(1 + sign * heads(features)).mean(1))
-    return 0.5 * (losses[0] + losses[1])
+    with torch.no_grad():
+        real = _features(teacher, x, s, fold(seed, _REAL), start, cond)
+        if features is None:
+            features = _features(teacher, x0, s, fold(seed, _FAKE), start, cond)
+    return 0.5 * (F.relu(1 - heads(real)).mean(1) + F.relu(1 + heads(features)).mean(1))
 
 
 def generator_loss(
@@ -183,9 +184,22 @@ def generator_loss(
     """[N]; arguments as `discriminator_loss`, and the same noise. Gradients of x0, through the
     teacher; the heads get none."""
     _check_pair("generator_loss", x0, x0, s)
+    return _generator(teacher, heads, x0, s, seed, start, cond)[0]
+
+
+def _generator(
+    teacher: Backbone,
+    heads: nn.Module,
+    x0: Tensor,
+    s: Tensor,
+    seed: int,
+    start: int,
+    cond: Mapping[str, Any] | None,
+) -> tuple[Tensor, Tensor]:
+    """(loss [N], the features it saw)"""
     features = _features(teacher, x0, s, fold(seed, _FAKE), start, cond)
     with _constant(heads):
-        return -heads(features).mean(1)
+        return -heads(features).mean(1), features.detach()
 
 
 def _check_pair(op: str, x: Tensor, x0: Tensor, s: Tensor) -> None:
@@ -218,6 +232,7 @@ class StepLosses(NamedTuple):
     adversarial: Tensor
     x0: Tensor  # [N, C, H, W]
     s: Tensor  # [N], the levels that x0 was noised to
+    features: Tensor  # [N, C, h, w], the teacher's of it
 
 
 def step_distillation_loss(
@@ -267,6 +282,7 @@ def step_distillation_loss(
     said = backbone(student)(x_t, t, **(cond or {})).velocity
     task, kd = sample_mse(said, v, taught)
     x0 = denoised(x_t, said, t)
-    adversarial = generator_loss(teacher, heads, x0, s, seed=seed, start=start, cond=teacher_cond)
+    adversarial, seen = _generator(teacher, heads, x0, s, seed, start, teacher_cond)
     total = scaled_loss(task, kd, t, ratio=ratio) + weight * adversarial
-    return StepLosses(total, task.detach(), kd.detach(), adversarial.detach(), x0.detach(), s)
+    told = task.detach(), kd.detach(), adversarial.detach()
+    return StepLosses(total, *told, x0.detach(), s, seen)

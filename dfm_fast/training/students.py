@@ -336,9 +336,10 @@ class Run:
             ratio=config.ratio, **conditions,
         )  # fmt: skip
         told = discriminator_loss(
-            *judges, x, losses.x0, losses.s, seed=seed, start=start, cond=taught
-        )
-        return {**losses._asdict(), "discriminator": told}
+            *judges, x, losses.x0, losses.s, seed=seed, start=start, cond=taught,
+            features=losses.features,
+        )  # fmt: skip
+        return {**losses._asdict(), "features": None, "discriminator": told}
 
     @torch.no_grad()
     def _average(self) -> None:
