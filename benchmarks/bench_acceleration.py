@@ -51,7 +51,9 @@ THIN = {
 CASES = {
     "thin": Case((1, 16, 8, 8), (1, 4, 24), tuple(THIN.items())),
     "snapgen_512": Case((1, 16, 64, 64), (1, 77, 2304), SNAPGEN),
-    "snapgen_1024": Case((2, 16, 128, 128), (2, 256, 2304), SNAPGEN),  # with and without the text
+    # With and without the text: one picture, and eight.
+    "snapgen_1024": Case((2, 16, 128, 128), (2, 256, 2304), SNAPGEN),
+    "snapgen_1024_8": Case((16, 16, 128, 128), (16, 256, 2304), SNAPGEN),
 }
 
 

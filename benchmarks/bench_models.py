@@ -104,6 +104,7 @@ def model_row(name: str, dtype: torch.dtype = F32, **options: Any) -> Row:
         dtype=dtype,
         frozen=(0, 1, 2, 3),
         adapt=adapt,
+        whole=options.get("direction") == "training",
         **options,
     )
 

@@ -142,6 +142,7 @@ def unet_rows() -> Iterator[Row]:
             yield unet_row("snapgen_512", BF16, cached)
             yield unet_row("snapgen_512", F32, cached)
             yield unet_row("snapgen_1024", BF16, cached, device="cuda", quick=cached)
+        yield unet_row("snapgen_1024_8", BF16, True, device="cuda")
     except ImportError:
         return
 

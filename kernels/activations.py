@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.functions import exp_of_negative
 from dfm_fast.kernels.resample import on_device
 
 BLOCK = 1024  # elements of a program
@@ -50,21 +51,6 @@ def _normal(x):
 
 
 @triton.jit
-def _exp(x):
-    """exp of x <= 0. In float32 with what x log2(e) loses to rounding: a relative error of |x|
-    2^-24 otherwise."""
-    if x.dtype == tl.float64:
-        e = tl.exp(x)
-    else:
-        x = tl.where(x < -104.0, -104.0, x)  # NaN stays
-        t = x * 1.4426950408889634
-        lost = tl.fma(x, 1.4426950408889634, -t) + x * 1.925963033500e-8
-        e = tl.exp2(t)
-        e += e * (lost * 0.6931471805599453)
-    return e
-
-
-@triton.jit
 def _slope(x, ACTIVATION: tl.constexpr):
     """(g(x), g'(x))"""
     if ACTIVATION == 0:
@@ -80,7 +66,7 @@ def _slope(x, ACTIVATION: tl.constexpr):
             u = x
             u_slope = 1.0
         # neither sigmoid(u) nor 1 - sigmoid(u) cancels
-        e = _exp(-tl.abs(u))
+        e = exp_of_negative(-tl.abs(u))
         large = 1 / (1 + e)
         small = e * large
         s = tl.where(u > 0, large, small)

@@ -28,15 +28,16 @@ from torch import Tensor
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.functions import silu
 from dfm_fast.kernels.group_norms import applied_norm
 from dfm_fast.kernels.resample import on_device
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.convolutions import out_sizes
 
 BLOCK = 1024 if INTERPRET else 128  # lanes; the interpreter's time is per operation
-ROWS = 8  # that a lane walks down
-COLS = 2  # of a lane where the kernel is 3 wide
-VECTORS = {3: 16, 5: 8, 7: 4}  # bytes of channels of a lane: K K weights of each are in registers
+ROWS = 8
+COLS = 4
+VECTORS = {3: 8, 5: 8, 7: 4}
 # Of the gradient of the weights: lanes, channels of them at most (by whether in channels_last), and
 # pixels that a lane sums one after the other. The interpreter's, too: it would add up more lanes
 # one by one, and lose more than the budget.
@@ -48,59 +49,88 @@ MERGED = 256  # sums of a program of the second kernel
 
 
 @triton.jit
-def _activate(x, inside, norm, NORM: tl.constexpr):
-    """u: 0 outside."""
-    if NORM:
-        z = (x - norm[2]) * norm[0] + norm[1]
-        return tl.where(inside, z / (1.0 + tl.exp(-z)), 0.0)
-    else:
-        return x
-
-
-@triton.jit
-def norm_of(scale_ptr, offset_ptr, centre_ptr, plane, kept):
-    """(scale, offset, centre) of channels, `plane` among [N, C]."""
+def norm_of(
+    scale_ptr, offset_ptr, centre_ptr, plane, kept, NARROW: tl.constexpr
+):  # fmt: skip
+    """(scale, offset, centre) of channels, `plane` among [N, C]. NARROW: of maps of 16 bits, whose
+    own rounding is far above that of a centre taken into the offset."""
     if scale_ptr is not None:
-        return (
-            tl.load(scale_ptr + plane, kept, 0),
-            tl.load(offset_ptr + plane, kept, 0),
-            tl.load(centre_ptr + plane, kept, 0),
-        )
+        scale = tl.load(scale_ptr + plane, kept, 0)
+        offset = tl.load(offset_ptr + plane, kept, 0)
+        centre = tl.load(centre_ptr + plane, kept, 0)
+        if NARROW:
+            return (scale, offset - centre * scale)
+        else:
+            return (scale, offset, centre)
     else:
         return ()
 
 
 @triton.jit
+def _activate(x, inside, norm, NARROW: tl.constexpr):
+    """u: 0 outside."""
+    if len(norm) == 0:
+        return x
+    else:
+        if NARROW:
+            z = x * norm[0] + norm[1]
+        else:
+            z = (x - norm[2]) * norm[0] + norm[1]
+        return tl.where(inside, silu(z, NARROW), 0.0)
+
+
+@triton.jit
+def _inside(kept, h, w, H, W, SPREAD: tl.constexpr):
+    inside = kept & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    if SPREAD:
+        inside = inside & (h % 2 == 0) & (w % 2 == 0)
+    return inside
+
+
+@triton.jit
 def load_row(
-    x_ptr, base, step, norm, kept, h, w, H, W,
-    N: tl.constexpr, SPREAD: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, base, step, kept, h, w, H, W, N: tl.constexpr, SPREAD: tl.constexpr
 ):  # fmt: skip
-    """Row h of the input, columns w to w + N - 1, as a tuple."""
+    """Row h of the input, columns w to w + N - 1, as a tuple; 0 outside."""
     row = ()
     width = (W + 1) // 2 if SPREAD else W
     for j in tl.static_range(N):
-        inside = kept & (h >= 0) & (h < H) & (w + j >= 0) & (w + j < W)
         if SPREAD:
-            inside = inside & (h % 2 == 0) & ((w + j) % 2 == 0)
             offs = base + (h // 2 * width + (w + j) // 2) * step
         else:
             offs = base + (h * width + w + j) * step
-        x = tl.load(x_ptr + offs, inside, 0).to(ACC)
-        row = row + (_activate(x, inside, norm, NORM),)
+        row = row + (tl.load(x_ptr + offs, _inside(kept, h, w + j, H, W, SPREAD), 0),)
     return row
+
+
+@triton.jit
+def activated(
+    row, norm, kept, h, w, H, W, N: tl.constexpr, ACC: tl.constexpr, NARROW: tl.constexpr
+):  # fmt: skip
+    """What `load_row` gave, normed where there is a norm."""
+    found = ()
+    for j in tl.static_range(N):
+        inside = _inside(kept, h, w + j, H, W, False)
+        found = found + (_activate(row[j].to(ACC), inside, norm, NARROW),)
+    return found
 
 
 @triton.jit
 def taps(weights, rows, at: tl.constexpr, K: tl.constexpr, NC: tl.constexpr):
     """The K x K products and their sum, of rows of NC columns from element `at` on."""
-    for a in tl.static_range(K):
-        some = weights[a * K] * rows[at + a * NC]
-        for b in tl.static_range(1, K):
-            some += weights[a * K + b] * rows[at + a * NC + b]
-        if a == 0:
-            y = some
-        else:
-            y += some
+    if K == 3:
+        y = weights[0] * rows[at]
+        for t in tl.static_range(1, K * K):
+            y += weights[t] * rows[at + t // K * NC + t % K]
+    else:  # sums of rows first: a chain of so many loses digits
+        for a in tl.static_range(K):
+            some = weights[a * K] * rows[at + a * NC]
+            for b in tl.static_range(1, K):
+                some += weights[a * K + b] * rows[at + a * NC + b]
+            if a == 0:
+                y = some
+            else:
+                y += some
     return y
 
 
@@ -119,7 +149,7 @@ def _depthwise_kernel(
     TC: tl.constexpr, TW: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     NC: tl.constexpr = (COLS - 1) * S + K
-    NORM: tl.constexpr = scale_ptr is not None
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     lane = tl.arange(0, TC * TW)[:, None]
     pid = tl.program_id(0)
     channel_blocks = tl.cdiv(CV, TC) if LAST else tl.cdiv(planes, TC)
@@ -143,7 +173,7 @@ def _depthwise_kernel(
         rows_in = (H + 1) // 2 * ((W + 1) // 2) if SPREAD else H * W
         place = plane.to(tl.int64) if WIDE else plane
         base, out = place * rows_in, place * (OH * OW)
-    norm = norm_of(scale_ptr, offset_ptr, centre_ptr, plane, kept)
+    norm = norm_of(scale_ptr, offset_ptr, centre_ptr, plane, kept, NARROW)
     weights = ()
     for t in tl.static_range(K * K):
         tap = K * K - 1 - t if TURNED else t
@@ -153,15 +183,30 @@ def _depthwise_kernel(
     h, w = first * S - PH, col * S - PW
     window = ()
     for i in tl.static_range(K - S):
-        window = window + load_row(
-            x_ptr, base, step, norm, kept, h + i, w, H, W, NC, SPREAD, NORM, ACC
-        )
+        row = load_row(x_ptr, base, step, kept, h + i, w, H, W, NC, SPREAD)
+        window = window + activated(row, norm, kept, h + i, w, H, W, NC, ACC, NARROW)
+    h += K - S
+    # Rows are asked for one round ahead of their use, where there are registers for that.
+    AHEAD: tl.constexpr = tl.float32 == ACC
+    given = ()
+    if AHEAD:
+        for i in tl.static_range(S):
+            given = given + load_row(x_ptr, base, step, kept, h + i, w, H, W, NC, SPREAD)
     for r in range(ROWS):
+        asked, more = (), h + (S if AHEAD else 0)
+        wanted = kept & (r < ROWS - AHEAD)
+        for i in tl.static_range(S):
+            asked = asked + load_row(x_ptr, base, step, wanted, more + i, w, H, W, NC, SPREAD)
+        if AHEAD:
+            now, given = given, asked
+        else:
+            now = asked
         rows = window
-        for i in tl.static_range(K - S, K):
-            rows = rows + load_row(
-                x_ptr, base, step, norm, kept, h + i, w, H, W, NC, SPREAD, NORM, ACC
-            )
+        for i in tl.static_range(S):
+            row = ()
+            for j in tl.static_range(NC):
+                row = row + (now[i * NC + j],)
+            rows = rows + activated(row, norm, kept, h + i, w, H, W, NC, ACC, NARROW)
         for p in tl.static_range(COLS):
             y = taps(weights, rows, p * S, K, NC)
             if bias_ptr is not None:
@@ -188,7 +233,7 @@ def _products_kernel(
     VEC: tl.constexpr, TC: tl.constexpr, TP: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Pixels are those of a map that holds both x and dy, DW wide."""
-    NORM: tl.constexpr = scale_ptr is not None
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     pid = tl.program_id(0)
     lane = tl.arange(0, TP)[:, None, None]
     group = pid % tl.cdiv(CV, TC) * TC + tl.arange(0, TC)[None, :, None]
@@ -201,7 +246,7 @@ def _products_kernel(
         base, dbase, step = place * (H * W) * C + c, place * (OH * OW) * C + c, C
     else:
         base, dbase, step = (place * C + c) * (H * W), (place * C + c) * (OH * OW), 1
-    norm = norm_of(scale_ptr, offset_ptr, centre_ptr, n * C + c, kept)
+    norm = norm_of(scale_ptr, offset_ptr, centre_ptr, n * C + c, kept, NARROW)
     sums = ()
     for _ in tl.static_range(K * K + 1):
         sums = sums + (tl.zeros([TP, TC, VEC], ACC),)
@@ -213,7 +258,7 @@ def _products_kernel(
         d = tl.load(dy_ptr + dbase + (i * OW + j) * step, valid & (i < OH) & (j < OW), 0).to(ACC)
         own = sums[K * K] + d  # before the taps: after them ptxas spills
         u = tl.load(x_ptr + base + (i * W + j) * step, inside, 0).to(ACC)
-        u = _activate(u, inside, norm, NORM)
+        u = _activate(u, inside, norm, NARROW)
         new = ()
         for t in tl.static_range(K * K):
             a, b = i + PH - t // K, j + PW - t % K

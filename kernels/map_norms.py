@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dfm_fast.kernels.functions import sigmoid, silu
+
 # --- Parts ----------------------------------------------------------------------------------------
 
 
@@ -76,14 +78,9 @@ def _optional(ptr, offs, mask, default: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
-
-
-@triton.jit
 def _store_norm(ptrs, y, mask, SILU: tl.constexpr):
     if SILU:
-        y = y * _sigmoid(y)
+        y = silu(y, ptrs.dtype.element_ty.primitive_bitwidth == 16)
     tl.store(ptrs, y.to(ptrs.dtype.element_ty), mask)
 
 
@@ -233,9 +230,9 @@ def _merge_apply_kernel(
 
 
 @triton.jit
-def _dz(dy, z, SILU: tl.constexpr):
+def _dz(dy, z, SILU: tl.constexpr, NARROW: tl.constexpr):
     if SILU:
-        s = _sigmoid(z)
+        s = sigmoid(z, NARROW)
         return dy * s * (1.0 + z * (1.0 - s))
     else:
         return dy
@@ -254,7 +251,8 @@ def _sums_kernel(
     scale, offset = tl.load(scale_ptr + c, kept, 0), tl.load(offset_ptr + c, kept, 0)
     centre = tl.load(centre_ptr + c, kept, 0)
     d = tl.load(x_ptr + offs, mask, 0).to(ACC) - centre
-    dz = _dz(tl.load(dy_ptr + offs, mask, 0).to(ACC), d * scale + offset, SILU)
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    dz = _dz(tl.load(dy_ptr + offs, mask, 0).to(ACC), d * scale + offset, SILU, NARROW)
     tl.store(s_ptr + partial, _over_pixels(dz, LAST), kept)
     tl.store(q_ptr + partial, _over_pixels(dz * d, LAST), kept)
 
@@ -328,7 +326,8 @@ def _dx_kernel(
     scale = tl.load(scale_ptr + c, kept, 0)
     d = tl.load(x_ptr + offs, mask, 0).to(ACC) - tl.load(centre_ptr + c, kept, 0)
     dy = tl.load(dy_ptr + offs, mask, 0).to(ACC)
-    dz = _dz(dy, d * scale + tl.load(offset_ptr + c, kept, 0), SILU)
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    dz = _dz(dy, d * scale + tl.load(offset_ptr + c, kept, 0), SILU, NARROW)
     linear = tl.load(linear_ptr + c, kept, 0) * d
     dx = scale * dz + (tl.load(constant_ptr + c, kept, 0) + linear)
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask)

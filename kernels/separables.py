@@ -38,7 +38,7 @@ from torch import Tensor
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
-from dfm_fast.kernels.convolutions import depthwise_conv2d, load_row, norm_of, taps
+from dfm_fast.kernels.convolutions import activated, depthwise_conv2d, load_row, norm_of, taps
 from dfm_fast.kernels.group_norms import Plan, applied_norm, merge_moments
 from dfm_fast.kernels.products import (
     ARCHITECTURES,
@@ -154,7 +154,7 @@ def _separable_kernel(
     """A tile of ROWS x (LANES COLS) pixels, whole: they divide H and W. A lane has COLS columns."""
     NC: tl.constexpr = COLS + 2
     PART: tl.constexpr = ROWS * COLS  # pixels of a lane
-    NORM: tl.constexpr = scale_ptr is not None
+    NARROW: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     columns, across = tl.cdiv(OUT, BN), W // (LANES * COLS)
     blocks = H // ROWS * across
     pid = tl.program_id(0)
@@ -169,20 +169,18 @@ def _separable_kernel(
     for first in range(0, C, BK):
         c = first + tl.arange(0, BK)[None, :]
         kept, base = c < C, n * (H * W) * C + c
-        norm = norm_of(scale_ptr, offset_ptr, centre_ptr, n * C + c, kept)
+        norm = norm_of(scale_ptr, offset_ptr, centre_ptr, n * C + c, kept, NARROW)
         weights = ()
         for t in tl.static_range(9):
             weights = weights + (tl.load(depthwise_ptr + c * 9 + t, kept, 0).to(ACC),)
         rows = ()
         for i in tl.static_range(2):
-            rows = rows + load_row(
-                x_ptr, base, C, norm, kept, h + i - 1, w, H, W, NC, False, NORM, ACC
-            )
+            row = load_row(x_ptr, base, C, kept, h + i - 1, w, H, W, NC, False)
+            rows = rows + activated(row, norm, kept, h + i - 1, w, H, W, NC, ACC, NARROW)
         tiles = ()
         for r in tl.static_range(ROWS):
-            rows = rows + load_row(
-                x_ptr, base, C, norm, kept, h + r + 1, w, H, W, NC, False, NORM, ACC
-            )
+            row = load_row(x_ptr, base, C, kept, h + r + 1, w, H, W, NC, False)
+            rows = rows + activated(row, norm, kept, h + r + 1, w, H, W, NC, ACC, NARROW)
             for p in tl.static_range(COLS):
                 a = taps(weights, rows, r * NC + p, 3, NC)
                 tiles = tiles + (a.to(x_ptr.dtype.element_ty),)

@@ -259,6 +259,39 @@ def test_statistics_are_read_once_for_each_map(monkeypatch):
     assert len(seen) == 1 + transformers + len(model.down_blocks) - 1
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_and_norms_are_one_pass_in_inference(device, dtype, monkeypatch):
+    """As near to float64 as one by one, which is how they are with gradients and hooks."""
+    passes = []
+    fused = blocks.gated_residual_ada_layer_norm
+    count = lambda *args, **options: passes.append(1) or fused(*args, **options)  # noqa: E731
+    monkeypatch.setattr(blocks, "gated_residual_ada_layer_norm", count)
+    model = small(rope=True).to(device, dtype)
+    x, t, text, _ = (a.to(dtype) if torch.is_tensor(a) else a for a in inputs(model, device=device))
+    exact = copy.deepcopy(model).double()(x.double(), t.double(), text.double())
+    with torch.no_grad():
+        got = model(x, t, text)
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    transformers = [m for m in model.modules() if isinstance(m, blocks.Transformer)]
+    assert len(passes) == len(norms) - sum(  # each but a stream's first, and those after a stream
+        1 + sum(b.attn1 is None for b in t.transformer_blocks) for t in transformers
+    )
+    passes.clear()
+    one_by_one = model(x, t, text)
+    assert not passes
+    assert one_by_one.requires_grad
+    assert relative(got, exact) <= 1.1 * relative(one_by_one, exact)
+    calls, block = [], transformers[0].transformer_blocks[0]
+    for module in (block, block.norm3):
+        hook = module.register_forward_hook(lambda *_: calls.append(1))
+        with torch.no_grad():
+            model(x, t, text)
+        hook.remove()
+    assert len(calls) == 2
+    assert not passes
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 

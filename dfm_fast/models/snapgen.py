@@ -42,6 +42,7 @@ from dfm_fast.models.snapgen_blocks import (
     Transformer,
     Upsample,
     joined,
+    modulations_of,
     residual,
 )
 from dfm_fast.nn._packs import linears, pack
@@ -351,7 +352,8 @@ class _Walk:
 
     def __init__(self, unet: SnapGenUNet, shifts: Any, texts: Any, x: Tensor) -> None:
         self.unet, self.shifts, self.texts = unet, shifts, texts
-        self.last_size, self.like = None, x
+        transformers = [m for m in unet.modules() if isinstance(m, Transformer)]
+        self.modulations = modulations_of(transformers, x)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, None, ChannelStatistics]:
         """The first map -> what the last norm takes."""
@@ -377,7 +379,8 @@ class _Walk:
         if i < len(stage.attentions):
             transformer = stage.attentions[i]
             texts = [next(self.texts) for _ in transformer.transformer_blocks]
-            now = Map(self.run(transformer, now, texts, self.rotary(now.x, s)))
+            known = self.modulations.get(transformer, ())
+            now = Map(self.run(transformer, now, texts, self.rotary(now.x, s), known))
         return now
 
     def run(self, f: Any, *given: Any) -> Any:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfm_fast._library import differentiable
 from dfm_fast.nn._linears import linear
 from dfm_fast.nn.activations import FeedForward
 from dfm_fast.nn.attentions import CrossAttention, KeyValues, MultiQueryAttention
 from dfm_fast.nn.convolutions import DepthwiseConv2d
 from dfm_fast.nn.group_norms import GroupNormSiLU
 from dfm_fast.nn.separables import SeparableConv2d, SeparableConvBlock, UpsampleConv2d
-from dfm_fast.ops import ChannelStatistics, channel_statistics
+from dfm_fast.ops import (
+    ChannelStatistics,
+    ada_layer_norm,
+    channel_statistics,
+    gated_residual_ada_layer_norm,
+)
 
 NORM_EPS, TRANSFORMER_NORM_EPS = 1e-5, 1e-6
 Rotary = tuple[Tensor, Tensor] | tuple[()]
@@ -87,6 +93,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, NORM_EPS)
         self.ff = FeedForward(dim, mult=config["ff_mult"])
 
+    def norms(self) -> list[nn.Module]:
+        """In the order of use."""
+        return [norm for norm in (self.norm1, self.norm2, self.norm3) if norm is not None]
+
     def forward(self, x: Tensor, text: KeyValues, rotary: Rotary) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         if self.attn1 is not None:
@@ -111,14 +121,73 @@ class Transformer(nn.Module):
         )
         self.proj_out = nn.Linear(dim, dim)
 
-    def forward(self, given: Map, texts: Sequence[KeyValues], rotary: Rotary) -> Tensor:
-        """[N, C, H, W], the text's keys and values for each block -> [N, C, H, W]."""
+    def forward(
+        self,
+        given: Map,
+        texts: Sequence[KeyValues],
+        rotary: Rotary,
+        modulations: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """[N, C, H, W], the text's keys and values for each block, its `modulations_of` where there
+        are any -> [N, C, H, W]."""
         x = self.norm(given.x, None, given.statistics)
         tokens = _linear(x.permute(0, 2, 3, 1).flatten(1, 2), self.proj_in)
-        for block, text in zip(self.transformer_blocks, texts, strict=True):
-            tokens = block(tokens, text, rotary)
+        if modulations:
+            tokens = self._blocks_in_one_pass_each(tokens, texts, rotary, iter(modulations))
+        else:
+            for block, text in zip(self.transformer_blocks, texts, strict=True):
+                tokens = block(tokens, text, rotary)
         y = _linear(tokens, self.proj_out).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return given.x + y
+
+    def _blocks_in_one_pass_each(
+        self, x: Tensor, texts: Sequence[KeyValues], rotary: Rotary, modulations: Iterator[Tensor]
+    ) -> Tensor:
+        """What the blocks compute, every sum and the norm after it in one pass over memory."""
+        y = None  # what is still to be added to x
+        for block, text in zip(self.transformer_blocks, texts, strict=True):
+            if block.norm1 is not None:
+                x, normed = _sum_and_norm(x, y, next(modulations), block.norm1.eps)
+                x, y = (normed, None) if block.attn1 is None else (x, block.attn1(normed, *rotary))
+            x, normed = _sum_and_norm(x, y, next(modulations), block.norm2.eps)
+            y = block.attn2(normed, text)
+            x, normed = _sum_and_norm(x, y, next(modulations), block.norm3.eps)
+            y = block.ff(normed)
+        return x if y is None else x + y
+
+
+def modulations_of(transformers: Sequence[Transformer], x: Tensor) -> dict[Transformer, list]:
+    """Of each, its LayerNorms as gate 1, shift and scale [3, D] in float32, of which `ops` have one
+    pass for a sum and the norm after it; {} where that is no gain, or not exact. w = 1 + (w - 1)
+    holds in float32 for all weights of 16 bits but those under 2^-13, which it moves by 2^-25."""
+    blocks = [block for t in transformers for block in t.transformer_blocks]
+    norms = [norm for block in blocks for norm in block.norms()]
+    serves = (
+        len(norms) > 0
+        and x.element_size() == 2
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in (*blocks, *norms))
+        and all(type(n) is nn.LayerNorm and type(n.weight) is nn.Parameter for n in norms)
+        and all(n.weight.dtype == x.dtype and n.bias is not None for n in norms)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not differentiable(x, *(p for n in norms for p in n.parameters()))
+    )
+    if not serves:
+        return {}
+    scale = torch.cat([n.weight for n in norms]).float() - 1
+    rows = torch.stack((torch.ones_like(scale), torch.cat([n.bias for n in norms]).float(), scale))
+    found = iter(rows.split([len(n.weight) for n in norms], 1))
+    return {t: [next(found) for b in t.transformer_blocks for _ in b.norms()] for t in transformers}
+
+
+def _sum_and_norm(
+    x: Tensor, y: Tensor | None, modulation: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(x + y, its norm); y None: (x, its norm)."""
+    gate, shift, scale = (row.expand(len(x), -1) for row in modulation)
+    if y is None:
+        return x, ada_layer_norm(x, shift, scale, eps=eps)
+    return gated_residual_ada_layer_norm(x, y, gate, shift, scale, eps=eps)
 
 
 def _linear(x: Tensor, layer: nn.Module) -> Tensor:

@@ -143,13 +143,16 @@ class SeparableConvBlock(nn.Module):
         return self.conv2(h, None, self._shortcut(x), self.norm2, found, with_statistics)
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        """Of channels_last on a CPU as a linear layer: oneDNN's convolution sums one product after
-        the other, and 1408 of them have more than twice the rounding error of the definition."""
+        """Of channels_last as a linear layer: on a CPU oneDNN's convolution sums one product after
+        the other, and 1408 of them have more than twice the rounding error of the definition; on a
+        GPU cuDNN's adds the bias in a pass of its own. (float32 there as torch allows it: in TF32
+        convolutions, products not.)"""
         conv = self.conv_shortcut
         if conv is None:
             return x
         plain = type(conv) is nn.Conv2d and not (conv._forward_hooks or conv._forward_pre_hooks)
-        if not plain or x.device.type != "cpu" or memory_format(x) != torch.channels_last:
+        serves = x.device.type == "cpu" or x.element_size() == 2
+        if not (plain and serves) or memory_format(x) != torch.channels_last:
             return conv(x)
         return linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
