@@ -40,7 +40,7 @@ TILE = 16384 if INTERPRET else 4096  # elements; the interpreter's time is per o
 LINE = 128  # bytes of channels side by side, in channels_last
 MOST_ROWS = 16 if INTERPRET else TILE  # numpy adds rows one after the other, and loses digits
 CHANNELS = 64  # merged by a program where there are no groups
-PARTIALS = 1024  # channels x blocks that are merged at once
+PARTIALS, MERGE_WARPS = 4096, 8  # channels x blocks that are merged at once: it is latency
 
 # --- Launching ------------------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ def _merge(
     _merge_kernel[(x.shape[0] * triton.cdiv(channels, size),)](
         *partials, *statistics, *given, *affine,
         channels, size, tiles.blocks, tiles.pixels, tiles.block_pixels,
-        EPS=eps, **_merge_blocks(size),
+        EPS=eps, num_warps=MERGE_WARPS, **_merge_blocks(size),
     )  # fmt: skip
 
 
@@ -235,7 +235,8 @@ def group_norm_silu_backward(
         s, q, constant, linear = _per_channel(x, 4)
         _merge_sums_kernel[(n * num_groups,)](
             *partials, mean, centre, rstd, weight, s, q, constant, linear, dshift,
-            channels, size, tiles.blocks, tiles.pixels, **_merge_blocks(size),
+            channels, size, tiles.blocks, tiles.pixels, num_warps=MERGE_WARPS,
+            **_merge_blocks(size),
         )  # fmt: skip
         _over_samples_kernel[(triton.cdiv(channels, CHANNELS),)](
             s, q, dweight, dbias, n, channels, BLOCK_C=CHANNELS, BLOCK_N=16
@@ -314,7 +315,8 @@ def specialisations() -> Iterator[Specialisation]:
         for name, (kernel, constants) in merges.items():
             given = dict.fromkeys(("weight_ptr", "bias_ptr", "shift_ptr"), "*")
             arguments = _arguments(kernel, given, small, constants)
-            yield Specialisation(f"group_norm {name}", kernel, dtype, arguments, constants)
+            warps = MERGE_WARPS if "BLOCK_B" in constants else 4
+            yield Specialisation(f"group_norm {name}", kernel, dtype, arguments, constants, warps)
 
 
 def _arguments(
