@@ -120,6 +120,8 @@ def _compile(spec: Specialisation, gpu: GPUTarget) -> Any:
                 attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, signature, constants, attrs)
     options = {"num_warps": max(1, spec.warps * 32 // gpu.warp_size), **spec.options}
+    if gpu.backend == "hip":
+        options.pop("maxnreg", None)  # ptxas's
     return triton.compile(source, target=gpu, options=options)
 
 

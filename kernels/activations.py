@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dfm_fast.kernels._aot import Specialisation
-from dfm_fast.kernels.functions import exp_of_negative
-from dfm_fast.kernels.resample import on_device
+from dfm_fast.kernels.functions import exp_of_negative, sigmoid
+from dfm_fast.kernels.launching import cdiv, on_device
 
 BLOCK = 1024  # elements of a program
 COLUMNS = 256  # of a program of the summing kernels, at most
@@ -28,7 +28,7 @@ ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 
 
 @triton.jit
-def _normal(x):
+def _normal(x, NARROW: tl.constexpr):
     """(cdf of the standard normal distribution, exp(-x^2 / 2)). In float32 as csrc/cpu/functions.h,
     where the coefficients are from: fewer instructions than erf, of which exp is needed anyway."""
     bell = tl.exp(-0.5 * x * x)
@@ -45,16 +45,20 @@ def _normal(x):
         q = q * z + 1.10621703
         q = q * z + 1.61068475
         q = q * z + 1
-        tail = bell * p / q
+        if NARROW:
+            r = tl.rsqrt(q)
+            tail = bell * p * (r * r)
+        else:
+            tail = bell * p / q
         cdf = tl.where(x > 0, 1 - tail, tail)
     return cdf, bell
 
 
 @triton.jit
-def _slope(x, ACTIVATION: tl.constexpr):
-    """(g(x), g'(x))"""
+def _slope(x, ACTIVATION: tl.constexpr, NARROW: tl.constexpr):
+    """(g(x), g'(x)); NARROW: for results of 16 bits."""
     if ACTIVATION == 0:
-        cdf, bell = _normal(x)
+        cdf, bell = _normal(x, NARROW)
         value = x * cdf
         slope = cdf + x * bell * 0.39894228040143267794  # 1 / sqrt(2 pi)
     else:
@@ -65,13 +69,17 @@ def _slope(x, ACTIVATION: tl.constexpr):
         else:
             u = x
             u_slope = 1.0
-        # neither sigmoid(u) nor 1 - sigmoid(u) cancels
-        e = exp_of_negative(-tl.abs(u))
-        large = 1 / (1 + e)
-        small = e * large
-        s = tl.where(u > 0, large, small)
+        if NARROW:
+            s = sigmoid(u, NARROW)
+            both = s * (1 - s)
+        else:  # neither sigmoid(u) nor 1 - sigmoid(u) cancels
+            e = exp_of_negative(-tl.abs(u))
+            large = 1 / (1 + e)
+            small = e * large
+            s = tl.where(u > 0, large, small)
+            both = large * small
         value = x * s
-        slope = s + x * (large * small) * u_slope
+        slope = s + x * both * u_slope
     return value, slope
 
 
@@ -98,8 +106,8 @@ def _glu_kernel(
     offs = (row * x_stride + column) * VEC + lane
     a = tl.load(x_ptr + offs, mask).to(ACC)
     b = tl.load(x_ptr + offs + D * VEC, mask).to(ACC)
-    value, slope = _slope(b, ACTIVATION)
     dtype = out_ptr.dtype.element_ty
+    value, slope = _slope(b, ACTIVATION, dtype.primitive_bitwidth == 16)
     if dy_ptr is None:
         tl.store(out_ptr + (row * D + column) * VEC + lane, (a * value).to(dtype), mask)
     else:
@@ -120,7 +128,7 @@ def _gelu_tanh_kernel(
     x = tl.load(x_ptr + (row * x_stride + column) * VEC + lane, mask).to(ACC)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + column * VEC + lane, mask).to(ACC)
-    value, slope = _slope(x, 1)
+    value, slope = _slope(x, 1, out_ptr.dtype.element_ty.primitive_bitwidth == 16)
     if dy_ptr is not None:
         dy = tl.load(dy_ptr + (row * dy_stride + column) * VEC + lane, mask).to(ACC)
         value = dy * slope
@@ -148,7 +156,7 @@ def _gelu_tanh_dbias_kernel(
             row = row.to(tl.int64)
         x = tl.load(x_ptr + (row * x_stride + column) * VEC + lane, mask, other=0).to(ACC)
         dy = tl.load(dy_ptr + (row * dy_stride + column) * VEC + lane, mask, other=0).to(ACC)
-        _, slope = _slope(x + bias, 1)
+        _, slope = _slope(x + bias, 1, x_ptr.dtype.element_ty.primitive_bitwidth == 16)
         dx = dy * slope
         to = dx_ptr + (row * D + column) * VEC + lane
         tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask)
@@ -209,7 +217,7 @@ def _launch_glu(x: Tensor, dy: Tensor | None, out: Tensor, activation: str) -> T
     n = x.numel() // 2 // vec
     strides = _stride(x) // vec, 0 if dy is None else _stride(dy) // vec
     with on_device(x):
-        _glu_kernel[(triton.cdiv(n, BLOCK // vec),)](
+        _glu_kernel[(cdiv(n, BLOCK // vec),)](
             x, dy, out, n, D // vec, *strides, ACTIVATION=ACTIVATIONS[activation], ACC=_acc(x),
             BLOCK=BLOCK, VEC=vec, WIDE=_wide(*given, out),
         )  # fmt: skip
@@ -233,7 +241,7 @@ def _launch_gelu_tanh(x: Tensor, bias: Tensor | None, dy: Tensor | None) -> Tens
     n = x.numel() // vec
     strides = _stride(x) // vec, 0 if dy is None else _stride(dy) // vec
     with on_device(x):
-        _gelu_tanh_kernel[(triton.cdiv(n, BLOCK // vec),)](
+        _gelu_tanh_kernel[(cdiv(n, BLOCK // vec),)](
             x, bias, dy, out, n, x.shape[-1] // vec, *strides, ACC=_acc(x), BLOCK=BLOCK, VEC=vec,
             WIDE=_wide(*given, out),
         )  # fmt: skip
@@ -256,14 +264,14 @@ def gelu_tanh_backward(
         return dx, dbias.zero_()
     vec, acc = _vec(x, D, dy, bias), _acc(x)
     constants = _blocks(acc)
-    blocks = triton.cdiv(rows, constants["ROWS"])
+    blocks = cdiv(rows, constants["ROWS"])
     partial = x.new_empty(blocks, D, dtype=torch.promote_types(x.dtype, torch.float32))
     with on_device(x):
-        _gelu_tanh_dbias_kernel[(blocks, triton.cdiv(D, COLUMNS))](
+        _gelu_tanh_dbias_kernel[(blocks, cdiv(D, COLUMNS))](
             x, bias, dy, dx, partial, rows, D // vec, _stride(x) // vec, _stride(dy) // vec,
             **constants, ACC=acc, VEC=vec, WIDE=_wide(x, dy, dx),
         )  # fmt: skip
-        _sum_rows_kernel[(triton.cdiv(D, 64),)](partial, dbias, blocks, D, ROWS=16, COLUMNS=64)
+        _sum_rows_kernel[(cdiv(D, 64),)](partial, dbias, blocks, D, ROWS=16, COLUMNS=64)
     return dx, dbias
 
 

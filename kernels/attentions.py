@@ -26,8 +26,8 @@ from torch import Tensor
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.launching import cdiv, next_power_of_2, on_device
 from dfm_fast.kernels.products import ARCHITECTURES, architecture
-from dfm_fast.kernels.resample import on_device
 from dfm_fast.ops import _sdpa, attentions
 
 SHORT = 320  # keys: more are SDPA's ground
@@ -119,9 +119,9 @@ def _forward_kernel(
 def _shape(S: int, d: int, group: int, arch: int) -> dict[str, Any]:
     """Constants of a launch. Keys stay on chip where one block has them all: 256 of 64 elements, of
     which gfx942 spills registers: 64 there. wgmma and tcgen05 need 64 rows; others spill then."""
-    d_pad = max(16, triton.next_power_of_2(d))
+    d_pad = max(16, next_power_of_2(d))
     most = min(256, max(16, (1 << 14) // d_pad)) if arch else 64
-    keys = max(16, triton.next_power_of_2(S))
+    keys = max(16, next_power_of_2(S))
     keys = keys if keys <= most else 64
     rows = 64 if arch in (9, 10) else 32
     names = ("GROUP", "D", "D_PAD", "ROWS", "KEYS", "RESIDENT")
@@ -142,7 +142,7 @@ def _triton_forward(
     vec = math.gcd(16 // q.element_size(), *strides)
     arch = architecture(q.device)
     constants = _shape(S, d, H // kv_heads, arch)
-    blocks = triton.cdiv(T * constants["GROUP"], constants["ROWS"])
+    blocks = cdiv(T * constants["GROUP"], constants["ROWS"])
     pairs = B * kv_heads
     if not pairs * blocks:
         return y, lse
@@ -150,7 +150,7 @@ def _triton_forward(
     reach = max(sum(n * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in (q, k, v))
     wide = max(reach, q.numel()) >= 2**31 - 2**16
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    grid = (min(blocks, max(1, triton.cdiv(PROGRAMS, pairs))), pairs)
+    grid = (min(blocks, max(1, cdiv(PROGRAMS, pairs))), pairs)
     with on_device(q):
         _forward_kernel[grid](
             q, k, v, mask, y, lse, scale / math.log(2), T, S, kv_heads, blocks,

@@ -30,7 +30,7 @@ from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.functions import silu
 from dfm_fast.kernels.group_norms import applied_norm
-from dfm_fast.kernels.resample import on_device
+from dfm_fast.kernels.launching import cdiv, next_power_of_2, on_device, planned
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.convolutions import out_sizes
 
@@ -311,9 +311,10 @@ def _vector(channels: int, last: bool, size: int, itemsize: int) -> int:
 
 
 def _power(n: int, most: int) -> int:
-    return min(triton.next_power_of_2(max(n, 1)), most)
+    return min(next_power_of_2(max(n, 1)), most)
 
 
+@planned
 def plan(
     shape: tuple[int, ...],
     sizes: tuple[int, ...],
@@ -327,21 +328,19 @@ def plan(
     size = VECTORS[kernel] // (stride if kernel > 3 else 1)
     vec = _vector(channels, last, size, itemsize)
     groups, cols = channels // vec, COLS if kernel == 3 and stride == 1 else 1
-    strips, rows = triton.cdiv(sizes[1], cols), _power(sizes[0], ROWS)
+    strips, rows = cdiv(sizes[1], cols), _power(sizes[0], ROWS)
     if last:
         tc = _power(groups, SIDE_BY_SIDE)
         tw = _power(strips, BLOCK // tc)
-        programs = n * triton.cdiv(groups, tc)
+        programs = n * cdiv(groups, tc)
     else:
         tw = _power(strips, BLOCK)
         tc = _power(n * channels, BLOCK // tw)
-        programs = triton.cdiv(n * channels, tc)
+        programs = cdiv(n * channels, tc)
     wide = max(math.prod(shape), n * channels * math.prod(sizes)) >= 2**31 - 2**16
     constants = {"LAST": last, "ROWS": rows, "COLS": cols, "VEC": vec}
     constants |= {"TC": tc, "TW": tw, "WIDE": wide}
-    return Tiles(
-        programs * triton.cdiv(strips, tw) * triton.cdiv(sizes[0], rows), groups, constants
-    )
+    return Tiles(programs * cdiv(strips, tw) * cdiv(sizes[0], rows), groups, constants)
 
 
 class Parts(NamedTuple):
@@ -354,6 +353,7 @@ class Parts(NamedTuple):
     constants: dict[str, Any]
 
 
+@planned
 def plan_products(
     shape: tuple[int, ...],
     sizes: tuple[int, ...],
@@ -368,11 +368,11 @@ def plan_products(
     tc = _power(groups, SIDE[last])
     across, down = max(width, sizes[1]), max(height, sizes[0])
     tp = _power(across * down, LANES // tc)
-    steps = _power(triton.cdiv(across * down, tp), STEPS)
-    parts = triton.cdiv(across * down, tp * steps)
+    steps = _power(cdiv(across * down, tp), STEPS)
+    parts = cdiv(across * down, tp * steps)
     wide = n * channels * across * down >= 2**31 - 2**16
     constants = {"LAST": last, "STEPS": steps, "VEC": vec, "TC": tc, "TP": tp, "WIDE": wide}
-    programs = n * parts * triton.cdiv(groups, tc)
+    programs = n * parts * cdiv(groups, tc)
     domain = across, across * down, parts
     return Parts(programs, parts, (groups, height, width, *sizes), domain, constants)
 
@@ -463,7 +463,7 @@ def depthwise_conv2d_backward(
                 dy, x, *norm, partials, *cut.sizes, *padding, *cut.domain,
                 K=kernel, S=stride, ACC=_acc(x), **cut.constants,
             )  # fmt: skip
-            _merge_products_kernel[(triton.cdiv(taps * channels, MERGED),)](
+            _merge_products_kernel[(cdiv(taps * channels, MERGED),)](
                 partials, dweight, dbias, count, channels, KK=kernel**2, BLOCK=MERGED
             )
     return du, dweight, dbias

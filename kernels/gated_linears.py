@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.activations import ACTIVATIONS, _slope
+from dfm_fast.kernels.launching import cdiv, on_device
 from dfm_fast.kernels.products import (
     ARCHITECTURES,
     SIZES,
@@ -37,7 +38,6 @@ from dfm_fast.kernels.products import (
     multiply_step,
     row_of,
 )
-from dfm_fast.kernels.resample import on_device
 
 # --- Kernel ---------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ def _linear_glu_kernel(
     if bias_ptr is not None:
         a += row_of(bias_ptr, column, column < D, tl.float32)
         b += row_of(bias_ptr + D, column, column < D, tl.float32)
-    value, _ = _slope(b, ACTIVATION)
+    value, _ = _slope(b, ACTIVATION, out_ptr.dtype.element_ty.primitive_bitwidth == 16)
     mask = (row < M)[:, None] & (column < D)[None, :]
     to = out_ptr + row[:, None] * DV * OUT_VEC + column[None, :]
     tl.store(to, (a * value).to(out_ptr.dtype.element_ty), mask)
@@ -115,7 +115,7 @@ GROUP = 8
 
 def _tiles(arch: int, M: int, D: int, itemsize: int) -> Tile:
     large = TILES[arch, True]
-    many = triton.cdiv(M, large.BM) * triton.cdiv(D, large.BN) >= MANY
+    many = cdiv(M, large.BM) * cdiv(D, large.BN) >= MANY
     tiles = large if many else TILES[arch, False]
     return tiles._replace(BN=tiles.BN * 2 // itemsize, BK=tiles.BK * 2 // itemsize)
 
@@ -138,7 +138,7 @@ def linear_glu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
     vec, out_vec = math.gcd(16 // size, K, stride), math.gcd(16 // size, D)
     wide = _wide(M * stride, 2 * D * K, M * D)
     with on_device(x):
-        _linear_glu_kernel[(triton.cdiv(M, tiles.BM) * triton.cdiv(D, tiles.BN),)](
+        _linear_glu_kernel[(cdiv(M, tiles.BM) * cdiv(D, tiles.BN),)](
             *(x, weight, bias, out, M, D // out_vec, K // vec, stride // vec),
             **_constants(tiles, activation, size, K % tiles.BK == 0, vec, out_vec, wide),
             num_warps=tiles.warps, num_stages=tiles.stages,

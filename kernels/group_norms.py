@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.launching import cdiv, next_power_of_2, on_device, planned
 from dfm_fast.kernels.map_norms import (
     _apply_kernel,
     _dx_kernel,
@@ -33,7 +34,6 @@ from dfm_fast.kernels.map_norms import (
     _statistics_backward_kernel,
     _sums_kernel,
 )
-from dfm_fast.kernels.resample import on_device
 from dfm_fast.ops._layouts import empty_in, memory_format
 
 TILE = 16384 if INTERPRET else 4096  # elements; the interpreter's time is per operation
@@ -56,16 +56,17 @@ class Plan(NamedTuple):
     constants: dict[str, Any]
 
 
+@planned
 def plan(shape: tuple[int, ...], last: bool, itemsize: int) -> Plan:
     n, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     rows, cols = (pixels, channels) if last else (channels, pixels)
     vec = math.gcd(16 // itemsize, cols)
     tile = TILE // 2 if itemsize == 8 else TILE  # registers
     row = LINE // itemsize if last else tile
-    vecs = min(triton.next_power_of_2(max(cols // vec, 1)), row // vec)
-    height = min(triton.next_power_of_2(max(rows, 1)), tile // (vecs * vec))
+    vecs = min(next_power_of_2(max(cols // vec, 1)), row // vec)
+    height = min(next_power_of_2(max(rows, 1)), tile // (vecs * vec))
     height = min(height, MOST_ROWS) if last else height
-    row_blocks, col_blocks = triton.cdiv(rows, height), triton.cdiv(cols // vec, vecs)
+    row_blocks, col_blocks = cdiv(rows, height), cdiv(cols // vec, vecs)
     blocks, block_pixels = (row_blocks, height) if last else (col_blocks, vecs * vec)
     wide = math.prod(shape) >= 2**31 - TILE
     constants = {"LAST": last, "ROWS": height, "VECS": vecs, "VEC": vec, "WIDE": wide}
@@ -77,14 +78,14 @@ def _merging(tiles: Plan, size: int) -> Plan | None:
     """The plan whose programs merge their group's moments again, instead of a launch between. For
     maps of the size of SnapGen's every launch is a good part of the time. Only for tiles of one
     group's channels, with eight times the elements that there are partial moments to read."""
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     constants = tiles.constants
     rows = math.gcd(size, constants["ROWS"])
     few = 8 * tiles.blocks * block <= rows * constants["VECS"] * constants["VEC"]
     if constants["LAST"] or not few:
         return None
-    programs = tiles.programs // triton.cdiv(tiles.sizes[0], constants["ROWS"])
-    merge = {"BLOCK_C": block, "BLOCK_B": triton.next_power_of_2(tiles.blocks)}
+    programs = tiles.programs // cdiv(tiles.sizes[0], constants["ROWS"])
+    merge = {"BLOCK_C": block, "BLOCK_B": next_power_of_2(tiles.blocks)}
     return tiles._replace(
         programs=programs * (tiles.sizes[0] // rows),
         constants=constants | {"ROWS": rows} | merge,
@@ -112,7 +113,7 @@ def _per_channel(x: Tensor, count: int, blocks: int = 0) -> tuple[Tensor, ...]:
 
 
 def _merge_blocks(size: int) -> dict[str, int]:
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     return {"BLOCK_C": block, "BLOCK_B": max(1, PARTIALS // block)}
 
 
@@ -133,7 +134,7 @@ def _merge(
     eps: float = 0.0,
 ) -> None:
     channels = x.shape[1]
-    _merge_kernel[(x.shape[0] * triton.cdiv(channels, size),)](
+    _merge_kernel[(x.shape[0] * cdiv(channels, size),)](
         *partials, *statistics, *given, *affine,
         channels, size, tiles.blocks, tiles.pixels, tiles.block_pixels,
         EPS=eps, num_warps=MERGE_WARPS, **_merge_blocks(size),
@@ -238,7 +239,7 @@ def group_norm_silu_backward(
             channels, size, tiles.blocks, tiles.pixels, num_warps=MERGE_WARPS,
             **_merge_blocks(size),
         )  # fmt: skip
-        _over_samples_kernel[(triton.cdiv(channels, CHANNELS),)](
+        _over_samples_kernel[(cdiv(channels, CHANNELS),)](
             s, q, dweight, dbias, n, channels, BLOCK_C=CHANNELS, BLOCK_N=16
         )
         if need_dx:

@@ -36,9 +36,9 @@ from torch import Tensor
 from dfm_fast._library import INTERPRET
 from dfm_fast.kernels import pyramids
 from dfm_fast.kernels._aot import TARGETS, Specialisation
+from dfm_fast.kernels.launching import cdiv, on_device
 from dfm_fast.kernels.patches import join
 from dfm_fast.kernels.philox import PLAIN, four, stream
-from dfm_fast.kernels.resample import on_device
 from dfm_fast.kernels.tiles import WARP, is_last
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops._scales import accumulation
@@ -312,10 +312,10 @@ def _plan(
     sizes = []
     for shape in shapes:
         size, groups = math.prod(shape[1:]) // vec, 1
-        blocks = triton.cdiv(size * vec, BLOCK * each)
+        blocks = cdiv(size * vec, BLOCK * each)
         if last:
             size, groups = math.prod(shape[2:]), shape[1] // vec
-            blocks = triton.cdiv(triton.cdiv(size, each) * groups, BLOCK)
+            blocks = cdiv(cdiv(size, each) * groups, BLOCK)
         sizes.append((blocks, size, groups))
     wide = any(math.prod(s[1:]) + 4 * BLOCK * vec >= 2**31 for s in shapes)
     return tuple(sizes), (each, vec, last, BLOCK, wide)

@@ -16,14 +16,21 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.launching import (
+    Layout,
+    cdiv,
+    layout,
+    next_power_of_2,
+    on_device,
+    planned,
+    registers,
+)
 from dfm_fast.kernels.long_rows import _long_backward_kernel, _long_forward_kernel
-from dfm_fast.kernels.resample import on_device
 from dfm_fast.kernels.row_norms import _add_blocks_kernel, _backward_kernel, _forward_kernel
 
 FORWARD, BACKWARD = 65536, 32768  # bytes of the longest whole row, in the arithmetic type
@@ -31,6 +38,7 @@ LONG_FORWARD, LONG_BACKWARD = 16384, 8192  # bytes of a program's chunk of longe
 # Eight for each of an H200's multiprocessors: what a grid should have. The interpreter has one.
 PROGRAMS = 8 if INTERPRET else 1056
 COLUMNS = 1024 if INTERPRET else 32  # of a program that adds blocks
+STAGES = 2  # rows that are read ahead
 
 
 # --- Launchers ------------------------------------------------------------------------------------
@@ -43,14 +51,14 @@ class _Rows(NamedTuple):
     T: int
     D: int
 
-    def strides(self, x: Tensor | None) -> tuple[int, int]:
+    def strides(self, x: Layout | None) -> tuple[int, int]:
         """(from sample to sample, from row to row); 0 where there is one for all."""
-        if x is None or x.ndim == 1:
+        if x is None or len(x.shape) == 1:
             return 0, 0
-        if x.numel() == self.B * self.T * self.D and x.is_contiguous():
+        if math.prod(x.shape) == math.prod(self) and x.contiguous():
             sample, token = self.T * self.D, self.D
         else:
-            sample, token = x.stride(0), x.stride(1) if x.ndim == 3 else 0
+            sample, token = x.strides[0], x.strides[1] if len(x.shape) == 3 else 0
         return sample * (self.B > 1), token * (self.T > 1)
 
 
@@ -59,13 +67,16 @@ def _rows(x: Tensor, one_sample: bool = False) -> _Rows:
     return _Rows(math.prod(x.shape[:first]), math.prod(x.shape[first:-1]), x.shape[-1])
 
 
-def _common(rows: _Rows, x: Tensor, *others: Tensor | None) -> tuple[list[int], dict[str, Any]]:
-    """(strides in vectors, constants) of a launch on x and what is walked along with it."""
-    each = [rows.strides(v) for v in (x, *others)]
-    vec = math.gcd(16 // x.element_size(), rows.D, *itertools.chain(*each))
+@planned
+def _walk(
+    rows: _Rows, dtype: torch.dtype, *layouts: Layout | None
+) -> tuple[list[int], dict[str, Any]]:
+    """(strides in vectors, constants) of a launch on x, the first, and what is walked with it."""
+    each = [rows.strides(v) for v in layouts]
+    vec = math.gcd(16 // dtype.itemsize, rows.D, *itertools.chain(*each))
     far = max(rows.B * sample + rows.T * token for sample, token in each)
-    wide = max(far, rows.B * rows.T * rows.D) >= 2**31 - triton.next_power_of_2(rows.D)
-    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    wide = max(far, rows.B * rows.T * rows.D) >= 2**31 - next_power_of_2(rows.D)
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
     constants = {"ACC": acc, "VEC": vec, "WIDE": wide}
     return [stride // vec for pair in each for stride in pair], constants
 
@@ -81,6 +92,7 @@ class _Tiles(NamedTuple):
     rows: int  # of one sample, that a program has
     constants: dict[str, int]
     warps: int  # of 32 threads
+    options: dict[str, int] = {}  # noqa: RUF012
 
 
 def _warps(elements: int, each: int, wide: bool, most: int = 16) -> int:
@@ -88,16 +100,17 @@ def _warps(elements: int, each: int, wide: bool, most: int = 16) -> int:
     return min(max(elements // (32 * each // (4 if wide else 1)), 1), most)
 
 
+@planned
 def _forward_tiles(rows: _Rows, wide: bool) -> _Tiles:
     """4096 elements a program, less where the grid would have too few programs. wide: float64."""
-    block, size = triton.next_power_of_2(rows.D), 8 if wide else 4
+    block, size = next_power_of_2(rows.D), 8 if wide else 4
     if rows.D * size > FORWARD:
         chunk = LONG_FORWARD // size
         return _Tiles(
             _long_forward_kernel, 1, {"ROWS": 1, "CHUNK": chunk}, _warps(chunk, 16, wide, 8)
         )
-    tile = min(max(4096 // block, 1), triton.next_power_of_2(max(rows.T, 1)))
-    while tile > 1 and rows.B * triton.cdiv(rows.T, tile) < PROGRAMS:
+    tile = min(max(4096 // block, 1), next_power_of_2(max(rows.T, 1)))
+    while tile > 1 and rows.B * cdiv(rows.T, tile) < PROGRAMS:
         tile //= 2
     constants = {"ROWS": tile, "BLOCK": block}
     return _Tiles(_forward_kernel, tile, constants, _warps(tile * block, 32, wide))
@@ -126,9 +139,9 @@ def _forward(
     residual = None if y is None else _like(x)
     normed, rstd = (None, None) if eps is None else (_like(x), _statistic(x))
     mean = None if eps is None or rms else _statistic(x)
-    strides, constants = _common(rows, x, y, gate, shift, scale)
+    strides, constants = _walk(rows, x.dtype, *map(layout, (x, y, gate, shift, scale)))
     tiles = _forward_tiles(rows, x.dtype == torch.float64)
-    blocks = triton.cdiv(rows.T, tiles.rows)
+    blocks = cdiv(rows.T, tiles.rows)
     each = _each_token(rows, gate if eps is None else scale)
     if x.numel():
         with on_device(x):
@@ -160,29 +173,31 @@ def gated_residual_ada_layer_norm(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _forward(_rows(x), x, *rest)
 
 
+@planned
 def _backward_tiles(rows: _Rows, wide: bool, each: bool, sums: int, norm: bool) -> _Tiles:
     """`sums` is bytes of x times sums, per element. A block has at least four rows, for its sums to
     be few beside them; not so where sums fill the registers. At most 8 warps where there is a norm:
     what threads need besides their elements is then spent fewer times, and the longest whole rows
     just fit."""
-    block, size, T = triton.next_power_of_2(rows.D), 8 if wide else 4, max(rows.T, 1)
+    block, size, T = next_power_of_2(rows.D), 8 if wide else 4, max(rows.T, 1)
     if rows.D * size > BACKWARD:
         return _long_backward_tiles(rows, wide, each, norm)
-    tile = min(max(1024 // block, 1), triton.next_power_of_2(T), 32)
+    tile = min(max(1024 // block, 1), next_power_of_2(T), 32)
     tiles = 1
     if not each and block * sums <= 40960:
-        length = max(triton.cdiv(rows.B * rows.T, PROGRAMS), 4, tile)
-        tiles = triton.next_power_of_2(triton.cdiv(min(length, T), tile))
-    constants = {"ROWS": tile, "TILES": tiles, "BLOCK": block}
-    warps = _warps(tile * block, 8, wide, 8 if norm else 16)
-    return _Tiles(_backward_kernel, tile * tiles, constants, warps)
+        length = max(cdiv(rows.B * rows.T, PROGRAMS), 4, tile)
+        tiles = next_power_of_2(cdiv(min(length, T), tile))
+    constants = {"ROWS": tile, "TILES": tiles, "STAGES": STAGES, "BLOCK": block}
+    warps = _warps(tile * block, 16, wide, 8 if norm else 16)
+    most = registers(min(255, 65536 // (32 * warps)))
+    return _Tiles(_backward_kernel, tile * tiles, constants, warps, most)
 
 
 def _long_backward_tiles(rows: _Rows, wide: bool, each: bool, norm: bool) -> _Tiles:
     """Up to eight rows, for their sums to be few beside them, as long as there are programs for two
     on each multiprocessor, which have room for no more."""
-    tile = 1 if each else min(triton.next_power_of_2(max(rows.T, 1)), 8)
-    while tile > 1 and rows.B * triton.cdiv(rows.T, tile) < PROGRAMS // 4:
+    tile = 1 if each else min(next_power_of_2(max(rows.T, 1)), 8)
+    while tile > 1 and rows.B * cdiv(rows.T, tile) < PROGRAMS // 4:
         tile //= 2
     chunk = LONG_BACKWARD // (8 if wide else 4)
     constants = {"ROWS": tile, "CHUNK": chunk // tile}
@@ -206,14 +221,15 @@ def _backward(
     dx, dy = (None if v is None else _like(v) for v in (x, y))
     modulation = [gate, None if rms else scale, scale]
     sums = [None if m is None else _like(m) for m in modulation]
-    strides, constants = _common(rows, given, dr, dn, x, y, gate, scale)
+    walked = (given, dr, dn, x, y, gate, scale)
+    strides, constants = _walk(rows, given.dtype, *map(layout, walked))
     each = _each_token(rows, gate if scale is None else scale)
     wanted = [v for v in sums if v is not None]
     tiles = _backward_tiles(
         *(rows, given.dtype == torch.float64, each),
         *(given.element_size() * len(wanted), dn is not None),
     )
-    blocks = triton.cdiv(rows.T, tiles.rows)
+    blocks = cdiv(rows.T, tiles.rows)
     targets = sums
     if wanted and not each:
         dtype = torch.promote_types(given.dtype, torch.float32)
@@ -228,13 +244,14 @@ def _backward(
                 *(rows.T, rows.D // constants["VEC"], blocks, *strides[2:]),
                 *(rms, each),
                 num_warps=tiles.warps,
+                **tiles.options,
                 **tiles.constants,
                 **constants,
             )
         if wanted and not each and rows.B:
-            grid = triton.cdiv(rows.D, COLUMNS), rows.B, len(wanted)
+            grid = cdiv(rows.D, COLUMNS), rows.B, len(wanted)
             outputs = wanted + [None] * (3 - len(wanted))
-            height = min(triton.next_power_of_2(max(blocks, 1)), 128)
+            height = min(next_power_of_2(max(blocks, 1)), 128)
             _add_blocks_kernel[grid](
                 partial, *outputs, blocks, rows.D, rows.B, constants["ACC"], height, COLUMNS
             )
@@ -284,7 +301,8 @@ def _specialisation(
     vec = {"fp32": 4, "fp64": 2}.get(dtype, 8)
     constants |= {"ACC": tl.float64 if acc == "fp64" else tl.float32, "VEC": vec, "WIDE": False}
     constants |= tiles.constants
-    return Specialisation(name, tiles.kernel, dtype, kinds, constants, tiles.warps, load_bits=128)
+    more = {"load_bits": 128, "options": tiles.options}
+    return Specialisation(name, tiles.kernel, dtype, kinds, constants, tiles.warps, **more)
 
 
 def specialisations() -> Iterator[Specialisation]:

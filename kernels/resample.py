@@ -9,7 +9,6 @@ per output through L1, and the tables. The fused kernels in `pyramids.py` take t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.launching import cdiv, on_device
 from dfm_fast.ops._filters import axis_taps, half, halve, halvings
 from dfm_fast.ops.pyramids import memory_format
 
@@ -135,13 +135,6 @@ def _compact(column: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 # --- Launching -----------------------------------------------------------------------------------
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Make x's device current, which is where Triton launches; free where it already is."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
-
-
 def empty(
     x: Tensor, channels: int, sizes: Sequence[int], dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -176,7 +169,7 @@ def resample(
     axes = [_tables(filter, kind, 1, 1, dtype, src.device)] * len(pad) + axes
     channels = out.shape[1] if memory_format(out) != torch.contiguous_format else 1
     with on_device(out):
-        _resample_kernel[(triton.cdiv(out.numel(), BLOCK),)](
+        _resample_kernel[(cdiv(out.numel(), BLOCK),)](
             out,
             base,
             src,

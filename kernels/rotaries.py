@@ -19,8 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
-from dfm_fast.kernels._aot import TARGETS, Specialisation
-from dfm_fast.kernels.resample import on_device
+from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.launching import (
+    Layout,
+    cdiv,
+    layout,
+    next_power_of_2,
+    on_device,
+    planned,
+    registers,
+)
 
 HEADS = 16  # of a tile, at most
 TILE = 4096  # elements of a tile; half as many in backward, and of float64
@@ -267,32 +275,36 @@ def _sum_kernel(
 # --- Launching ------------------------------------------------------------------------------------
 
 
+@planned
 def _tiles(
     tokens: int, heads: tuple[int, int], d: int, dtype: torch.dtype, tile: int
 ) -> dict[str, Any]:
     """Constants of a launch: how many tokens and heads a program has at a time."""
-    half = triton.next_power_of_2(d // 2)
+    half = next_power_of_2(d // 2)
     tile //= 2 if dtype == torch.float64 else 1
     most = min(HEADS, max(1, tile // (2 * half)))
-    tile_q, tile_k = (min(most, triton.next_power_of_2(h)) for h in heads)
+    tile_q, tile_k = (min(most, next_power_of_2(h)) for h in heads)
     n = max(1, tile // (2 * half * max(tile_q, tile_k)))
-    while n > 1 and triton.cdiv(tokens, n) < PROGRAMS:
+    while n > 1 and cdiv(tokens, n) < PROGRAMS:
         n //= 2
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     names = ("D", "HALF", "TOKENS", "TILE_Q", "TILE_K", "ACC")
     return dict(zip(names, (d, half, n, tile_q, tile_k, acc), strict=True))
 
 
-def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
-    """(VEC, all strides but the last in vectors of VEC elements)."""
-    strides = [s for x in tensors for s in x.stride()[:3]]
-    vec = math.gcd(16 // tensors[0].element_size(), *strides)
-    return vec, [s // vec for s in strides]
+@planned
+def _walk(itemsize: int, *layouts: Layout) -> tuple[int, list[int], bool]:
+    """(VEC, all strides but the last in vectors of VEC elements, whether offsets need 64 bits)."""
+    strides = [s for x in layouts for s in x.strides[:3]]
+    vec = math.gcd(16 // itemsize, *strides)
+    # By the furthest element: a view may span more than it has.
+    reach = (sum(n * s for n, s in zip(x.shape, x.strides, strict=True)) for x in layouts)
+    wide = max(*reach, *(math.prod(x.shape) for x in layouts)) >= 2**31 - 2**16
+    return vec, [s // vec for s in strides], wide
 
 
 def _options(backward: bool) -> dict[str, int]:
-    """ptxas spills 8 bytes for a step of occupancy unless told what is enough."""
-    return {} if INTERPRET or torch.version.hip else {"maxnreg": 168 if backward else 128}
+    return registers(168 if backward else 128)
 
 
 def _launch(
@@ -308,11 +320,8 @@ def _launch(
     through the blocks of tokens; None: one for each."""
     q, k = strided[-2:]
     B, T = q.shape[0], max(q.shape[1], k.shape[1])
-    blocks = triton.cdiv(B * T, constants["TOKENS"])
-    vec, strides = _strides(*strided)
-    # By the furthest element: a view may span more than it has.
-    reach = max(sum(n * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in strided)
-    wide = max(reach, q.numel(), k.numel()) >= 2**31 - 2**16
+    blocks = cdiv(B * T, constants["TOKENS"])
+    vec, strides, wide = _walk(q.element_size(), *map(layout, strided))
     table_stride = q.shape[1] * (q.shape[3] // 2) if cos is not None and cos.ndim == 3 else 0
     loop = () if programs is None else (blocks,)
     with on_device(q):
@@ -341,7 +350,7 @@ def qk_norm_rope(
     tokens = q.shape[0] * max(q.shape[1], k.shape[1])
     if tokens:
         constants = _tiles(tokens, (q.shape[2], k.shape[2]), q.shape[3], q.dtype, TILE)
-        constants |= {"EPS": eps, "INTERLEAVED": interleaved}
+        constants = constants | {"EPS": eps, "INTERLEAVED": interleaved}
         pointers = (*out, q_weight, k_weight)
         _launch(_forward_kernel, None, pointers, (q, k), cos, sin, constants)
     return out
@@ -370,21 +379,17 @@ def qk_norm_rope_backward(
     if not tokens:
         return *out, *grads
     constants = _tiles(tokens, (q.shape[2], k.shape[2]), d, q.dtype, TILE // 2)
-    programs = min(SUMS, triton.cdiv(tokens, constants["TOKENS"]))
+    programs = min(SUMS, cdiv(tokens, constants["TOKENS"]))
     acc = torch.promote_types(q.dtype, torch.float32)
     sums = [q.new_empty((programs, d), dtype=acc) if want else None for want in wanted]
-    constants |= {"EPS": eps, "INTERLEAVED": interleaved}
+    constants = constants | {"EPS": eps, "INTERLEAVED": interleaved}
     pointers = (*out, q_weight, k_weight, *sums)
     _launch(_backward_kernel, programs, pointers, (dq, dk, q, k), cos, sin, constants)
     if any(wanted):
         with on_device(q):
-            shape = {"D": d, "D_PAD": triton.next_power_of_2(d), "ROWS": ROWS}
+            shape = {"D": d, "D_PAD": next_power_of_2(d), "ROWS": ROWS}
             _sum_kernel[(2,)](*sums, *grads, programs, **shape)
     return *out, *grads
-
-
-_NVIDIA = tuple(target for target in TARGETS if target.startswith("sm_"))
-_OTHERS = tuple(target for target in TARGETS if target not in _NVIDIA)
 
 
 def specialisations() -> Iterator[Specialisation]:
@@ -411,10 +416,8 @@ def specialisations() -> Iterator[Specialisation]:
             name = f"qk_norm_rope{'_backward' if backward else ''} {d}"
             name += "" if interleaved else " halves"
             bits = 128 if interleaved or d != 72 else 64
-            common = {"constants": {**constants, **shape}, "load_bits": bits}
-            for targets, options in (_NVIDIA, _options(backward)), (_OTHERS, {}):
-                more = {"targets": targets, "options": options}
-                yield Specialisation(name, kernel, dtype, given, **common, **more)
+            more = {"load_bits": bits, "options": _options(backward)}
+            yield Specialisation(name, kernel, dtype, given, {**constants, **shape}, **more)
     for dtype in dtypes:
         table = "*fp64" if dtype == "fp64" else "*fp32"
         arguments = {"q_sums_ptr": table, "k_sums_ptr": table, "n": "i32"}

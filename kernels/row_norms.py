@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dfm_fast._library import INTERPRET
+
+TOGETHER = tl.constexpr(not INTERPRET)
+
 
 @triton.jit
 def _tile(ptr, b, t, stride_b, stride_t, offs_d, mask, VEC: tl.constexpr, ACC: tl.constexpr):
@@ -164,6 +168,24 @@ def _put(ptr, value, sums, to, mask, EACH: tl.constexpr):
 
 
 @triton.jit
+def _add_three(a, b, c, x, y, z):
+    return a + x, b + y, c + z
+
+
+@triton.jit
+def _three_sums(a, b, c):
+    """Of every row. In one exchange between warps; the interpreter would take hours for that."""
+    if TOGETHER:
+        return tl.reduce((a, b, c), 1, _add_three, keep_dims=True)
+    else:
+        return (
+            tl.sum(a, 1, keep_dims=True),
+            tl.sum(b, 1, keep_dims=True),
+            tl.sum(c, 1, keep_dims=True),
+        )
+
+
+@triton.jit
 def _backward_kernel(
     dr_ptr,  # [B, T, D], rows strided, or None: the residual has no gradient of its own
     dn_ptr,  # likewise; None: no norm
@@ -181,7 +203,8 @@ def _backward_kernel(
     T, DV, blocks,
     dr_b, dr_t, dn_b, dn_t, x_b, x_t, y_b, y_t, gate_b, gate_t, scale_b, scale_t,
     RMS: tl.constexpr, EACH: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
-    TILES: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    TILES: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Block of TILES tiles of ROWS rows of one sample."""
     pid, b, first = _place(blocks, ROWS * TILES, WIDE)
@@ -190,7 +213,8 @@ def _backward_kernel(
     mask_d = offs_d < D
     dgate = tl.zeros([1, BLOCK], ACC)
     dshift, dscale = dgate, dgate
-    for i in range(TILES):
+    # The next rows are read while these are worked on.
+    for i in tl.range(TILES, num_stages=STAGES):
         t = first + i * ROWS + tl.arange(0, ROWS)[:, None]
         mask_t = t < T
         mask = mask_d & mask_t
@@ -200,17 +224,21 @@ def _backward_kernel(
             dn = _tile(dn_ptr, b, t, dn_b, dn_t, offs_d, mask, VEC, ACC)
             x = _tile(x_ptr, b, t, x_b, x_t, offs_d, mask, VEC, ACC)
             rstd = tl.load(rstd_ptr + b * T + t, mask_t, other=0.0)
-            if not RMS:
-                x = _centre(x, tl.load(mean_ptr + b * T + t, mask_t, other=0.0), mask, D)
-            xhat = x * rstd
-            # Before the reductions: afterwards dn need not be kept.
+            g = _scaled(dn, scale_ptr, b, m_t, offs_d, m_mask, scale_b, scale_t, RMS, VEC, ACC)
+            if RMS:
+                xhat = x * rstd
+                level, slope = 0.0, tl.sum(g * xhat, 1, keep_dims=True) / D
+            else:
+                x -= tl.load(mean_ptr + b * T + t, mask_t, other=0.0)
+                x = tl.where(mask, x, 0.0)
+                rest, level, slope = _three_sums(x, g, g * x)
+                rest, level = rest / D, level / D
+                xhat = (x - rest) * rstd
+                slope = (slope / D - rest * level) * rstd
             if dshift_ptr is not None:
                 dshift = _put(dshift_ptr, dn, dshift, to, mask, EACH)
             if scale_ptr is not None:
                 dscale = _put(dscale_ptr, dn * xhat, dscale, to, mask, EACH)
-            g = _scaled(dn, scale_ptr, b, m_t, offs_d, m_mask, scale_b, scale_t, RMS, VEC, ACC)
-            level = tl.zeros([ROWS, 1], ACC) if RMS else tl.sum(g, 1, keep_dims=True) / D
-            slope = tl.sum(g * xhat, 1, keep_dims=True) / D
             dr = _store_dx(
                 rstd * (g - level - xhat * slope), dr_ptr, dx_ptr, to,
                 b, t, dr_b, dr_t, offs_d, mask, VEC, ACC,

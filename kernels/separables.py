@@ -40,6 +40,7 @@ from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.convolutions import activated, depthwise_conv2d, load_row, norm_of, taps
 from dfm_fast.kernels.group_norms import Plan, applied_norm, merge_moments
+from dfm_fast.kernels.launching import cdiv, on_device
 from dfm_fast.kernels.products import (
     ARCHITECTURES,
     SIZES,
@@ -52,7 +53,6 @@ from dfm_fast.kernels.products import (
     row_of,
     tile_of,
 )
-from dfm_fast.kernels.resample import on_device
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.group_norms import wide_dtype
 from dfm_fast.ops.separables import pointwise_backward
@@ -278,7 +278,7 @@ def separable_conv2d(
         return y, *found
     one = _one_kernel_serves(x, depthwise_weight, outputs)
     block_pixels = whole_of(x).pixels if one else tile_of(x).BM
-    blocks = triton.cdiv(pixels, block_pixels)
+    blocks = cdiv(pixels, block_pixels)
     partials: tuple[Tensor | None, ...] = (None, None)
     if with_statistics:
         partials = tuple(x.new_empty((n, blocks, outputs), dtype=wide) for _ in range(2))
@@ -298,7 +298,7 @@ def _two_kernels(
     padding = [depthwise_weight.shape[-1] // 2] * 2
     a = depthwise_conv2d(x, depthwise_weight, None, *norm, 1, padding)
     outputs, y, tile = len(rest[0]), rest[4], tile_of(x)
-    _pointwise_kernel[(tiles * triton.cdiv(outputs, tile.BN),)](
+    _pointwise_kernel[(tiles * cdiv(outputs, tile.BN),)](
         a, *rest, x.shape[2] * x.shape[3], x.shape[1], outputs,
         ACC=accumulator(x), PRECISION=precision(x), LAST=is_last(x),
         BM=tile.BM, BN=tile.BN, BK=tile.BK, WIDE=max(a.numel(), y.numel()) >= 2**31,
@@ -310,7 +310,7 @@ def _one_kernel(
     x: Tensor, depthwise_weight: Tensor, norm: tuple[Any, ...], tiles: int, *rest: Tensor | None
 ) -> None:
     outputs, y, whole = len(rest[0]), rest[4], whole_of(x)
-    _separable_kernel[(tiles * triton.cdiv(outputs, whole.BN),)](
+    _separable_kernel[(tiles * cdiv(outputs, whole.BN),)](
         x, depthwise_weight, *applied_norm(x, *norm), *rest, *x.shape[2:], x.shape[1], outputs,
         ACC=accumulator(x), PRECISION=precision(x), WIDE=max(x.numel(), y.numel()) >= 2**31,
         **_blocks(whole), num_warps=whole.warps, num_stages=whole.stages,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dfm_fast.kernels._aot import Specialisation
-from dfm_fast.kernels.resample import on_device
+from dfm_fast.kernels.launching import cdiv, on_device
 from dfm_fast.ops._layouts import empty_in, memory_format
 
 BLOCK = 1024
@@ -109,7 +109,7 @@ def _launch(
             p = predicted[s] if predicted else None
             u = v_uncond[s] if v_uncond else None
             arguments += [x[s], p, v_cond[s], u, out[s], x[s].numel() // vec, columns[s]]
-            blocks += triton.cdiv(x[s].numel(), BLOCK)
+            blocks += cdiv(x[s].numel(), BLOCK)
             ends.append(blocks)
         if blocks == 0:
             continue

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
-from dfm_fast.kernels.resample import on_device
+from dfm_fast.kernels.launching import cdiv, next_power_of_2, on_device
 from dfm_fast.ops.pyramids import memory_format
 
 
@@ -61,7 +61,7 @@ CONSTANTS = ("ROWS", "COLS", "VEC", "LAST", "TC", "TW", "TH", "BLOCK", "WIDE")
 
 def _power(n: int, most: int) -> int:
     """The least power of two from n on, at most `most`."""
-    return min(triton.next_power_of_2(n), most)
+    return min(next_power_of_2(n), most)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -82,14 +82,14 @@ def plan(
     while last and channels % vec:
         vec //= 2
     groups = channels // vec if last else 1
-    across, down = width // cols, triton.cdiv(height, rows)
+    across, down = width // cols, cdiv(height, rows)
     block = 1024 if INTERPRET else 32 * tile.warps  # the interpreter's time is per operation
     tc = _power(groups, 32)
     tw = _power(across, min(tile.across, block // tc))
     th = _power(down, block // (tc * tw))
     tp = block // (tc * tw * th)
-    programs = triton.cdiv(groups, tc) * triton.cdiv(across, tw) * triton.cdiv(down, th)
-    programs *= triton.cdiv(planes, tp)
+    programs = cdiv(groups, tc) * cdiv(across, tw) * cdiv(down, th)
+    programs *= cdiv(planes, tp)
     wide = 3 * height * width * channels >= 2**31  # a Haar level has 3 C channels
     constants = (rows, cols, vec, last, tc, tw, th, block, wide)
     return programs, (planes, height, across, groups), constants, max(1, block // WARP)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels.launching import cdiv, on_device
 from dfm_fast.kernels.products import (
     SIZES,
     TILES,
@@ -30,7 +31,6 @@ from dfm_fast.kernels.products import (
     row_of,
     tile_of,
 )
-from dfm_fast.kernels.resample import on_device
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.upsamples import (
     gradients_of_phases,
@@ -119,9 +119,9 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return y
     phases, pairs = x.new_empty((4, 4, outputs, channels)), outputs * channels
     tile = tile_of(x)
-    programs = n * 4 * triton.cdiv(height * width, tile.BM) * triton.cdiv(outputs, tile.BN)
+    programs = n * 4 * cdiv(height * width, tile.BM) * cdiv(outputs, tile.BN)
     with on_device(x):
-        _phases_kernel[(triton.cdiv(pairs, PAIRS),)](
+        _phases_kernel[(cdiv(pairs, PAIRS),)](
             weight, phases, pairs, channels, *weight.stride(), ACC=accumulator(x), BLOCK=PAIRS
         )
         _upsample_kernel[(programs,)](
