@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Rival, Row
+from benchmarks.harness import Rival, Row, compile_
 from dfm_fast.flow import DecomposableFlow, Laplacian
 from dfm_fast.models import DFM_S, DFM_XL, DFMTransformer
 from dfm_fast.models._functions import sincos_2d
@@ -129,8 +129,7 @@ def sampling_row(name: str, dtype: torch.dtype = F32, device: str = "cpu", **opt
         own = make(input_size=model.input_size).eval()
         own.load_state_dict(dict(zip(list(state)[1:], weights, strict=True)), False, assign=True)
         own.position_table = table
-        mode = "max-autotune-no-cudagraphs" if table.is_cuda else None
-        network = torch.compile(Written(own), fullgraph=True, dynamic=False, mode=mode)
+        network = compile_(Written(own), table.device.type)
         return Sampling(network, sides[-1], STEPS[device])
 
     plain = sampling(Written(model), "model.")

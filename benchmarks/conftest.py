@@ -1,5 +1,5 @@
 """pytest benchmarks/ --benchmark-only [--full] [--results DIR] [--device cpu|cuda] [--seconds S]
-[--no-compile]"""
+[--no-compile] [--compile-mode MODE]"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import records
+from benchmarks import harness, records
 from benchmarks.harness import Row, Say, measure
 
 LOCAL = Path(__file__).parent / "results" / "local"
@@ -49,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="all rows, not only the quick ones")
     group.addoption("--results", type=Path, default=LOCAL, help="folder of the results' JSON")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    group.addoption("--compile-mode", default="", help="torch.compile's, for rivals")
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
     group.addoption("--seconds", type=float, default=2.0, help="of timing per row, at least")
 
@@ -58,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Inductor's own, on every compile.
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script_method:DeprecationWarning")
     option = config.getoption
+    harness.MODE = option("--compile-mode")
     device = option("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
     config.stash[SESSION] = Session(
         device,

@@ -2,11 +2,11 @@
 # One visit to a machine with a GPU, in one call of at most 9 minutes:
 #   bash benchmarks/gpu_visit.sh OUT_DIR [quick|full|training]
 # Installs, tests on the GPU, checks memory, measures the ceilings, runs the benchmarks and makes the
-# report. With REHEARSAL=seconds every row is run once before, in parallel, for its gate and for what
-# the compilers make.
+# report.
 # A step that fails or runs out of time stops nothing; the summary at the end says which did.
-# "training" is a visit for the models: their rows alone, and small DFMs trained and compared with
-# flow matching, in place of tests, memcheck, photographs and the other rows.
+# "training" is a visit for the models: their rows, compiled side by side in torch's default mode and
+# timed in turns, and a small DFM trained meanwhile on photographs; in place of tests, memcheck,
+# photographs and the other rows.
 # With no GPU (or --dry-run as third argument) it runs the same steps on the CPU, cut short.
 # SKIP="tests memcheck" leaves steps out; with SKIP=benchmarks and then SKIP=tests a full set of rows
 # has two visits' time. TESTS and ROWS are pytest's -k of them, SECONDS_OF_ROW the timing of each,
@@ -40,9 +40,9 @@ note() { printf '%-12s %s\n' "$1" "$2" | tee -a "$summary"; }
 
 # step NAME SECONDS COMMAND...: under its own time limit, and never past the deadline of the visit.
 step() {
-    local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS code verdict
+    local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS own=$work/$1.log code verdict
     shift 2
-    rm -f "$work/step.log"
+    rm -f "$own"
     case " ${SKIP:-} " in
         *" $name "*) note "$name" "skipped as asked" && return 0 ;;
     esac
@@ -54,13 +54,13 @@ step() {
     fi
     printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
     # Interrupted, pytest still says what failed.
-    timeout --signal=INT --kill-after=15 "$limit" "$@" >"$work/step.log" 2>&1
+    timeout --signal=INT --kill-after=15 "$limit" "$@" >"$own" 2>&1
     code=$?
-    cat "$work/step.log" >>"$log"
+    cat "$own" >>"$log"
     case $code in
         0) verdict=ok ;;
         124 | 137) verdict="TIME OUT after $limit s" ;;
-        *) verdict="FAILED with $code: $(grep -v '^[[:space:]]*$' "$work/step.log" | tail -n 1 | cut -c1-150)" ;;
+        *) verdict="FAILED with $code: $(grep -v '^[[:space:]]*$' "$own" | tail -n 1 | cut -c1-150)" ;;
     esac
     [ "$code" = 0 ] || failed=1
     note "$name" "$verdict ($((SECONDS - start)) s)"
@@ -127,15 +127,15 @@ if [ "$gpu" = 1 ]; then
     selected="(cuda or tf32_is_allowed or replay_with or few_programs) and not cuda_sources"
     export OMP_NUM_THREADS=1
     step tests 170 "$python" "${tests[@]}" -k "${TESTS:-$selected}"
-    cp "$work/step.log" "$out/tests.log" 2>/dev/null
+    cp "$work/tests.log" "$out/tests.log" 2>/dev/null
     step build 120 bash -c built
     step cuda-tests 60 "$python" "${tests[@]}" -k "cuda and (laplacian or haar) and not cuda_sources"
-    cat "$work/step.log" >>"$out/tests.log" 2>/dev/null
+    cat "$work/cuda-tests.log" >>"$out/tests.log" 2>/dev/null
     unset OMP_NUM_THREADS
 else
     step smoke 60 "$python" -m benchmarks.smoke "$device"
     step tests 60 "$python" -m pytest tests/test_harness.py tests/test_report.py -q -p no:cacheprovider
-    cp "$work/step.log" "$out/tests.log" 2>/dev/null
+    cp "$work/tests.log" "$out/tests.log" 2>/dev/null
 fi
 if [ "$gpu" = 1 ] && command -v compute-sanitizer >/dev/null; then
     step memcheck 75 bash -c memcheck
@@ -145,7 +145,6 @@ fi
 step ceilings 40 bash -c ceilings
 options=(--benchmark-only --results "$work/results" -p no:cacheprovider)
 [ "$rows" = quick ] || options+=(--full)
-families=(benchmarks/)
 [ -z "${OPTIONS:-}" ] || options+=($OPTIONS)
 if [ "$gpu" = 1 ]; then
     [ -z "${ROWS:-}" ] || options+=(-k "$ROWS")
@@ -156,26 +155,28 @@ else
 fi
 step photographs 40 "$python" -m benchmarks.photographs --out "$work/results/photographs" \
     --device "$device"
-if [ "$rows" = training ]; then
-    families=(benchmarks/bench_models.py benchmarks/bench_snapgen.py)
-    compared=(digits photos --seeds 1 --points 1)
-    [ "$gpu" = 1 ] || compared=(digits --seeds 1 --points 1 --steps 2 --batch 8 --samples 32)
-    step comparison $((deadline - SECONDS - 180)) \
-        "$python" -m benchmarks.dfm_against_flow_matching "${compared[@]}" \
-        --device "$device" --out "$work/comparison"
-    cp "$work"/comparison/*.json "$out/" 2>/dev/null
-    grep '^|' "$work/step.log" >"$out/comparison.md" 2>/dev/null
-fi
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}
-if [ -n "${REHEARSAL:-}" ]; then
-    jobs=$([ "$gpu" = 1 ] && echo 10 || echo 2)
-    step rehearsal "$REHEARSAL" "$python" -m benchmarks.rehearsal --jobs "$jobs" \
-        --limit $((REHEARSAL - 30)) "${families[@]}" "${options[@]}"
-    cp "$work/step.log" "$out/rehearsal.log" 2>/dev/null
+if [ "$rows" = training ]; then
+    models=("dfm_xl_512 and training" "dfm_xl_512 and steps_30" "snapgen_1024 and cached and not _8")
+    compared=(photos --steps 2000)
+    more=(--seconds 0.5)
+    if [ "$gpu" = 0 ]; then
+        models=("dfm_s_256 and forward and not sampling")
+        compared=(digits --steps 2 --batch 8 --samples 32)
+        more=(--seconds 0.1 --device cpu)
+    fi
+    step comparison 150 "$python" -m benchmarks.dfm_against_flow_matching "${compared[@]}" \
+        --seeds 1 --points 1 --device "$device" --out "$work/comparison" &
+    TORCHINDUCTOR_COMPILE_THREADS=4 step benchmarks $((deadline - SECONDS - 25)) \
+        "$python" -m benchmarks.turns "${models[@]}" --until 170 --compile-mode default \
+        --results "$work/results" "${more[@]}"
+    wait
+    cp "$work"/comparison/*.json "$out/" 2>/dev/null
+else
+    # They write their results row by row: what the time limit cuts off is the last rows.
+    step benchmarks $((deadline - SECONDS - 25)) "$python" -m pytest benchmarks/ "${options[@]}"
 fi
-# The benchmarks write their results row by row: what the time limit cuts off is the last rows.
-step benchmarks $((deadline - SECONDS - 25)) "$python" -m pytest "${families[@]}" "${options[@]}"
-cp "$work/step.log" "$out/benchmarks.log" 2>/dev/null
+cp "$work/benchmarks.log" "$out/benchmarks.log" 2>/dev/null
 step report 25 "$python" -c 'import sys; from dfm_fast.cli import main; sys.exit(main(sys.argv[1:]))' \
     report "$work/results" --out "$work/results/report"
 cp "$work/results/report/index.html" "$out/report.html" 2>/dev/null

@@ -44,6 +44,7 @@ from benchmarks.clocks import (
     settled,
 )
 from benchmarks.shapes import GOALS
+from benchmarks.turns import turn
 
 # Compiled graphs may be walked backward more than once only where Inductor does not reuse buffers.
 torch._functorch.config.donated_buffer = False
@@ -161,24 +162,34 @@ def bind_row(row: Row, function: Callable[..., Any], inputs: Sequence[Tensor]) -
     return bind(function, inputs, row.direction, row.frozen)
 
 
+def compile_(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """As rivals are: on a GPU with max-autotune (we capture the graphs ourselves) unless the run
+    asked for another mode."""
+    mode = MODE or ("max-autotune-no-cudagraphs" if device == "cuda" else "default")
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+
+MODE = ""  # --compile-mode
+
+
 def compile_forms(
     row: Row, inputs: Sequence[Tensor], say: Say, missing: dict[str, str]
 ) -> Iterator[tuple[str, Provider]]:
     """One provider per form that compiles; the fastest becomes `compiled`."""
-    mode = "max-autotune-no-cudagraphs" if inputs[0].is_cuda else None  # we capture ourselves
     torch._dynamo.reset()
     for form, function in row.compiled.items():
         start = time.monotonic()
         say(f"    compiling {form} ... ", end="")
         bind_row(row, function, inputs)()  # makes its weights outside the compiled graph
         try:
-            compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+            compiled = compile_(function, inputs[0].device.type)
             call = bind_row(row, compiled, inputs)
             call()
         except Exception as error:
             missing[f"compiled {form}"] = f"does not compile: {reason(error)}"
         else:
-            yield f"compiled {form}", Provider(call, compare=not row.own_noise)
+            note = f"torch.compile's mode {MODE}" if MODE else ""
+            yield f"compiled {form}", Provider(call, compare=not row.own_noise, note=note)
         say(f"{time.monotonic() - start:.1f} s")
 
 
@@ -407,7 +418,8 @@ def on_gpu(
         entry["call_ms"] = plain_call_ms(call)
         entry["launches"] = count_launches(call)
         if getattr(samplers[source], "is_plain_call", False):
-            entry["note"] = "timed as a plain call: it cannot be captured as a CUDA graph"
+            plain = "timed as a plain call: it cannot be captured as a CUDA graph"
+            entry["note"] = "; ".join(filter(None, (entry.get("note"), plain)))
 
 
 def keep_freed_memory() -> None:
@@ -432,13 +444,15 @@ def measure(
         samplers |= {
             n: settled(samplers[n]) for n, provider in providers.items() if provider.foreign
         }
-        before = cpu_seconds()
-        times = interleave(samplers, seconds)
-        others = crowd(before, cpu_seconds())
+        with turn():
+            before = cpu_seconds()
+            times = interleave(samplers, seconds)
+            others = crowd(before, cpu_seconds())
         record = figures(row, times, copied, missing, others)
-        for name, provider in providers.items():
-            if provider.note and name in record["providers"]:
-                record["providers"][name]["note"] = provider.note
+        for name, entry in record["providers"].items():
+            source = f"compiled {entry['form']}" if name == "compiled" else name
+            if note := providers[source].note:
+                entry["note"] = note
         memory(record, providers, device)
         if device != "cpu":
             on_gpu(record, providers, samplers)

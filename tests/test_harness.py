@@ -5,16 +5,20 @@ import getpass
 import importlib
 import json
 import math
+import os
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # `benchmarks` is not installed
 
-from benchmarks import bench_pyramids, harness, photographs, records, shapes
+from benchmarks import bench_pyramids, harness, photographs, records, shapes, turns
 from benchmarks.clocks import crowd, interleave
 from dfm_fast._library import OPERATORS
 
@@ -336,3 +340,50 @@ def test_a_photograph_that_does_not_come_back_fails_the_job(
 def test_details_are_shown_around_grey():
     shown = photographs.centred(torch.tensor([[-1.0, 0.0, 1.0]]))
     assert shown.flatten().tolist() == pytest.approx([0.0, 0.5, 1.0])
+
+
+# --- Turns ----------------------------------------------------------------------------------------
+
+TIMED = """
+import sys, time
+from pathlib import Path
+from benchmarks.turns import turn
+time.sleep(float(sys.argv[1]))
+for _ in range(2):
+    with turn():
+        start = time.time()
+        time.sleep(0.3)
+        Path(sys.argv[2]).open("a").write(f"{start} {time.time()}\\n")
+"""
+
+
+def test_rows_are_timed_one_after_the_other_when_all_are_ready(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), turns.FOLDER: str(tmp_path / "turns")}
+    env |= {turns.COUNT: "2", turns.UNTIL: str(time.time() + 60)}
+    (tmp_path / "turns").mkdir()
+    start = time.time()
+    command = [sys.executable, "-c", TIMED]
+    processes = [
+        subprocess.Popen([*command, str(wait), str(tmp_path / f"{wait}.txt")], env=env)
+        for wait in (0, 2)
+    ]
+    assert [p.wait(60) for p in processes] == [0, 0]
+    files = (tmp_path / "0.txt", tmp_path / "2.txt")
+    first, second = sorted([float(t) for t in f.read_text().split()] for f in files)
+    assert first[0] >= start + 2
+    assert len(first) == len(second) == 4
+    assert second[0] >= first[-1]
+
+
+def test_rows_of_turns_are_merged_by_family(tmp_path):
+    for part, family, row in (("a", "norms", 1), ("b", "norms", 2), ("b", "models", 3)):
+        rows = [{"id": row, "providers": {"copy": {"gb_s": 10 * row}}}]
+        path = tmp_path / part / "h200" / f"{family}.json"
+        records.write_json(path, {"family": family, "rows": rows})
+    turns.merged([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    found = {
+        path.stem: json.loads(path.read_text()) for path in (tmp_path / "out" / "h200").iterdir()
+    }
+    assert [row["id"] for row in found["norms"]["rows"]] == [1, 2]
+    assert found["norms"]["copy_gb_s"] == 20
+    assert [row["id"] for row in found["models"]["rows"]] == [3]
