@@ -1,9 +1,9 @@
 """Rows that take minutes to compile, side by side: `python -m benchmarks.turns ROW ... [options]`.
 
 A ROW is what `-k` of pytest takes and picks one row of those that --full has. Each has a process of
-its own, which compiles, passes the gate, and waits; when all are ready, or --until seconds have passed,
-they are timed one after the other. Other options go to the benchmarks. Results are merged into
---results, a file for each family.
+its own, which compiles, passes the gate, and waits; when all are ready, or --until seconds have
+passed, they are timed one after the other. Other options go to the benchmarks. Results are merged
+into --results, a file for each family.
 
     python -m benchmarks.turns "dfm_xl_512 and training" "snapgen_1024 and cached" --until 150 \
         --compile-mode default --results OUT
