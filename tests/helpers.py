@@ -6,13 +6,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfm_fast._library import INTERPRET
 
@@ -213,3 +214,34 @@ def torchrun(script: str, *args: str, ranks: int = 2) -> None:
     result = run_python(*launcher, script, *args, env={"OMP_NUM_THREADS": "1"}, timeout=180)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "is deprecated" not in result.stderr
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph on a CPU: `replay` calls again what was called inside, on the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            inside = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+            for old, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                if old.untyped_storage().data_ptr() not in inside:  # a view, or in place
+                    old.copy_(new)
+
+
+def recorded(call: Callable[[], None], state: Iterable[torch.Tensor]) -> Callable[[], None]:
+    """`sampler.capture`: states are left as they were."""
+    before, graph = [v.clone() for v in state], Recording()
+    with graph:
+        call()
+    for v, old in zip(state, before, strict=True):
+        v.copy_(old)
+    return graph.replay

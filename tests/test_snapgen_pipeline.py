@@ -6,6 +6,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers import recorded
 from test_snapgen import SMALL, randomise
 
 from dfm_fast import philox_normal
@@ -302,6 +303,30 @@ def test_replays_of_a_step_are_the_plain_loop(classes, monkeypatch):
     assert len(seen) == 6
     for a, b in zip(seen[:3], seen[3:], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["classes", "texts"])
+def test_graphs_serve_the_next_picture(name, request, monkeypatch):
+    """Recordings of the calls, of other seeds, labels and lengths of texts."""
+    pipeline, captures = request.getfixturevalue(name), []
+    options = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 2.0}
+    given = [{"class_labels": 1}, {"class_labels": 2}]
+    if name == "texts":
+        given = [{"prompt": "a fox"}, {"prompt": "a fox runs"}]
+    plain = [pipeline(**options, **g, seed=i).images for i, g in enumerate(given)]
+    count = lambda call, state: captures.append(1) or recorded(call, state)  # noqa: E731
+    monkeypatch.setattr(sampler, "capture", count)
+    # As on a GPU.
+    run = sampler.Sampler.__call__
+    monkeypatch.setattr(sampler.Sampler, "__call__", lambda self, *a: run(self, *a[:-1], True))
+    monkeypatch.setattr(sampler.Graphs, "__bool__", lambda self: False, raising=False)
+    monkeypatch.setattr(SnapGenPipeline, "_check_loop", lambda *_: None)
+    options["cuda_graph"] = True
+    kept = [pipeline(**options, **g, seed=i).images for i, g in enumerate(given)]
+    for got, want in zip(kept, plain, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    assert len(captures) == 1
+    pipeline.graphs.clear()
 
 
 def test_a_callback_after_each_step(classes):

@@ -219,7 +219,7 @@ class DecomposableFlow(nn.Module):
         noise: Sequence[Tensor] | None = None,
         seed: Seed = None,
         progress: bool = False,
-        cuda_graph: bool | None = None,
+        cuda_graph: bool | sampler.Graphs | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         **cond: Any,
@@ -242,8 +242,9 @@ class DecomposableFlow(nn.Module):
             noise: L tensors that the levels start from, in place of the seed's.
             seed: as `philox_normal`; level s starts where `pyramid_add_noise` starts it.
             progress: show a bar (needs tqdm).
-            cuda_graph: replay one CUDA graph per stage: None where x is on a GPU, False never. The
-                model must then run without synchronisation, and conditions are read at capture.
+            cuda_graph: replay one CUDA graph per stage: None where x is on a GPU, False never; a
+                `Graphs` keeps them for calls that follow. The model must then run without
+                synchronisation, and conditions are read at capture.
             device: of the noise; the model's first parameter's by default, else the CPU.
             dtype: of states and result.
 
@@ -266,11 +267,16 @@ class DecomposableFlow(nn.Module):
         if noise is not None:
             _check_noise(op, noise, shapes)
         device = _device(model, device)
+        if not isinstance(cuda_graph, bool | sampler.Graphs | None):
+            got = repr(cuda_graph)
+            _checks.fail(op, "cuda_graph", "True, False, None or Graphs", got, TypeError)
         if cuda_graph and device.type != "cuda":
             _checks.fail(op, "cuda_graph", "a CUDA device", device)
         what = op, model, self.decomposition, schedule, guidance, solver, cond
         run = sampler.Sampler(*what, self.check, preview, on_step, noise)
-        captured = cuda_graph if cuda_graph is not None else device.type == "cuda"
+        if isinstance(cuda_graph, sampler.Graphs):
+            run = cuda_graph.keep(run, tuple(map(tuple, shapes)), device, dtype)
+        captured = device.type == "cuda" if cuda_graph is None else bool(cuda_graph)
         # Nothing is drawn from the device's generator that is not used.
         key = 0 if noise is not None else _start(seed, device)
         return run(shapes, key, device, dtype, progress, captured)

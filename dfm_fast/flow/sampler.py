@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from dfm_fast import _checks
 from dfm_fast.flow.decompositions import Decomposition
@@ -100,6 +100,7 @@ class Sampler:
         self.check, self.preview, self.on_step, self.noise = check, preview, on_step, noise
         # Conditions of c, of u, and (where they can be stacked) of both in one batch.
         self.conditions: dict[str, dict[str, Any]] = {"cond": dict(cond)}
+        self.kept: dict[int, _Stage] | None = None  # by `Graphs`
 
     def __call__(
         self,
@@ -110,27 +111,35 @@ class Sampler:
         progress: bool,
         graphs: bool,
     ) -> Tensor:
-        exact = self.schedule.table()
-        # Differences and guidance in float64, from the exact table.
-        self.dt = exact.diff(dim=0).float().to(device)
-        self.scales = self.guidance.table(exact)
-        self.guided = ((self.scales != 1) & self._active_or_done(exact)).any(1).tolist()
-        if any(self.guided):
-            cond = self.conditions["cond"]
-            other = self.conditions["uncond"] = {**cond, **self.guidance.uncond}
-            if (both := _stacked(cond, other, shapes[0][0])) is not None:
-                self.conditions["both"] = both
-        self.w, self.t = self.scales.float().to(device), exact.float().to(device)
+        self._prepare(shapes[0][0], device)
         x = [v.to(device, dtype, copy=True) for v in self.noise or ()]
         x = x or _noise(shapes, seed, device=device, dtype=dtype)
         bar = _bar(sum(self.schedule.steps)) if progress else None
         for stage, steps in enumerate(self.schedule.stages):
             x = self._stage(stage, steps, x, graphs, bar)
             if self.preview is not None:
-                self.preview(stage, self.decomposition.collapse(x[: stage + 1]))
+                self.preview(stage, self.decomposition.collapse(_own(x[: stage + 1], graphs)))
         if bar is not None:
             bar.close()
-        return self.decomposition.collapse(x)
+        return self.decomposition.collapse(_own(x, self.kept is not None))
+
+    def _prepare(self, batch: int, device: torch.device) -> None:
+        """Tables and conditions. Differences and guidance in float64, from the exact table."""
+        exact = self.schedule.table()
+        self.scales = self.guidance.table(exact)
+        self.guided = ((self.scales != 1) & self._active_or_done(exact)).any(1).tolist()
+        if any(self.guided):
+            cond = self.conditions["cond"]
+            other = self.conditions["uncond"] = {**cond, **self.guidance.uncond}
+            if (both := _stacked(cond, other, batch)) is not None:
+                self.conditions["both"] = both
+        if self.kept:  # where their graphs read, which has the tables
+            self.conditions = _written(self.static, self.conditions)
+            return
+        self.dt = exact.diff(dim=0).float().to(device)
+        self.w, self.t = self.scales.float().to(device), exact.float().to(device)
+        if self.kept is not None:
+            self.static = self.conditions = tree_map_only(Tensor, torch.clone, self.conditions)
 
     def _active_or_done(self, t: Tensor) -> Tensor:
         """[N + 1, L]: levels whose velocity counts at a row of the table."""
@@ -222,21 +231,108 @@ class Sampler:
         self, stage: int, steps: range, x: list[Tensor], step: Tensor, bar: Any
     ) -> list[Tensor]:
         """The stage as replays of one graph per kind of step (guided or not)."""
-        x, replays = [v.clone() for v in x], {}
+        own = self._stage_of(stage, x, step)
+        x, replays, self.ahead = own.x, own.replays, own.ahead
 
         def advance(k: int) -> None:
-            for old, new in zip(x, self._step(stage, k, x, step), strict=True):
+            for old, new in zip(x, self._step(stage, k, x, own.step), strict=True):
                 if new is not old:
                     old.copy_(new)
-            step.add_(1)
+            own.step.add_(1)
 
         for k in steps:
             kind = self.guided[k], self.heun and self.guided[k + 1]
             if kind not in replays:
-                replays[kind] = capture(lambda k=k: advance(k), [*x, step])
+                replays[kind] = capture(lambda k=k: advance(k), [*x, own.step])
             replays[kind]()
             self._after(k, x, bar)
         return x
+
+    def _stage_of(self, stage: int, x: list[Tensor], step: Tensor) -> _Stage:
+        """A new one, or that of an earlier call with this one's states."""
+        if self.kept and stage in self.kept:
+            own = self.kept[stage]
+            _written([own.x, own.step, own.ahead], [x, step, self.ahead])
+            return own
+        own = _Stage([v.clone() for v in x], step, self.ahead, {})
+        if self.kept is not None:
+            own = own._replace(ahead={name: table.clone() for name, table in own.ahead.items()})
+            self.kept[stage] = own
+        return own
+
+
+class _Stage(NamedTuple):
+    """What the graphs of a stage read and write."""
+
+    x: list[Tensor]
+    step: Tensor
+    ahead: dict[str, Tensor]
+    replays: dict[tuple[bool, bool], Callable[[], None]]
+
+
+class Graphs:
+    """CUDA graphs that outlive a call: `DecomposableFlow.sample(..., cuda_graph=graphs)`.
+
+    A call that captures its graphs takes three more steps, launched from Python, for each stage;
+    the next ones of the same kind only replay. The same kind: model and memory of its parameters,
+    shapes, dtypes, schedule, guidance, solver, and conditions that are no tensors. What a call
+    brings (noise, conditions) is copied to where the graphs read. A call of another kind replaces
+    them.
+
+    What a model computes may change in other ways (hooks, adapters that are switched on): then
+    `clear()`, which also frees the memory.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._key, self._run = None, None
+
+    def keep(self, run: Sampler, *kind: Any) -> Sampler:
+        """`run`, or the one that has the graphs of its kind, which takes over what is its own."""
+        model, schedule, guidance = run.model, run.schedule, run.guidance
+        inside = getattr(model, "__dict__", {}).values()
+        modules = [m for m in (model, *inside) if isinstance(m, nn.Module)]
+        memory = [v for m in modules for v in (*m.parameters(), *m.buffers())]
+        where = tuple((v.data_ptr(), v.dtype) for v in memory)
+        kind = (
+            *(kind, model, where, tuple(m.training for m in modules)),
+            *(schedule.steps, schedule.threshold, schedule.shift, guidance.scale),
+            *(guidance.interval, run.heun, run.check, repr(run.decomposition)),
+            *map(_kind_of, (run.conditions["cond"], guidance.uncond)),
+        )
+        if self._key == kind and self._run is not None:
+            kept = self._run
+            kept.conditions, kept.guidance = run.conditions, guidance
+            kept.preview, kept.on_step, kept.noise = run.preview, run.on_step, run.noise
+            return kept
+        self.clear()  # before others take memory
+        run.kept = {}
+        self._key, self._run = kind, run
+        return run
+
+
+def _kind_of(conditions: Any) -> tuple[Any, ...]:
+    """Structure, shapes and dtypes; what is no tensor by what it is."""
+    leaves, spec = tree_flatten(conditions)
+    parts = [
+        (v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in leaves
+    ]
+    return spec, *parts
+
+
+def _written(old: Any, new: Any) -> Any:
+    """`old`, with the values of `new` in its tensors."""
+    for a, b in zip(tree_leaves(old), tree_leaves(new), strict=True):
+        if isinstance(a, Tensor):
+            a.copy_(b)
+    return old
+
+
+def _own(x: list[Tensor], copied: bool) -> list[Tensor]:
+    """For a result, which may be one of these: not to be written over by the next replay."""
+    return [v.clone() for v in x] if copied else x
 
 
 def capture(call: Callable[[], None], state: Iterable[Tensor]) -> Callable[[], None]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dfm_fast import _checks
-from dfm_fast.flow import DecomposableFlow, Laplacian, StageSchedule
+from dfm_fast.flow import DecomposableFlow, Graphs, Laplacian, StageSchedule
 from dfm_fast.models import snapgen_folders, snapgen_requests
 from dfm_fast.models.snapgen import SnapGenUNet
 from dfm_fast.models.snapgen_requests import Request, finite_number
@@ -130,6 +130,7 @@ class SnapGenPipeline:
         # None in configs of older autoencoders.
         self.shift_factor = finite_number(op, "shift_factor", 0 if offset is None else offset)
         self.flow = DecomposableFlow(Laplacian(1))
+        self.velocity, self.graphs = UNetVelocity(self.unet), Graphs()
 
     # --- Folders ---
 
@@ -239,8 +240,9 @@ class SnapGenPipeline:
                 number of the step, the noise level before it and {"latents": a copy}; "latents" in
                 what it returns go on in their place.
             progress: show a bar (needs tqdm).
-            cuda_graph: replay a CUDA graph of the step. Every call captures it anew, at the cost of
-                two steps and more: not for a few.
+            cuda_graph: replay a CUDA graph of the step. The first call captures it, at the cost of
+                three steps and more; it is kept for calls of the same sizes, steps and guidance.
+                Texts are then as long as they can be. `graphs.clear()` frees its memory.
 
         Raises:
             TypeError, ValueError: arguments, before any work. ImportError: "pil" without Pillow.
@@ -253,7 +255,7 @@ class SnapGenPipeline:
         snapgen_requests.check_output(op, output_type)
         self._check_loop(callback_on_step_end, cuda_graph)
         noise = self._noise(request, latents, seed, generator)
-        options = {"progress": progress, "cuda_graph": cuda_graph}
+        options = {"progress": progress, "cuda_graph": self.graphs if cuda_graph else False}
         x = self._sample(request, noise, *sampling, callback_on_step_end, options)
         if output_type == "latent":
             return Pictures(x)
@@ -299,9 +301,12 @@ class SnapGenPipeline:
         options: dict[str, Any],
     ) -> Tensor:
         """Latents like the noise."""
-        texts = self._key_values(request, guided=scale != 1)
+        padded = options["cuda_graph"] is not False
+        texts = self._key_values(request, guided=scale != 1, padded=padded)
+        if self.velocity.unet is not self.unet:
+            self.velocity = UNetVelocity(self.unet)
         return self.flow.sample(
-            UNetVelocity(self.unet),
+            self.velocity,
             noise.shape,
             steps=steps,
             shift=self.shift,
@@ -317,10 +322,12 @@ class SnapGenPipeline:
         )
 
     @torch.no_grad()
-    def _key_values(self, request: Request, guided: bool) -> list[dict[str, list[KeyValues]]]:
+    def _key_values(
+        self, request: Request, guided: bool, padded: bool = False
+    ) -> list[dict[str, list[KeyValues]]]:
         """Conditions of all N pictures, and (guided) what guidance leads away from: all texts go
         through one product."""
-        texts = self._texts(request, guided)
+        texts = self._texts(request, guided, padded)
         made = self.unet.key_values(*(torch.cat(v) for v in list(zip(*texts, strict=True))[:2]))
         halves = []
         for i in range(len(texts)):
@@ -329,19 +336,21 @@ class SnapGenPipeline:
             halves.append({"text": [KeyValues(*layer) for layer in each]})
         return halves
 
-    def _texts(self, request: Request, guided: bool) -> list[TextConditions]:
-        """Of B rows: the conditions, and (guided) what guidance leads away from."""
+    def _texts(self, request: Request, guided: bool, padded: bool) -> list[TextConditions]:
+        """Of B rows: the conditions, and (guided) what guidance leads away from. padded: always of
+        one length."""
         where = {"device": self.device, "dtype": self.dtype}
         if request.labels is not None:
             labels = torch.tensor(request.labels, device=self.conditions.weight.device)
             found = self.conditions(labels).to(**where)
         elif guided and request.negatives is not None:
             # Together, so that they are of one length.
-            both = self.conditions.encode([*request.prompts, *request.negatives], **where)
+            texts = [*request.prompts, *request.negatives]
+            both = self.conditions.encode(texts, padded=padded, **where)
             halves = zip(both.text.chunk(2), both.mask.chunk(2), strict=True)
             return [TextConditions(*half) for half in halves]
         else:
-            found = self.conditions.encode(request.prompts, **where)
+            found = self.conditions.encode(request.prompts, padded=padded, **where)
         return [found, found.unconditional()] if guided else [found]
 
     def _on_step(self, callback: Callback, steps: int) -> Callable[[int, list[Tensor]], None]:
