@@ -31,6 +31,14 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
 }
+# Of a multiprocessor: (warps, registers, KiB of shared memory). Each of its at most 32 blocks takes
+# 1 KiB more than it asks for.
+MULTIPROCESSORS = {
+    "sm_80": (64, 65536, 164),
+    "sm_90": (64, 65536, 228),
+    "sm_100": (64, 65536, 228),
+    "sm_120": (48, 65536, 100),
+}
 # Target -> pattern of the instruction that multiplies matrices there.
 MATRIX = {
     "sm_80": "HMMA",
@@ -70,6 +78,7 @@ class Report:
     instructions: int
     failures: tuple[str, ...]
     per_normal: float = 0.0  # instructions of a lane per normal it draws
+    occupancy: float = 0.0  # warps that fit on a multiprocessor, of those it can have (NVIDIA)
 
 
 def specialisations() -> Iterator[Specialisation]:
@@ -103,7 +112,19 @@ def check(spec: Specialisation, target: str) -> Report:
     return Report(
         spec.name, spec.dtype, target, registers, shared, spills, load_bits, len(code),
         tuple(failures), len(code) / spec.normals if spec.normals else 0.0,
+        occupancy(target, registers, shared, spec.warps),
     )  # fmt: skip
+
+
+def occupancy(target: str, registers: int, shared: int, warps: int) -> float:
+    """Of a launch with enough blocks. Registers come in 256 a warp, shared memory in 128 bytes."""
+    if target not in MULTIPROCESSORS:
+        return 0.0
+    most, file, memory = MULTIPROCESSORS[target]
+    each = -(-registers * 32 // 256) * 256 * warps
+    space = -(-shared // 128) * 128 + 1024
+    blocks = min(32, most // warps, file // max(each, 1), memory * 1024 // space)
+    return blocks * warps / most
 
 
 def _compile(spec: Specialisation, gpu: GPUTarget) -> Any:

@@ -151,3 +151,15 @@ def _with(spec, **changes):
     import dataclasses
 
     return dataclasses.replace(spec, **changes)
+
+
+def test_occupancy():
+    """Full with 32 registers; else by registers, shared memory, warps or blocks."""
+    _aot = pytest.importorskip("dfm_fast.kernels._aot")
+    assert _aot.occupancy("sm_90", 32, 0, 8) == 1
+    assert _aot.occupancy("sm_90", 168, 0, 4) == 3 * 4 / 64
+    assert _aot.occupancy("sm_90", 33, 0, 8) == 6 * 8 / 64  # 1280 a warp
+    assert _aot.occupancy("sm_80", 32, 100 * 1024, 4) == 4 / 64
+    assert _aot.occupancy("sm_120", 32, 0, 32) == 32 / 48
+    assert _aot.occupancy("sm_90", 16, 0, 1) == 32 / 64
+    assert _aot.occupancy("gfx942", 32, 0, 4) == 0

@@ -1,8 +1,9 @@
 """`dfm-fast check`: compile every Triton kernel for every target, with no GPU, and gate the result.
 
-One row per kernel, dtype and target: registers, shared memory, spills, widest global load and
-instructions in the machine code; then how many passed on each target. Exit status 1 when a gate
-fails. All of them take minutes the first time, seconds again from Triton's cache.
+One row per kernel, dtype and target: registers, shared memory, occupancy (warps that fit on a
+multiprocessor, of those it can have), spills, widest global load and instructions in the machine
+code; then how many passed on each target. Exit status 1 when a gate fails. All of them take minutes
+the first time, seconds again from Triton's cache.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-HEADER = ("kernel", "dtype", "target", "registers", "shared", "spills", "load bits", "instructions")
-HEADER += ("a normal",)
+HEADER = ("kernel", "dtype", "target", "registers", "shared", "occupancy", "spills", "load bits")
+HEADER += ("instructions", "a normal")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"check: expected a kernel like {args.kernel!r}, got none")
         return 1
     start = time.perf_counter()
-    print("{:>7} {:<44} {:<5} {:<7} {:>9} {:>7} {:>6} {:>9} {:>12} {:>8}".format("", *HEADER))
+    print("{:>7} {:<44} {:<5} {:<7} {:>9} {:>7} {:>9} {:>6} {:>9} {:>12} {:>8}".format("", *HEADER))
     # Processes, as Triton's compiler holds the interpreter lock; fresh ones, as it has threads.
     with multiprocessing.get_context("spawn").Pool(min(args.jobs, len(work))) as pool:
         done = enumerate(pool.imap(_check, work), start=1)
@@ -79,7 +80,8 @@ def _check(item: tuple[int, str]) -> Any:
 def _print(row: Any, progress: str) -> Any:
     print(
         f"{progress:>7} {row.kernel:<44} {row.dtype:<5} {row.target:<7} {row.registers:>9} "
-        f"{row.shared:>7} {row.spills:>6} {row.load_bits:>9} {row.instructions:>12}"
+        f"{row.shared:>7} {f'{row.occupancy:.0%}' if row.occupancy else '':>9} {row.spills:>6} "
+        f"{row.load_bits:>9} {row.instructions:>12}"
         + (f" {row.per_normal:>8.1f}" if row.per_normal else ""),
         *(f"\n    FAILED {failure}" for failure in row.failures),
         flush=True,
