@@ -97,10 +97,11 @@ def _vectors(n, D, BLOCK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _glu_kernel(
-    x_ptr, dy_ptr, out_ptr, n, D, x_stride, dy_stride, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
-    BLOCK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, dy_ptr, out_ptr, y_ptr, n, D, x_stride, dy_stride, ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y of x = [a | b]; with dy: dx. Sizes and strides in vectors of VEC."""
+    """y of x = [a | b]; with dy: dx, and y where it is asked for. Sizes and strides in vectors of
+    VEC."""
     row, column, mask = _vectors(n, D, BLOCK, VEC, WIDE)
     lane = tl.arange(0, VEC)[None, :]
     offs = (row * x_stride + column) * VEC + lane
@@ -115,14 +116,16 @@ def _glu_kernel(
         to = out_ptr + (2 * row * D + column) * VEC + lane
         tl.store(to, (dy * value).to(dtype), mask)
         tl.store(to + D * VEC, (dy * a * slope).to(dtype), mask)
+        if y_ptr is not None:
+            tl.store(y_ptr + (row * D + column) * VEC + lane, (a * value).to(dtype), mask)
 
 
 @triton.jit
 def _gelu_tanh_kernel(
-    x_ptr, bias_ptr, dy_ptr, out_ptr, n, D, x_stride, dy_stride, ACC: tl.constexpr,
+    x_ptr, bias_ptr, dy_ptr, out_ptr, y_ptr, n, D, x_stride, dy_stride, ACC: tl.constexpr,
     BLOCK: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """y; with dy: dx."""
+    """y; with dy: dx, and y where it is asked for."""
     row, column, mask = _vectors(n, D, BLOCK, VEC, WIDE)
     lane = tl.arange(0, VEC)[None, :]
     x = tl.load(x_ptr + (row * x_stride + column) * VEC + lane, mask).to(ACC)
@@ -131,6 +134,9 @@ def _gelu_tanh_kernel(
     value, slope = _slope(x, 1, out_ptr.dtype.element_ty.primitive_bitwidth == 16)
     if dy_ptr is not None:
         dy = tl.load(dy_ptr + (row * dy_stride + column) * VEC + lane, mask).to(ACC)
+        if y_ptr is not None:
+            to = y_ptr + (row * D + column) * VEC + lane
+            tl.store(to, value.to(out_ptr.dtype.element_ty), mask)
         value = dy * slope
     to = out_ptr + (row * D + column) * VEC + lane
     tl.store(to, value.to(out_ptr.dtype.element_ty), mask)
@@ -209,7 +215,9 @@ def _wide(*tensors: Tensor) -> bool:
     return any(t.numel() // t.shape[-1] * _stride(t) >= 2**31 - 2 * BLOCK for t in tensors)
 
 
-def _launch_glu(x: Tensor, dy: Tensor | None, out: Tensor, activation: str) -> Tensor:
+def _launch_glu(
+    x: Tensor, dy: Tensor | None, out: Tensor, activation: str, y: Tensor | None = None
+) -> Tensor:
     if out.numel() == 0:
         return out
     D, given = x.shape[-1] // 2, [x] if dy is None else [x, dy]
@@ -218,7 +226,7 @@ def _launch_glu(x: Tensor, dy: Tensor | None, out: Tensor, activation: str) -> T
     strides = _stride(x) // vec, 0 if dy is None else _stride(dy) // vec
     with on_device(x):
         _glu_kernel[(cdiv(n, BLOCK // vec),)](
-            x, dy, out, n, D // vec, *strides, ACTIVATION=ACTIVATIONS[activation], ACC=_acc(x),
+            x, dy, out, y, n, D // vec, *strides, ACTIVATION=ACTIVATIONS[activation], ACC=_acc(x),
             BLOCK=BLOCK, VEC=vec, WIDE=_wide(*given, out),
         )  # fmt: skip
     return out
@@ -232,7 +240,14 @@ def glu_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
     return _launch_glu(x, dy, x.new_empty(x.shape), activation)
 
 
-def _launch_gelu_tanh(x: Tensor, bias: Tensor | None, dy: Tensor | None) -> Tensor:
+def glu_again(dy: Tensor, x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    return _launch_glu(x, dy, x.new_empty(x.shape), activation, y), y
+
+
+def _launch_gelu_tanh(
+    x: Tensor, bias: Tensor | None, dy: Tensor | None, y: Tensor | None = None
+) -> Tensor:
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
@@ -242,7 +257,7 @@ def _launch_gelu_tanh(x: Tensor, bias: Tensor | None, dy: Tensor | None) -> Tens
     strides = _stride(x) // vec, 0 if dy is None else _stride(dy) // vec
     with on_device(x):
         _gelu_tanh_kernel[(cdiv(n, BLOCK // vec),)](
-            x, bias, dy, out, n, x.shape[-1] // vec, *strides, ACC=_acc(x), BLOCK=BLOCK, VEC=vec,
+            x, bias, dy, out, y, n, x.shape[-1] // vec, *strides, ACC=_acc(x), BLOCK=BLOCK, VEC=vec,
             WIDE=_wide(*given, out),
         )  # fmt: skip
     return out
@@ -250,6 +265,11 @@ def _launch_gelu_tanh(x: Tensor, bias: Tensor | None, dy: Tensor | None) -> Tens
 
 def gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:
     return _launch_gelu_tanh(x, None if bias is None else bias.contiguous(), None)
+
+
+def gelu_tanh_again(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    return _launch_gelu_tanh(x, None, dy, y), y
 
 
 def gelu_tanh_backward(
@@ -286,16 +306,16 @@ def specialisations() -> Iterator[Specialisation]:
         vec = {"fp32": 4, "fp64": 2}.get(dtype, 8)
         constants = {"ACC": acc, "BLOCK": BLOCK, "VEC": vec, "WIDE": False}
         x = {**_SIZES, "x_ptr": "*", "out_ptr": "*"}
-        for backward, (name, index) in itertools.product((False, True), ACTIVATIONS.items()):
-            given, suffix = ({"dy_ptr": "*"}, "_backward") if backward else ({}, "")
+        ways = ({}, ""), ({"dy_ptr": "*"}, "_backward"), ({"dy_ptr": "*", "y_ptr": "*"}, "_again")
+        for (given, suffix), (name, index) in itertools.product(ways, ACTIVATIONS.items()):
             yield Specialisation(
                 f"glu{suffix} {name}", _glu_kernel, dtype, x | given,
                 constants | {"ACTIVATION": index}, load_bits=128,
             )  # fmt: skip
             if name == "gelu_tanh":
-                given |= {"bias_ptr": "*"}
+                bias = {} if "y_ptr" in given else {"bias_ptr": "*"}
                 yield Specialisation(
-                    f"gelu_tanh{suffix}", _gelu_tanh_kernel, dtype, x | given, constants,
+                    f"gelu_tanh{suffix}", _gelu_tanh_kernel, dtype, x | given | bias, constants,
                     load_bits=128,
                 )  # fmt: skip
         sums = {"partial_ptr": "*fp64" if dtype == "fp64" else "*fp32"}

@@ -414,6 +414,26 @@ def test_gradients_of_the_recomputed_activation(activation, monkeypatch):
             torch.testing.assert_close(got, want, atol=0.02 * want.abs().max().item(), rtol=0)
 
 
+@on_devices
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", ""])
+def test_gradient_and_value_of_one_read(activation, device):
+    """What backward computes of a hidden tensor that it has once: as one by one."""
+    ops = torch.ops.dfm_fast
+    for dtype in dtypes(device):
+        x = torch.randn(5, 3, 48).to(device, dtype)
+        dy = torch.randn(5, 3, 48 // (2 if activation else 1)).to(device, dtype)
+        if activation:
+            got = ops.glu_again(dy, x, activation)
+            want = ops.glu_backward(dy, x, activation), ops.glu(x, activation)
+        else:
+            got = ops.gelu_tanh_again(dy, x)
+            want = ops.gelu_tanh_backward(dy, x, None, False)[0], ops.gelu_tanh(x, None)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+            if INTERPRET or device != "cpu":
+                assert torch.equal(a, b)
+
+
 def test_activated_linear_says_what_is_wrong():
     for activation in ("relu", "geglu-approximate"):
         with pytest.raises(ValueError, match="activated_linear: activation: expected one "):

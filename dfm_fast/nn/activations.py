@@ -26,6 +26,8 @@ class _Activation(NamedTuple):
     onednn: tuple[str, str] | None  # the gate's name and form as an epilogue, where there is one
     gradient: Callable[[Tensor, Tensor], Tensor] | None  # of dy and x, where it is one operator
     glu: str = ""  # its name in `_ops.glu`, where there are two halves
+    # Of dy and x: (gradient, value), from one read on a GPU.
+    again: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 # Modules hold their activation: all of it has a name, so that they can be pickled.
@@ -33,6 +35,10 @@ class _Activation(NamedTuple):
 
 def _glu_gradient(activation: str, dy: Tensor, x: Tensor) -> Tensor:
     return _ops.glu_backward(dy, x, activation)
+
+
+def _glu_again(activation: str, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return _ops.glu_again(dy, x, activation)
 
 
 def _gelu_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -43,6 +49,10 @@ def _gelu_tanh_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return _ops.gelu_tanh_backward(dy, x, None, False)[0]
 
 
+def _gelu_tanh_again(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return _ops.gelu_tanh_again(dy, x)
+
+
 def _silu_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return _aten.silu_backward(dy, x)
 
@@ -51,17 +61,23 @@ def _sigmoid_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def _gated(function: Callable[[Tensor], Tensor], onednn: tuple[str, str], glu: str) -> _Activation:
+    gradient, again = partial(_glu_gradient, glu), partial(_glu_again, glu)
+    return _Activation(2, function, onednn, gradient, glu, again)
+
+
 def _geglu(approximate: str) -> _Activation:
-    function = partial(geglu, approximate=approximate)
     glu = "gelu" if approximate == "none" else "gelu_tanh"
-    return _Activation(2, function, ("gelu", approximate), partial(_glu_gradient, glu), glu)
+    return _gated(partial(geglu, approximate=approximate), ("gelu", approximate), glu)
 
 
 _ACTIVATIONS = {
     "geglu": _geglu("none"),
-    "swiglu": _Activation(2, swiglu, ("swish", ""), partial(_glu_gradient, "silu"), "silu"),
+    "swiglu": _gated(swiglu, ("swish", ""), "silu"),
     "gelu": _Activation(1, F.gelu, ("gelu", "none"), _gelu_gradient),
-    "gelu-approximate": _Activation(1, gelu_tanh, ("gelu", "tanh"), _gelu_tanh_gradient),
+    "gelu-approximate": _Activation(
+        1, gelu_tanh, ("gelu", "tanh"), _gelu_tanh_gradient, again=_gelu_tanh_again
+    ),
     "geglu-approximate": _Activation(1, _sigmoid_gelu, None, None),
     "linear-silu": _Activation(1, F.silu, ("swish", ""), _silu_gradient),
 }
@@ -86,11 +102,15 @@ class _LinearOfActivation(torch.autograd.Function):
         h, weight = ctx.saved_tensors
         need_dh, need_dweight, need_dbias = ctx.needs_input_grad[:3]
         rows, dh, dweight, dbias = dy.flatten(0, -2), None, None, None
-        hidden = h.flatten(0, -2)
-        if need_dweight:
-            dweight = _weight_gradient(rows, hidden, ctx.activation).to(weight.dtype)
+        hidden, again = h.flatten(0, -2), ctx.activation.again
         if need_dbias:
             dbias = rows.sum(0).to(ctx.bias)
+        if need_dh and need_dweight and again is not None and (h.is_cuda or INTERPRET):
+            dh, value = again((rows @ weight.to(rows.dtype)).to(h.dtype), hidden)
+            dweight = (rows.t() @ value.to(rows.dtype)).to(weight.dtype)
+            return dh.view(h.shape), dweight, dbias, None
+        if need_dweight:
+            dweight = _weight_gradient(rows, hidden, ctx.activation).to(weight.dtype)
         if need_dh:
             dh = _hidden_gradient(rows, weight, hidden, ctx.activation).view(h.shape)
         return dh, dweight, dbias, None

@@ -138,6 +138,21 @@ define(
     kernel="activations:glu_backward",
     flops=lambda dy, x, *_: 15 * math.prod(x),
 )
+# For `nn.FeedForward` on a GPU, in training, (dx, y): backward needs what it did not keep, too.
+define(
+    "glu_again(Tensor dy, Tensor x, str activation) -> (Tensor, Tensor)",
+    reference=lambda dy, x, activation: (_glu_backward(dy, x, activation), _glu(x, activation)),
+    fake=lambda dy, x, activation: (x.new_empty(x.shape), _glu_fake(x, activation)),
+    kernel="activations:glu_again",
+    flops=lambda dy, x, *_: 16 * math.prod(x),
+)
+define(
+    "gelu_tanh_again(Tensor dy, Tensor x) -> (Tensor, Tensor)",
+    reference=lambda dy, x: (_gelu_tanh_backward(dy, x, None, False)[0], _gelu_tanh(x, None)),
+    fake=lambda dy, x: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    kernel="activations:gelu_tanh_again",
+    flops=lambda dy, x: 29 * math.prod(x),
+)
 # For `nn.FeedForward` on a GPU, in inference: x [M, K], its rows at one stride, weight [2D, K].
 define(
     "linear_glu(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
