@@ -39,9 +39,10 @@ ROWS = 8
 COLS = 4
 VECTORS = {3: 8, 5: 8, 7: 4}
 # Of the gradient of the weights: lanes, channels of them at most (by whether in channels_last), and
-# pixels that a lane sums one after the other. The interpreter's, too: it would add up more lanes
-# one by one, and lose more than the budget.
-LANES, SIDE, STEPS = 128, (1, 16), 32
+# pixels that a lane sums one after the other. The interpreter's time is per operation; but it adds up
+# pixels side by side one by one, too, and more of them would lose more than the budget.
+LANES, SIDE, STEPS = (1024, (64, 64), 32) if INTERPRET else (128, (1, 16), 32)
+ACROSS = 16 if INTERPRET else LANES  # pixels side by side, at most
 SIDE_BY_SIDE = 64 if INTERPRET else 32  # vectors of channels of a program, in channels_last
 MERGED = 256  # sums of a program of the second kernel
 
@@ -367,7 +368,7 @@ def plan_products(
     groups = channels // vec
     tc = _power(groups, SIDE[last])
     across, down = max(width, sizes[1]), max(height, sizes[0])
-    tp = _power(across * down, LANES // tc)
+    tp = _power(across * down, min(LANES // tc, ACROSS))
     steps = _power(cdiv(across * down, tp), STEPS)
     parts = cdiv(across * down, tp * steps)
     wide = n * channels * across * down >= 2**31 - 2**16
