@@ -1,6 +1,5 @@
 # make test   everything, and it passes
 # make bench  a parity-gated throughput table, plots and pictures of this machine, in minutes
-# make sanitize  the C++ under AddressSanitizer and UBSan: minutes to build, minutes to run
 # Both need Python >= 3.11, a C++ compiler and make; `make setup` does the rest in .venv.
 
 PYTHON ?= python3
@@ -8,7 +7,7 @@ RESULTS ?= benchmarks/results/local
 BIN := .venv/bin
 CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*.cpp)
 
-.PHONY: setup test bench bench-full check sanitize lint format clean
+.PHONY: setup test bench bench-full check lint format clean
 
 setup: .venv/installed
 
@@ -39,22 +38,6 @@ bench-full: setup
 
 check: setup
 	$(BIN)/dfm-fast check
-
-# A copy, whose build is not that of other targets. Python itself is not sanitized: it has to load
-# the sanitizers first, and leaks are its own.
-SANITIZE := build/sanitize
-sanitize: setup
-	mkdir -p $(SANITIZE)
-	cp -r dfm_fast kernels csrc tests setup.py pyproject.toml README.md $(SANITIZE)/
-	rm -f $(SANITIZE)/dfm_fast/*.so
-	ln -sfn ../kernels $(SANITIZE)/dfm_fast/kernels
-	cd $(SANITIZE) && DFM_FAST_SANITIZE=1 DFM_FAST_BUILDS=_C \
-	  $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd $(SANITIZE) && ATEN_CPU_CAPABILITY=default PYTHONPATH=. OMP_NUM_THREADS=2 \
-	  ASAN_OPTIONS=detect_leaks=0:new_delete_type_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  $(abspath $(BIN))/python -m pytest -q -x tests/test_library.py tests/test_threads.py \
-	  -p no:cacheprovider -k "parity or layout_kept or empty_batch or inputs_untouched or threads"
 
 lint: setup
 	$(BIN)/ruff check .

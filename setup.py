@@ -15,9 +15,6 @@ FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-p
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512 += ["-mprefer-vector-width=512"]
-# Slow, and of one build: `make sanitize`.
-SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
-SANITIZED += ["-fno-sanitize-recover=undefined"]
 # Without it at::parallel_for is serial; torch has loaded its own libgomp by then.
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 BUILDS = {"_C": []}
@@ -40,15 +37,14 @@ def extensions():
             self.build_temp = base
 
     def cpp(name, flags):
-        sanitized = SANITIZED if os.environ.get("DFM_FAST_SANITIZE") == "1" else []
-        args = [*FLAGS, *flags, *OPENMP, *sanitized]
+        args = [*FLAGS, *flags, *OPENMP]
         sources = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
         return CppExtension(
             f"dfm_fast.{name}",
             sources,
             depends=sorted(str(p) for p in Path("csrc/cpu").glob("*.h")),
             extra_compile_args={"cxx": args},
-            extra_link_args=[*OPENMP, *(f for f in sanitized if "sanitize=" in f)],
+            extra_link_args=OPENMP,
         )
 
     only = os.environ.get("DFM_FAST_BUILDS", "").split(",")

@@ -39,8 +39,8 @@ ROWS = 8
 COLS = 4
 VECTORS = {3: 8, 5: 8, 7: 4}
 # Of the gradient of the weights: lanes, channels of them at most (by whether in channels_last), and
-# pixels that a lane sums one after the other. The interpreter's time is per operation; but it adds up
-# pixels side by side one by one, too, and more of them would lose more than the budget.
+# pixels that a lane sums one after the other. The interpreter's time is per operation, but it adds
+# up pixels side by side one by one, too, and more of them would lose more than the budget.
 LANES, SIDE, STEPS = (1024, (64, 64), 32) if INTERPRET else (128, (1, 16), 32)
 ACROSS = 16 if INTERPRET else LANES  # pixels side by side, at most
 SIDE_BY_SIDE = 64 if INTERPRET else 32  # vectors of channels of a program, in channels_last
