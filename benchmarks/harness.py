@@ -188,8 +188,7 @@ def compile_forms(
         except Exception as error:
             missing[f"compiled {form}"] = f"does not compile: {reason(error)}"
         else:
-            note = f"torch.compile's mode {MODE}" if MODE else ""
-            yield f"compiled {form}", Provider(call, compare=not row.own_noise, note=note)
+            yield f"compiled {form}", Provider(call, compare=not row.own_noise)
         say(f"{time.monotonic() - start:.1f} s")
 
 
@@ -243,6 +242,9 @@ def assemble(
         providers |= dict(compile_forms(row, inputs, say, missing))
     else:
         missing |= {f"compiled {form}": "left out, as asked" for form in row.compiled}
+    for name, provider in providers.items():
+        if MODE and name.startswith("compiled "):
+            provider.note = f"torch.compile's mode {MODE}"
     return providers, missing
 
 

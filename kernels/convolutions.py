@@ -35,9 +35,9 @@ from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.convolutions import out_sizes
 
 BLOCK = 1024 if INTERPRET else 128  # lanes; the interpreter's time is per operation
-ROWS = 8
-COLS = 4
-VECTORS = {3: 8, 5: 8, 7: 4}
+ROWS = 8  # that a lane walks down
+COLS = 4  # of a lane where the kernel is 3 wide
+VECTORS = {3: 8, 5: 8, 7: 4}  # bytes of channels of a lane: K K weights of each are in registers
 # Of the gradient of the weights: lanes, channels of them at most (by whether in channels_last), and
 # pixels that a lane sums one after the other. The interpreter's time is per operation, but it adds
 # up pixels side by side one by one, too, and more of them would lose more than the budget.

@@ -342,6 +342,16 @@ def test_details_are_shown_around_grey():
     assert shown.flatten().tolist() == pytest.approx([0.0, 0.5, 1.0])
 
 
+def test_who_was_compiled_says_in_which_mode(monkeypatch):
+    """Forms, and rivals that compile a part of their own."""
+    monkeypatch.setattr(harness, "MODE", "default")
+    rival = harness.Rival(lambda x: lambda: x / 2)
+    row = tiny_row(compiled={"plain": halve}, rivals={"compiled model": rival, "other": rival})
+    providers, _ = harness.assemble(row, harness.make_inputs(row, "cpu"), lambda *_, **__: None)
+    noted = {name for name, provider in providers.items() if "mode default" in provider.note}
+    assert noted == {"compiled plain", "compiled model"}
+
+
 # --- Turns ----------------------------------------------------------------------------------------
 
 TIMED = """
