@@ -102,6 +102,16 @@ BLOCKS = {
     "large_block_896": Block((8, 896, 32, 32), 896),
 }
 
+# Maps of the blocks of SnapGen's decoder, which have no norm: a stage each, at 512 px.
+RESIDUALS = {
+    "decoder_32_512": (1, 32, 512, 512),
+    "decoder_64_256": (1, 64, 256, 256),
+    "decoder_128_128": (1, 128, 128, 128),
+    "decoder_240_64": (1, 240, 64, 64),
+    "large_decoder_32": (8, 32, 1024, 1024),  # at 1024 px; GPU only
+    "large_decoder_64": (8, 64, 512, 512),
+}
+
 
 class AttentionLayer(NamedTuple):
     """An attention layer of SnapGen's UNet, of a conditional and an unconditional sample."""

@@ -3,9 +3,10 @@
 //
 // c [rows, columns] = a [rows, K] b [K, columns], b in panels of kPanel columns. A tile of c is
 // kTileRows x kPanel sums in registers: for every k it loads a row of the panel once and one number
-// of each row of a. Sums run over kChainOf numbers in registers and are then added up in memory, so
-// that their rounding error does not grow with K as that of one long chain does (measured against
-// oneDNN's, K = 512: a third).
+// of each row of a. A last panel of fewer columns has fewer vectors, and taller tiles. Sums run
+// over kChainOf numbers in registers and are then added up in memory, so that their rounding error
+// does not grow with K as that of one long chain does (measured against oneDNN's, K = 512: a
+// third).
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -23,7 +24,8 @@
 namespace dfm_fast {
 
 constexpr int kPanelVectors = 4;
-constexpr int kTileRows = kVectorBytes == 64 ? 6 : 3;  // as registers allow
+constexpr int kTileSums = kVectorBytes == 64 ? 24 : 12;  // vectors, as registers allow
+constexpr int kTileRows = kTileSums / kPanelVectors;
 constexpr int64_t kChainOf = 128;
 
 template <class A>
@@ -47,25 +49,26 @@ class Aligned {
   std::unique_ptr<T[], Delete> memory;
 };
 
-// c (+)= a b for one tile; ldc is a multiple of kPanel, and whole vectors are written.
-template <int rows, bool add, class A>
+// c (+)= a b for one tile, of `vectors` of a panel; ldc is a multiple of kPanel, and whole vectors
+// are written.
+template <int vectors, int rows, bool add, class A>
 void multiply_tile(int64_t K, const A* a, int64_t lda, const A* panel, A* c, int64_t ldc) {
-  Vec<A> sum[rows][kPanelVectors] = {};
+  Vec<A> sum[rows][vectors] = {};
   for (int64_t k = 0; k < K; ++k, panel += kPanel<A>) {
-    Vec<A> b[kPanelVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) b[v] = load(panel + v * kLanes<A>);
-#pragma GCC unroll 8
+    Vec<A> b[vectors];
+#pragma GCC unroll 24
+    for (int v = 0; v < vectors; ++v) b[v] = load(panel + v * kLanes<A>);
+#pragma GCC unroll 24
     for (int r = 0; r < rows; ++r) {
       const Vec<A> left = Vec<A>{} + a[r * lda + k];
-#pragma GCC unroll 8
-      for (int v = 0; v < kPanelVectors; ++v) sum[r][v] += left * b[v];
+#pragma GCC unroll 24
+      for (int v = 0; v < vectors; ++v) sum[r][v] += left * b[v];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 24
   for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) {
+#pragma GCC unroll 24
+    for (int v = 0; v < vectors; ++v) {
       A* to = c + r * ldc + v * kLanes<A>;
       store(to, add ? load(to) + sum[r][v] : sum[r][v]);
     }
@@ -74,46 +77,51 @@ void multiply_tile(int64_t K, const A* a, int64_t lda, const A* panel, A* c, int
 #if defined(__AVX512F__)
 // bfloat16 without being widened: pairs of numbers, of which an instruction adds up the products. K
 // is even, and a panel has pairs side by side: [K / 2, kPanel, 2].
-template <int rows, bool add>
+template <int vectors, int rows, bool add>
 __attribute__((target("avx512bf16"))) void multiply_tile(int64_t K, const bf16* a, int64_t lda,
                                                          const bf16* panel, float* c, int64_t ldc) {
   constexpr int lanes = kLanes<float>;
-  __m512 sum[rows][kPanelVectors];
-#pragma GCC unroll 8
+  __m512 sum[rows][vectors];
+#pragma GCC unroll 24
   for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) sum[r][v] = _mm512_setzero_ps();
+#pragma GCC unroll 24
+    for (int v = 0; v < vectors; ++v) sum[r][v] = _mm512_setzero_ps();
   for (int64_t k = 0; k < K; k += 2, panel += 2 * kPanel<float>) {
-    __m512i b[kPanelVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) b[v] = _mm512_loadu_si512(panel + 2 * v * lanes);
-#pragma GCC unroll 8
+    __m512i b[vectors];
+#pragma GCC unroll 24
+    for (int v = 0; v < vectors; ++v) b[v] = _mm512_loadu_si512(panel + 2 * v * lanes);
+#pragma GCC unroll 24
     for (int r = 0; r < rows; ++r) {
       int pair;
       std::memcpy(&pair, a + r * lda + k, sizeof pair);
       const __m512i left = _mm512_set1_epi32(pair);
-#pragma GCC unroll 8
-      for (int v = 0; v < kPanelVectors; ++v)
+#pragma GCC unroll 24
+      for (int v = 0; v < vectors; ++v)
         sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)left, (__m512bh)b[v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 24
   for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kPanelVectors; ++v) {
+#pragma GCC unroll 24
+    for (int v = 0; v < vectors; ++v) {
       float* to = c + r * ldc + v * lanes;
       _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[r][v]) : sum[r][v]);
     }
 }
 #endif
 
-// Whether this CPU multiplies bfloat16 as above. One with AMX leaves it to oneDNN, which is faster.
+#if defined(__AVX512F__)
+// Whether this CPU has the instruction of that.
+inline bool has_products_of_bf16() { return __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+// Whether products of whole maps are made so. A CPU with AMX leaves them to oneDNN, which is
+// faster.
 inline bool multiplies_bf16() {
 #if defined(__AVX512F__)
   static const bool found = [] {
-    unsigned a, b, c, d, amx_bf16 = 1u << 22, avx512_bf16 = 1u << 5;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & amx_bf16)) return false;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & avx512_bf16);
+    unsigned a, b, c, d, amx_bf16 = 1u << 22;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && !(d & amx_bf16) && has_products_of_bf16();
   }();
   return found;
 #else
@@ -122,38 +130,54 @@ inline bool multiplies_bf16() {
 }
 
 // Tiles of the last rows, of which there are fewer.
-template <bool add, int most, class E, class A>
+template <int vectors, bool add, int most, class E, class A>
 void multiply_rest(int64_t rows, int64_t K, const E* a, int64_t lda, const E* panel, A* c,
                    int64_t ldc) {
-  if (rows == most) return multiply_tile<most, add>(K, a, lda, panel, c, ldc);
-  if constexpr (most > 1) multiply_rest<add, most - 1>(rows, K, a, lda, panel, c, ldc);
+  if (rows >= most) {
+    multiply_tile<vectors, most, add>(K, a, lda, panel, c, ldc);
+    rows -= most, a += most * lda, c += most * ldc;
+  }
+  if constexpr (most > 1)
+    multiply_rest<vectors, add, most <= kTileRows ? most - 1 : most / 2>(rows, K, a, lda, panel, c,
+                                                                         ldc);
 }
 
 struct Nothing {
   void operator()(int64_t, int64_t) const {}
 };
 
-template <bool add, class E, class A, class Before = Nothing>
+template <bool add, int vectors = kPanelVectors, class E, class A, class Before = Nothing>
 void multiply_chain(int64_t rows, int64_t K, const E* a, int64_t lda, const E* panel, A* c,
                     int64_t ldc, Before before = {}) {
+  constexpr int some = kTileSums / vectors;
   int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows, a += kTileRows * lda, c += kTileRows * ldc) {
-    before(row, row + kTileRows);
-    multiply_tile<kTileRows, add>(K, a, lda, panel, c, ldc);
+  for (; row + some <= rows; row += some, a += some * lda, c += some * ldc) {
+    before(row, row + some);
+    multiply_tile<vectors, some, add>(K, a, lda, panel, c, ldc);
   }
   before(row, rows);
-  multiply_rest<add, kTileRows - 1>(rows - row, K, a, lda, panel, c, ldc);
+  multiply_rest<vectors, add, (some <= kTileRows ? some - 1 : some / 2)>(rows - row, K, a, lda,
+                                                                         panel, c, ldc);
 }
 
-// c [rows, kPanel] = a [rows, K] panel [K, kPanel], of numbers of type A, or bf16. before(first,
+// c [rows, vectors] = a [rows, K] panel [K, kPanel], of numbers of type A, or bf16. before(first,
 // end) is called once for every few rows, to ask memory for what comes after the product.
-template <class E, class A, class Before = Nothing>
+template <int vectors = kPanelVectors, class E, class A, class Before = Nothing>
 void multiply_panel(int64_t rows, int64_t K, const E* a, int64_t lda, const E* panel, A* c,
                     int64_t ldc, Before before = {}) {
-  multiply_chain<false>(rows, std::min(K, kChainOf), a, lda, panel, c, ldc, before);
+  multiply_chain<false, vectors>(rows, std::min(K, kChainOf), a, lda, panel, c, ldc, before);
   for (int64_t k = kChainOf; k < K; k += kChainOf)
-    multiply_chain<true>(rows, std::min(K - k, kChainOf), a + k, lda, panel + k * kPanel<A>, c,
-                         ldc);
+    multiply_chain<true, vectors>(rows, std::min(K - k, kChainOf), a + k, lda,
+                                  panel + k * kPanel<A>, c, ldc);
+}
+
+// f(integral_constant vectors) for the columns that are left of a panel.
+template <class A, class F>
+DFM_INLINE inline void with_vectors(int64_t columns, F f) {
+  if (columns <= kLanes<A>) return f(std::integral_constant<int, 1>{});
+  if (columns <= 2 * kLanes<A>) return f(std::integral_constant<int, 2>{});
+  if (columns <= 3 * kLanes<A>) return f(std::integral_constant<int, 3>{});
+  f(std::integral_constant<int, kPanelVectors>{});
 }
 
 // --- Transposition ---

@@ -8,22 +8,18 @@
 //   2. bands of rows, through a product of our own that ends in the sums with bias, shift and
 //      residual and in the statistics, while the band is in the second-level cache: all else. As
 //      fast as oneDNN's product alone, twice as fast as MKL's on AMD processors.
+#include "separables.h"
+
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <tuple>
 
-#include "convolutions.h"
-#include "matrices.h"
 #include "products.h"
 
 namespace dfm_fast {
 namespace {
-
-using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kBandPixels = 128;  // of a band, whose depthwise map a thread's cache then holds
 constexpr int64_t kBandNumbers = 1 << 17;  // of it, where the map is large enough for longer bands
@@ -35,7 +31,7 @@ struct Sizes {
   bool last;
 
   int64_t pixels() const { return window.height * window.width; }
-  int64_t terms() const { return (channels + 1) / 2 * 2; }  // of a sum, zeros among them
+  int64_t terms() const { return terms_of(channels); }
   // Rows of a band. Twice as many where that leaves enough bands: tiles of the product fit better.
   int64_t band() const {
     const bool twice = pixels() >= 32 * kBandPixels && 2 * kBandPixels * channels <= kBandNumbers;
@@ -59,15 +55,11 @@ struct Arguments {
 
 // --- From x to bands of depthwise maps ---
 
-// [rows, width, ld]: pixels of a band; a distance of a power of two would put what a tile of a
-// product reads into one place of the first-level cache.
-int64_t leading(const Sizes& s) { return (s.channels + 15) / 16 * 16 + 16; }
-
 // Row i of sample n as the convolution takes it.
 template <class T>
 void make_row(const Sizes& s, const Arguments<T>& given, int64_t n, int64_t i, acc_t<T>* to) {
   using A = acc_t<T>;
-  const int64_t C = s.channels, W = s.window.width, ld = leading(s);
+  const int64_t C = s.channels, W = s.window.width, ld = leading(s.channels);
   const T* sample = given.x + n * s.pixels() * C;
   if (!s.last) transpose_rows(sample + i * W, s.pixels(), C, W, to, ld);
   const T* from = sample + i * W * C;
@@ -87,7 +79,7 @@ void for_bands(const Sizes& s, const Arguments<T>& given, PlaceOf place_of, int6
   using A = acc_t<T>;
   const Window& g = s.window;
   const int64_t bands = s.bands(), rows = s.band(), slots = kRows - 1 + K;
-  const int64_t size = g.width * leading(s);
+  const int64_t size = g.width * leading(s.channels);
   const PackedWeights<A> weights(given.depthwise, nullptr, s.channels, K, false);
   at::parallel_for(0, s.samples * bands, 1, [&](int64_t begin, int64_t end) {
     const Aligned<A> scratch(slots * size);
@@ -102,7 +94,7 @@ void for_bands(const Sizes& s, const Arguments<T>& given, PlaceOf place_of, int6
       const int64_t first = i % bands * rows, stop = std::min(first + rows, g.height);
       if (i == begin || first == 0) ring.next = std::max<int64_t>(first - g.pad_h, 0);
       To* a = place_of(n, first, own.data());
-      convolve_band<K, 1, A>(g, first, stop, ring, leading(s), s.channels, weights,
+      convolve_band<K, 1, A>(g, first, stop, ring, leading(s.channels), s.channels, weights,
                              Rows<To>{a, g.width * ld, ld});
       f(n, i % bands, first, stop, a);
     }
@@ -182,11 +174,11 @@ void ask_for(const Sizes& s, const Arguments<T>& given, int64_t n, int64_t pixel
   }
 }
 
-// Mean and M2 of a tile's columns, in two passes over it: it lies in a cache, and one merge a block
-// of pixels, as in `pixel_moments`, would take an eighth of the time of its products.
-template <class A>
+// Mean and M2 of K vectors of a tile's columns, in two passes over it: it lies in a cache, and one
+// merge a block of pixels, as in `pixel_moments`, would take an eighth of the time of its products.
+template <int K, class A>
 void tile_moments(int64_t pixels, const A* tile, double* mean, double* m2) {
-  constexpr int K = kPanelVectors, lanes = kLanes<A>;
+  constexpr int lanes = kLanes<A>;
   const A share = A(1) / pixels;
   Vec<A> sum[K] = {}, centre[K], rest[K] = {}, squares[K] = {};
   for (int64_t q = 0; q < pixels; q += kChain) {
@@ -252,55 +244,42 @@ struct BandMoments {
   }
 };
 
-// Numbers that are multiplied: A, or bf16 as they are.
-template <class E, class T>
-Aligned<E> packed(const Sizes& s, const Tensor& weight) {
-  using A = acc_t<T>;
-  const int64_t C = s.channels, K = s.terms(), panels = panels_of(s.outputs, kPanel<A>);
-  Aligned<E> to(panels * K * kPanel<A>);
-  parallel(panels, C * kPanel<A>, [&](int64_t p) {
-    const int64_t first = p * kPanel<A>;
-    const T* from = data<T>(weight) + first * C;
-    if constexpr (std::is_same_v<E, A>) {
-      pack_panel(C, s.outputs - first, from, C, &to[first * K]);
-      std::fill(&to[first * K + C * kPanel<A>], &to[first * K] + K * kPanel<A>, A(0));
-    } else {
-      pack_pairs(K, s.outputs - first, from, C, &to[first * K]);
-    }
-  });
-  return to;
-}
-
 template <int K, class E, class T>
 void in_bands(const Sizes& s, const Arguments<T>& given, const Map& map, acc_t<T>* mean,
               acc_t<T>* m2) {
   using A = acc_t<T>;
-  const int64_t O = s.outputs, W = s.window.width, ld = leading(s), terms = s.terms();
-  const Aligned<E> panels = packed<E, T>(s, given.pointwise);
+  const int64_t O = s.outputs, W = s.window.width, ld = leading(s.channels), terms = s.terms();
+  const Aligned<E> panels = packed<E, T>(given.pointwise);
   const bool inside = mean && s.last;
   const int64_t padded = panels_of(O, kPanel<A>) * kPanel<A>;
   BandMoments moments{padded, std::vector<double>(inside ? s.samples * s.bands() * 2 * padded : 0)};
   auto own = [](int64_t, int64_t, E* place) { return place; };
-  for_bands<K, T, E>(
-      s, given, own, ld, [&](int64_t n, int64_t band, int64_t first, int64_t end, const E* a) {
-        const int64_t pixels = (end - first) * W;
-        const Aligned<A> tile(pixels * kPanel<A>);
-        for (int64_t o = 0; o < O; o += kPanel<A>) {
-          auto ask = [&](int64_t begin, int64_t end) {
-            ask_for(s, given, n, first * W, begin, end, o);
-          };
-          multiply_panel(pixels, terms, a, ld, &panels[o * terms], tile.data(), kPanel<A>, ask);
-          if (!s.last) {
-            finish_planes(s, given, n, first * W, pixels, o, std::min(O - o, kPanel<A>),
-                          tile.data(), kPanel<A>, given.constant + n * O + o);
-            continue;
-          }
-          finish_last(s, given, n, first * W, pixels, o, inside, tile.data());
-          if (!inside) continue;
-          double* to = moments.at(s, n, band) + o;
-          tile_moments(pixels, tile.data(), to, to + padded);
-        }
-      });
+  for_bands<K, T, E>(s, given, own, ld,
+                     [&](int64_t n, int64_t band, int64_t first, int64_t end, const E* a) {
+                       const int64_t pixels = (end - first) * W;
+                       const Aligned<A> tile(pixels * kPanel<A>);
+                       for (int64_t o = 0; o < O; o += kPanel<A>) {
+                         auto ask = [&](int64_t begin, int64_t end) {
+                           ask_for(s, given, n, first * W, begin, end, o);
+                         };
+                         const int64_t columns = std::min(O - o, kPanel<A>);
+                         with_vectors<A>(columns, [&](auto vectors) {
+                           multiply_panel<vectors>(pixels, terms, a, ld, &panels[o * terms],
+                                                   tile.data(), kPanel<A>, ask);
+                         });
+                         if (!s.last) {
+                           finish_planes(s, given, n, first * W, pixels, o, columns, tile.data(),
+                                         kPanel<A>, given.constant + n * O + o);
+                           continue;
+                         }
+                         finish_last(s, given, n, first * W, pixels, o, inside, tile.data());
+                         if (!inside) continue;
+                         double* to = moments.at(s, n, band) + o;
+                         with_vectors<A>(columns, [&](auto vectors) {
+                           tile_moments<vectors>(pixels, tile.data(), to, to + padded);
+                         });
+                       }
+                     });
   if (inside) moments.merge(s, mean, m2);
   if (mean && !inside) statistics(map, given.y, mean, m2);
 }
@@ -368,30 +347,6 @@ void by_onednn(const Sizes& s, Arguments<T> given, const MaybeTensor& residual, 
 }
 
 // --- Operators ---
-
-// Few numbers in the arithmetic type: `at` is null where there are none. Tensors of torch would
-// take some microseconds each.
-template <class A>
-struct Widened {
-  Tensor given;
-  std::vector<A> own;
-  const A* at = nullptr;
-
-  explicit Widened(const MaybeTensor& v) {
-    if (!v) return;
-    given = v->contiguous();
-    dispatch(given.scalar_type(), "separable_conv2d", [&](auto t) {
-      using T = decltype(t);
-      if constexpr (std::is_same_v<T, A>) {
-        at = data<T>(given);
-      } else {
-        own.resize(given.numel());
-        for (size_t i = 0; i < own.size(); ++i) own[i] = load_one(data<T>(given) + i);
-        at = own.data();
-      }
-    });
-  }
-};
 
 Sizes check(const Tensor& x, const Tensor& depthwise, const Tensor& pointwise,
             const MaybeTensor& residual, const MaybeTensor& mean, int64_t groups) {

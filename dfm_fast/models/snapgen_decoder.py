@@ -41,11 +41,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfm_fast import _checks
+from dfm_fast._library import differentiable
 from dfm_fast.models._pretrained import Pretrained
 from dfm_fast.nn.separables import SeparableConv2d
 from dfm_fast.ops import ChannelStatistics, separable_conv2d
 from dfm_fast.ops._layouts import lay_out, memory_format
 from dfm_fast.ops.group_norms import wide_dtype
+from dfm_fast.ops.residuals import pixels_of, separable_residual, separable_upsample
 
 LAST = torch.channels_last
 Span = tuple[int, int]  # along an axis: the first pixel, and one past the last
@@ -70,21 +72,24 @@ class Decoded(NamedTuple):
 # --- Layers ---------------------------------------------------------------------------------------
 
 
-def silu_separable(conv: SeparableConv2d, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """conv(silu(x)) + residual, x [N, C, H, W]. Without gradients SiLU is no pass over x of its
+def silu_separable(conv: SeparableConv2d, x: Tensor) -> Tensor:
+    """conv(silu(x)), x [N, C, H, W]. Without gradients SiLU is no pass over x of its
     own: it is that of the operator's norm, the identity by statistics of mean 0 and variance 1.
     (The gradient through it would still be a norm's.)"""
     if torch.is_grad_enabled() and x.requires_grad:
-        return conv(F.silu(x), residual=residual)
+        return conv(F.silu(x))
     (n, c, h, w), wide = x.shape, wide_dtype(x)
     mean, m2 = x.new_zeros((n, c), dtype=wide), x.new_full((n, c), h * w, dtype=wide)
     norm = {"num_groups": c, "eps": 0.0, "statistics": ChannelStatistics(h * w, mean, m2)}
-    weights = conv.depthwise.weight, conv.pointwise.weight, conv.pointwise.bias
-    return separable_conv2d(x, *weights, residual=residual, **norm)
+    return separable_conv2d(x, *_weights(conv), **norm)
+
+
+def _weights(conv: SeparableConv2d) -> tuple[Tensor, Tensor, Tensor]:
+    return conv.depthwise.weight, conv.pointwise.weight, conv.pointwise.bias
 
 
 class Block(nn.Module):
-    """x + conv2(silu(conv1(x))), without gradients in two passes."""
+    """x + conv2(silu(conv1(x)))."""
 
     def __init__(self, channels: int, expansion: int) -> None:
         super().__init__()
@@ -92,22 +97,27 @@ class Block(nn.Module):
         self.conv2 = SeparableConv2d(expansion * channels, channels, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] -> the same."""
-        return silu_separable(self.conv2, self.conv1(x), x)
+        """x [N, C, H, W] -> the same, channels_last."""
+        x = x.contiguous(memory_format=LAST)
+        given = x, *_weights(self.conv1), *_weights(self.conv2)
+        if differentiable(*given):
+            return self.conv2(F.silu(self.conv1(x)), residual=x)
+        return separable_residual(*given)
 
 
 class Upsample(SeparableConv2d):
-    """A separable convolution to four times the channels, which become four pixels. Part 2a + b of
-    them is pixel (2i + a, 2j + b): in channels_last whole rows are moved (pixel_shuffle's order
-    would move single numbers)."""
+    """A separable convolution to four times the channels, which become four pixels."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, 4 * out_channels, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, O, 2H, 2W], channels_last."""
-        parts = super().forward(x).unflatten(1, (2, 2, -1))  # [N, a, b, O, H, W]
-        return parts.permute(0, 4, 1, 5, 2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        x = x.contiguous(memory_format=LAST)
+        given = x, *_weights(self)
+        return (
+            pixels_of(super().forward(x)) if differentiable(*given) else separable_upsample(*given)
+        )
 
 
 class Stage(nn.Module):
