@@ -100,8 +100,16 @@ def placed(path: str, config: Any, files: Files) -> str:
 
 def on_page_content(content: str, **_: Any) -> str:
     """Formulas, as arithmatex marks them, to MathML."""
-    content = INLINE.sub(lambda m: convert(html.unescape(m[1])), content)
-    return BLOCK.sub(lambda m: convert(html.unescape(m[1]), display="block"), content)
+    content = INLINE.sub(lambda m: mathml(m[1], "inline"), content)
+    return BLOCK.sub(lambda m: mathml(m[1], "block"), content)
+
+
+def mathml(formula: str, display: str) -> str:
+    """Bars over several letters as a macron, which browsers stretch; the converter's dash they do
+    not."""
+    return convert(html.unescape(formula), display=display).replace(
+        '<mo accent="true">&#x02015;</mo>', '<mo stretchy="true">&#x000AF;</mo>'
+    )
 
 
 class Raises(griffe.Extension):
