@@ -23,6 +23,8 @@ OUTSIDE = {
     "README.md": "overview.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "benchmarks/results/amd-epyc-avx512-2c/report.md": "results/cpu.md",
+    "benchmarks/results/h200/report.md": "results/h200.md",
 }
 PACKAGES = "dfm_fast.ops", "dfm_fast.nn", "dfm_fast.flow", "dfm_fast.models"
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^()#\s]+)(#[^()\s]*)?\)")
@@ -70,7 +72,7 @@ def exports() -> Iterator[tuple[str, list[str]]]:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Links out of docs/, and those of the pages from outside, to where the site has them."""
     source = {page: source for source, page in OUTSIDE.items()}.get(page.file.src_uri)
-    folder = ROOT if source else (ROOT / "docs" / page.file.src_uri).parent
+    folder = (ROOT / (source or f"docs/{page.file.src_uri}")).parent
 
     def relocate(match: re.Match[str]) -> str:
         text, target, anchor = match.groups()

@@ -1,24 +1,40 @@
-"""Code in the documentation runs, and does what the text around it says."""
+"""Code in the documentation runs, and does what the text around it says.
 
+Of README.md and all of docs/: blocks of python, a page's one after the other, as a reader runs
+them, and the options of shell commands. What needs weights or a GPU is marked text, not python.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import io
 import re
+import shlex
 
 import pytest
 import torch
-from helpers import ROOT, run_python
+from helpers import ROOT
 
+from dfm_fast import cli
 from dfm_fast._library import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the same code in every backend")
-NAMES = ("acceleration", "models", "snapgen", "text")
-PAGES = ("README.md", *(f"docs/{name}.md" for name in NAMES))
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
 
 
-def blocks(path):
-    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.S)
+def blocks(path, *languages):
+    pattern = rf"^```(?:{'|'.join(languages)})\n(.*?)^```"
+    return re.findall(pattern, (ROOT / path).read_text(), re.S | re.M)
+
+
+def commands(path):
+    """Lines of shell blocks, as words, with their continuations."""
+    text = "\n".join(blocks(path, "bash", "sh")).replace("\\\n", " ")
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def test_the_worked_example_of_the_flow_trains_and_samples():
-    (code,) = blocks("docs/flow.md")
+    code = blocks("docs/flow.md", "python")[0]
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) < 30
     torch.manual_seed(0)
@@ -32,10 +48,39 @@ def test_the_worked_example_of_the_flow_trains_and_samples():
     assert space["images"].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("path", "index"),
-    [(path, i) for path in PAGES for i in range(len(blocks(path)))],
-)
-def test_code_runs(path, index):
-    result = run_python("-c", blocks(path)[index])
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "python")])
+def test_python_runs(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    space = {"__name__": "__main__"}
+    for i, code in enumerate(blocks(path, "python")):
+        exec(compile(code, f"{path}, block {i}", "exec"), space)
+
+
+@functools.cache
+def known_options(command):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        cli.main([command, "--help"])
+    return set(re.findall(r"--[\w.-]+", text.getvalue()))
+
+
+def unknown(words):
+    """What a command names and nobody has: targets of make, modules, options of `dfm-fast`."""
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        return set(words[1:]) - set(targets)
+    for i, word in enumerate(words):
+        if word in ("dfm-fast", "dfm_fast.cli"):
+            command, *rest = words[i + 1 :]
+            options = {w.partition("=")[0] for w in rest if w.startswith("--")}
+            return {command} - set(cli.COMMANDS) or options - known_options(command)
+        if word == "-m" and not importlib.util.find_spec(words[i + 1]):
+            return {words[i + 1]}
+    return set()
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if commands(path)])
+def test_commands_name_what_exists(path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # no option's name is broken in two
+    assert not {" ".join(words): bad for words in commands(path) if (bad := unknown(words))}
