@@ -7,6 +7,7 @@ them, and the options of shell commands. What needs weights or a GPU is marked t
 import contextlib
 import functools
 import importlib.util
+import inspect
 import io
 import re
 import shlex
@@ -15,7 +16,8 @@ import pytest
 import torch
 from helpers import ROOT
 
-from dfm_fast import cli
+import dfm_fast
+from dfm_fast import cli, nn, ops
 from dfm_fast._library import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the same code in every backend")
@@ -84,3 +86,23 @@ def unknown(words):
 def test_commands_name_what_exists(path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")  # no option's name is broken in two
     assert not {" ".join(words): bad for words in commands(path) if (bad := unknown(words))}
+
+
+def test_the_table_of_operators_is_the_signatures():
+    text = (ROOT / "docs/operators.md").read_text()
+    layers = {name for name in nn.__all__ if name[0].isupper()}
+    assert layers == set(re.findall(r"`nn\.(\w+)`", text))
+    for name in ops.__all__:
+        assert f"`{name}" in text, name
+    cells = " ".join(re.findall(r"^\| (`.*?`) \|", text, re.M))
+    for name, arguments in re.findall(r"`(\w+)\((.*?)\)`", cells):
+        parameters = inspect.signature(getattr(dfm_fast, name)).parameters.values()
+        keyword_only = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
+        positional, _, keywords = map(names, arguments.partition("*"))
+        assert positional == [p.name for p in parameters if p.name not in keyword_only], name
+        assert set(keywords) <= set(keyword_only), name
+
+
+def names(arguments):
+    given = (a.partition("=")[0].strip() for a in arguments.split(","))
+    return [a for a in given if a not in ("", "...", "*")]
