@@ -24,19 +24,18 @@ pytestmark = pytest.mark.skipif(INTERPRET, reason="the same code in every backen
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
 
 
-def blocks(path, *languages):
-    pattern = rf"^```(?:{'|'.join(languages)})\n(.*?)^```"
-    return re.findall(pattern, (ROOT / path).read_text(), re.S | re.M)
+def blocks(path, language="python"):
+    return re.findall(rf"^```(?:{language})\n(.*?)^```", (ROOT / path).read_text(), re.S | re.M)
 
 
 def commands(path):
     """Lines of shell blocks, as words, with their continuations."""
-    text = "\n".join(blocks(path, "bash", "sh")).replace("\\\n", " ")
+    text = "\n".join(blocks(path, "bash|sh")).replace("\\\n", " ")
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def test_the_worked_example_of_the_flow_trains_and_samples():
-    code = blocks("docs/flow.md", "python")[0]
+    code = blocks("docs/flow.md")[0]
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) < 30
     torch.manual_seed(0)
@@ -50,12 +49,12 @@ def test_the_worked_example_of_the_flow_trains_and_samples():
     assert space["images"].isfinite().all()
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "python")])
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path)])
 def test_python_runs(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     space = {"__name__": "__main__"}
-    for i, code in enumerate(blocks(path, "python")):
+    for i, code in enumerate(blocks(path)):
         exec(compile(code, f"{path}, block {i}", "exec"), space)
 
 
