@@ -26,7 +26,7 @@ OUTSIDE = {
     "benchmarks/results/amd-epyc-avx512-2c/report.md": "results/cpu.md",
     "benchmarks/results/h200/report.md": "results/h200.md",
 }
-PACKAGES = "dfm_fast.ops", "dfm_fast.nn", "dfm_fast.flow", "dfm_fast.models"
+PACKAGES = "dfm_fast", "dfm_fast.ops", "dfm_fast.nn", "dfm_fast.flow", "dfm_fast.models"
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^()#\s]+)(#[^()\s]*)?\)")
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.S)
@@ -65,8 +65,10 @@ def exports() -> Iterator[tuple[str, list[str]]]:
     for package in PACKAGES:
         path = ROOT / package.replace(".", "/") / "__init__.py"
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.module.startswith(package):
-                yield node.module, [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom) and node.module.startswith(f"{package}."):
+                names = [alias.asname or alias.name for alias in node.names]
+                if names := [name for name in names if name[0] not in "_*"]:
+                    yield node.module, names
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
