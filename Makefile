@@ -7,7 +7,7 @@ RESULTS ?= benchmarks/results/local
 BIN := .venv/bin
 CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*.cpp)
 
-.PHONY: setup test bench bench-full check lint format clean
+.PHONY: setup test bench bench-full check docs lint format clean
 
 setup: .venv/installed
 
@@ -38,6 +38,11 @@ bench-full: setup
 
 check: setup
 	$(BIN)/dfm-fast check
+
+# Any warning (a broken link, a page outside of the navigation) is an error. The variable silences a
+# notice of the theme's that is none.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import pickle
-import re
 import subprocess
 import sys
 import warnings
@@ -340,12 +339,7 @@ def test_every_unit_is_of_a_kind_and_found():
         assert "1 module" in str(dfm_fast.accelerate(nn.RMSNorm(3)))
 
 
-# --- Documentation, benchmark ---------------------------------------------------------------------
-
-
-def test_code_of_the_documentation_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/acceleration.md").read_text(), re.S)
-    exec(code, {})
+# --- Benchmark ------------------------------------------------------------------------------------
 
 
 def test_a_row_of_the_benchmark():

@@ -7,6 +7,10 @@ import argparse
 from dfm_fast.cli import _configs
 
 PROG = "dfm-fast decoder"
+DESCRIPTION = """\
+Train a small decoder for the latents of a frozen autoencoder. --resume, before all other options,
+goes on from the last checkpoint in --out, with its configuration, if there is one.
+"""
 EVERY = 50  # steps between lines
 
 
@@ -25,10 +29,10 @@ def _run(resume: bool, rest: list[str]) -> None:
     from dfm_fast.training.decoders import DecoderConfig, DecoderReport, train_decoder
     from dfm_fast.training.outputs import read_json
 
-    out, options = _configs.out_of(rest), {}
+    out, options = _configs.out_of(rest), {"prog": PROG, "description": DESCRIPTION}
     if resume and out is not None and (out / loop.CONFIG).exists():
         options["default"] = from_json(DecoderConfig, read_json(out / loop.CONFIG))
-    config = _configs.parse(DecoderConfig, rest, prog=PROG, **options)
+    config = _configs.parse(DecoderConfig, rest, **options)
 
     def tell(report: DecoderReport) -> None:
         if report.step % EVERY == 0 or report.step in (1, config.steps):

@@ -41,7 +41,7 @@ def expand_to_dfm(
             `stage_embedding`, where they are new, and `data_std`, which gets the finer levels'.
 
     Returns:
-        A new model on the same device, in the same dtype: a `DFMTransformer` with copies of the
+        A new model on the same device, in the same dtype, a `DFMTransformer` with copies of the
         parameters, or a `FluxDFM` that shares FLUX's memory (12 billion parameters are not held
         twice), so that training it changes the model that was given.
 

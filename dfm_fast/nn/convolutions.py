@@ -15,9 +15,9 @@ class DepthwiseConv2d(nn.Conv2d):
     """`torch.nn.Conv2d` with a filter per channel: `dfm_fast.depthwise_conv2d`.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype: as `torch.nn.Conv2d`, whose parameters and state_dict it
-            has. `groups` is `in_channels` where it is not given; padding is 0 as there, or "same".
+        in_channels, ...: as `torch.nn.Conv2d`, whose parameters and state_dict it has.
+        groups: `in_channels` where it is not given.
+        padding: 0 as there, or "same".
 
     Raises:
         ValueError: anything but in_channels = out_channels = groups, a square kernel of 3, 5 or 7,

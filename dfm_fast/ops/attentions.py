@@ -219,7 +219,7 @@ def multi_query_attention(
         scale: of the scores; None is 1 / sqrt(d).
 
     Returns:
-        [B, T, H, d], contiguous, in q's dtype: `.flatten(2)` is what the output projection takes.
+        [B, T, H, d], contiguous, in q's dtype; `.flatten(2)` is what the output projection takes.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, devices, a number of heads that does not divide.

@@ -524,7 +524,7 @@ def haar_build(x: Tensor, num_levels: int = 2) -> tuple[Tensor, ...]:
         num_levels: at least 1.
 
     Returns:
-        Coarse to fine: the low-pass band [N, C, h, w], then per level the details [N, 3C, h, w]:
+        The low-pass band [N, C, h, w], then per level, coarse to fine, the details [N, 3C, h, w]:
         C channels each of LH (low along W, high along H), HL, HH: PyWavelets' cH, cV, cD.
 
     Raises:

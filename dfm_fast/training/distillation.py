@@ -184,7 +184,7 @@ def scaled_loss(task: Tensor, other: Tensor, t: Tensor, *, ratio: str = "sample"
             samples depend on each other and on how a batch is parted.
 
     Returns:
-        [N]. Gradients of task and other. By sample its value is that of task: what changes is
+        [N]. Gradients of task and other. By sample its value is that of task; what changes is
         where gradients come from.
     """
     op = "scaled_loss"
