@@ -284,7 +284,8 @@ class RowsOf {
         at = m.at, ld = m.ld;
         return;
       }
-    constexpr int64_t some = 4 * kLanes<A>;
+    const int64_t few = kLanes<A>, many = 4 * few;
+    const int64_t some = m.rows < many * at::get_num_threads() ? few : many;
     at::parallel_for(0, panels_of(m.rows, some), 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin * some; row < std::min(end * some, m.rows); row += some)
         fill(m, row, std::min(some, m.rows - row));
@@ -309,8 +310,11 @@ template <class T, class To>
 void multiply(const Matrix<T>& a, const Matrix<T>& b, bool add, To* c) {
   using A = acc_t<T>;
   const int64_t M = a.rows, K = a.columns, N = b.columns, panels = panels_of(N, kPanel<A>);
-  // Parts alike, of rows that stay in the second-level cache while all panels pass.
-  const int64_t most = (panels < at::get_num_threads() ? 16 : 64) * kTileRows;
+  // Parts alike, of rows that stay in the second-level cache while all panels pass; enough of them
+  // for all threads, but each packs a panel, which is not to take its time.
+  const int64_t wanted = panels_of(2 * at::get_num_threads(), panels);
+  const int64_t most =
+      std::clamp(panels_of(M, wanted), 3 * int64_t(kTileRows), 64 * int64_t(kTileRows));
   const int64_t tiles = panels_of(panels_of(M, panels_of(M, most)), kTileRows);
   const int64_t part = tiles * kTileRows, parts = panels_of(M, part);
   const RowsOf<T> left(a);
@@ -327,10 +331,11 @@ void multiply(const Matrix<T>& a, const Matrix<T>& b, bool add, To* c) {
           for (int64_t t = 0; t < terms; ++t)
             convert_row(&panel[t * kPanel<A>], b.at + (k + t) * b.ld + first, columns);
         const A* from = left.at + row * left.ld + k;
-        if (k)
-          multiply_chain<true>(rows, terms, from, left.ld, panel.data(), tile.data(), kPanel<A>);
-        else
-          multiply_chain<false>(rows, terms, from, left.ld, panel.data(), tile.data(), kPanel<A>);
+        with_vectors<A>(columns, [&](auto vectors) {
+          const auto times =
+              k ? multiply_chain<true, vectors, A, A> : multiply_chain<false, vectors, A, A>;
+          times(rows, terms, from, left.ld, panel.data(), tile.data(), kPanel<A>, {});
+        });
       }
       for (int64_t r = 0; r < rows; ++r) {
         To* to = c + (row + r) * N + first;

@@ -430,14 +430,16 @@ std::tuple<Tensor, Tensor, Tensor> separable_conv2d_cpu(
   return {y, found_mean, found_m2};
 }
 
-// da and dweight of all samples, by products of our own.
+// da and dweight of all samples, by products of our own. In channels_last they are one matrix of
+// pixels.
 template <class T>
 void pointwise_backward(const Tensor& dy, const Tensor& a, const Tensor& weight, T* da,
                         acc_t<T>* dweight) {
-  const int64_t C = a.size(1), O = dy.size(1), P = a.size(2) * a.size(3);
   const bool last = layout_of(a) != at::MemoryFormat::Contiguous;
+  const int64_t C = a.size(1), O = dy.size(1), samples = last ? 1 : a.size(0);
+  const int64_t P = a.numel() / C / samples;
   const Matrix<T> w = {data<T>(weight), O, C, C, false};
-  for (int64_t n = 0; n < a.size(0); ++n) {
+  for (int64_t n = 0; n < samples; ++n) {
     const T *dy_n = data<T>(dy) + n * O * P, *a_n = data<T>(a) + n * C * P;
     const Matrix<T> d = last ? Matrix<T>{dy_n, P, O, O, false} : Matrix<T>{dy_n, O, P, P, false};
     if (da) {
