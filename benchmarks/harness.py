@@ -32,7 +32,7 @@ import torch._functorch.config
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from benchmarks.clocks import (
+from dfm_fast.profiling.clocks import (
     Sampler,
     clock_of,
     count_launches,
