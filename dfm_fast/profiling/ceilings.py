@@ -12,20 +12,19 @@ from typing import Any
 import torch
 
 from dfm_fast.nn._linears import linear
-from dfm_fast.profiling.clocks import clock_of
+from dfm_fast.profiling.clocks import clock_of, interleave
 
 # Bytes that a copy moves, read and written: from what a core's cache holds to what none does.
 SIZES = {"cpu": [1 << n for n in range(16, 30, 2)], "cuda": [1 << n for n in range(18, 34, 3)]}
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices
 
 
-def fastest_seconds(call: Callable[[], Any], device: str, samples: int = 20) -> float:
-    """Of `samples` calls: a ceiling is what the machine does when nobody else uses it."""
+def fastest_seconds(call: Callable[[], Any], device: str) -> float:
+    """Of 20 calls, or of more in a tenth of a second: a ceiling is what the machine does when
+    nobody else uses it."""
     with clock_of(device) as clock:
-        sample = clock(call)
-        for _ in range(3):
-            sample()
-        return min(sample() for _ in range(samples)) / 1e3
+        times = interleave({"": clock(call)}, 0.1, rounds=(20, 1000))[""]
+    return min(times) / 1e3
 
 
 def copy_seconds(device: str, nbytes: int) -> float:
@@ -101,4 +100,8 @@ def measured(device: str) -> Ceilings:
 
 @functools.cache
 def _measured(device: str, threads: int) -> Ceilings:
-    return Ceilings(device, [(n, copy_seconds(device, n)) for n in SIZES[device]])
+    copies, least = [], math.inf
+    for nbytes in reversed(SIZES[device]):
+        least = min(least, copy_seconds(device, nbytes))  # what moves less takes no longer
+        copies.insert(0, (nbytes, least))
+    return Ceilings(device, copies)

@@ -2,8 +2,8 @@
 
 Bytes: every tensor that is read and every one that is written, once. That is the definition of the
 operators' own `cost` (see `_library.Operator`), for torch's operators as for ours. FLOPs: the
-formulas registered for `torch.utils.flop_counter`, where `_library.define` puts ours, and a few here
-that torch lacks or has wrong.
+formulas registered for `torch.utils.flop_counter`, where `_library.define` puts ours, and a few
+here that torch lacks or has wrong.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def call_flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
 
-def _arguments(
-    func: Any, args: tuple, kwargs: dict[str, Any]
-) -> tuple[list[Tensor], list[Tensor]]:
+def _arguments(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """(read, written); what is updated in place is both."""
     packet, read, written = func._overloadpacket, [], []
     for argument, value in _bound(func._schema, args, kwargs):

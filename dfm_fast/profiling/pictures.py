@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dfm_fast.cli._plots import BACKWARD, FORWARD, GOAL, INK, png
-from dfm_fast.profiling.tables import number, of_limit
+from dfm_fast.profiling.tables import counted, number, of_limit
 
 if TYPE_CHECKING:
     from dfm_fast.profiling.profiles import Profile
@@ -35,7 +35,7 @@ def bars(profiles: Mapping[str, Profile], limit: int) -> bytes:
 def _panel(axes: Axes, title: str, profile: Profile, limit: int) -> None:
     rows = profile.rows()
     shown, rest = rows[:limit], rows[limit:]
-    names = [row.name for row in shown] + [f"{len(rest)} others", "outside operators"]
+    names = [row.name for row in shown] + [counted(len(rest), "other"), "outside operators"]
     times = [row.seconds for row in shown]
     times += [sum(row.seconds for row in rest), profile.outside_seconds]
     notes = [of_limit(row) for row in shown] + ["", ""]

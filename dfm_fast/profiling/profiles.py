@@ -6,7 +6,8 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -95,6 +96,10 @@ class Profile:
         self.calls = self._recorder.calls
         if self.device == "cuda":
             self.calls = with_kernels(self.calls, self._trace.events())
+
+    def paused(self) -> AbstractContextManager[None]:
+        """What runs inside is left out, while the block runs."""
+        return self._recorder.paused()
 
     # --- Figures ---
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from dfm_fast.profiling.costs import call_flops, moved_bytes, tensors
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 LABEL = "dfm_fast.profile "  # of ranges in the trace; on a GPU kernels are found by them
 
 
@@ -47,7 +48,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if types:  # a subclass, such as DTensor, which comes back with tensors
+        if any(t not in PLAIN for t in types):  # such as DTensor, which comes back with tensors
             return NotImplemented
         if func.namespace == "profiler":
             return func(*args, **kwargs)

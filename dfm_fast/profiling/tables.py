@@ -45,7 +45,7 @@ def _others(rows: Sequence[Row], whole: float, gpu: bool) -> list[str]:
     """Their limits are not one's."""
     seconds = sum(row.seconds for row in rows)
     return [
-        f"{len(rows)} others",
+        counted(len(rows), "other"),
         str(sum(row.calls for row in rows)),
         *_time(seconds, whole),
         number(sum(row.bytes for row in rows) / 1e6),
@@ -61,13 +61,19 @@ def _time(seconds: float, whole: float) -> list[str]:
 
 
 def of_limit(row: Row) -> str:
-    """"71% copy": of the speed that binds it."""
+    """ "71% copy": of the speed that binds it."""
     return f"{row.floor / row.seconds:.0%} {row.bound}" if row.bound and row.seconds else ""
 
 
 def number(value: float) -> str:
     """Three digits, with no exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else "0"
+    if value >= 100 or not value:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 0.001 else "<0.001"
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 def text(profile: Profile, by: str, limit: int) -> str:
