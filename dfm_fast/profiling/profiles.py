@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from dfm_fast import _checks
-from dfm_fast.profiling.recorder import Call, Recorder, with_kernels
+from dfm_fast.profiling.recorder import Call, Recorder, unseen_seconds, with_kernels
 
 if TYPE_CHECKING:
     from dfm_fast.profiling.ceilings import Ceilings
@@ -91,9 +91,9 @@ class Profile:
         wall = time.perf_counter() - self._start
         self._recorder.__exit__(*error)
         self._trace.__exit__(*error)
-        self.seconds = wall - self._recorder.own_seconds
-        self.device = self._recorder.device
-        self.calls = self._recorder.calls
+        self.device, self.calls = self._recorder.device, self._recorder.calls
+        recording = self._recorder.own_seconds + len(self.calls) * unseen_seconds()
+        self.seconds = max(wall - recording, sum(call.seconds for call in self.calls))
         if self.device == "cuda":
             self.calls = with_kernels(self.calls, self._trace.events())
 

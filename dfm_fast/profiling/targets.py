@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -33,6 +34,7 @@ from dfm_fast.profiling.costs import tensors
 OP = "profile"
 LAST = torch.channels_last
 TOKENS = 77  # of a text, as CLIP reads it
+Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # a model, args and kwargs
 
 
 class UsersError(Exception):
@@ -87,32 +89,40 @@ def load(
     if size is not None:
         _checks.integer(OP, "--size", size, 1)
     if ":" in target:
-        found = _made(target, batch, size)
+        found = _cast(_made(target, batch, size), dtype)
     elif target in PRESETS:
-        found = _preset(target, batch, size)
+        found = _preset(target, batch, size, dtype or torch.float32)
     else:
         known = f"a preset ({', '.join(PRESETS)}), package.module:callable or file.py"
         _checks.fail(OP, "TARGET", known, repr(target))
-    options = {"device": device} if dtype is None else {"device": device, "dtype": dtype}
-    found.module.to(**options)
+    found.module.to(device)
     found.args, found.kwargs = pytree.tree_map_only(
-        Tensor,
-        lambda t: t.to(**options) if t.is_floating_point() else t.to(device),
-        (found.args, found.kwargs),
+        Tensor, lambda t: t.to(device), (found.args, found.kwargs)
     )
+    return found
+
+
+def _cast(found: Target, dtype: torch.dtype | None) -> Target:
+    """All of floating point."""
+    if dtype is not None:
+        found.module.to(dtype)
+        found.args, found.kwargs = pytree.tree_map_only(
+            Tensor,
+            lambda t: t.to(dtype) if t.is_floating_point() else t,
+            (found.args, found.kwargs),
+        )
     return found
 
 
 # --- Presets --------------------------------------------------------------------------------------
 
 
-def _preset(name: str, batch: int, size: int | None) -> Target:
-    make, inputs, usual = PRESETS[name]
+def _preset(name: str, batch: int, size: int | None, dtype: torch.dtype) -> Target:
+    make, usual = PRESETS[name]
     torch.manual_seed(0)
-    module = make()
+    module, args, kwargs = make(batch, usual if size is None else size, dtype)
     randomise(module)
-    args, kwargs = inputs(module, batch, usual if size is None else size)
-    return Target(name, module, args, kwargs)
+    return Target(name, module.to(dtype), args, kwargs)
 
 
 @torch.no_grad()
@@ -125,46 +135,45 @@ def randomise(module: nn.Module) -> None:
             p.copy_(scale * torch.randn(p.shape, generator=generator))
 
 
-def _dfm_inputs(model: DFMTransformer, batch: int, size: int) -> tuple[tuple, dict[str, Any]]:
-    """Latents whose finest level has sides of `size`."""
-    finest = model.patch_sizes[-1]
-    if size % finest:
-        _checks.fail(OP, "--size", f"a multiple of {finest}, the finest level's patches", size)
-    sides = [size // finest * p for p in model.patch_sizes]
-    levels = [
-        torch.randn(batch, c, side, side) for c, side in zip(model.channels, sides, strict=True)
-    ]
-    t = torch.rand(batch, model.num_levels)
+def _dfm(make: Callable[..., DFMTransformer], batch: int, size: int, dtype: torch.dtype) -> Made:
+    """Two levels of latents, the finer one's sides of `size`, and labels."""
+    if size % 2:
+        _checks.fail(OP, "--size", "an even number, for the coarser level", size)
+    model = make(input_size=(size // 2,) * 2)
+    levels = [torch.randn(batch, 4, side, side).to(dtype) for side in (size // 2, size)]
+    t = torch.rand(batch, 2)  # noise levels are float32, as the sampler's
     labels = torch.arange(batch) % model.num_classes
-    return (levels, t, torch.ones(t.shape, dtype=torch.bool)), {"y": labels}
+    return model, (levels, t, torch.ones(t.shape, dtype=torch.bool)), {"y": labels}
 
 
-def _snapgen_inputs(model: SnapGenUNet, batch: int, size: int) -> tuple[tuple, dict[str, Any]]:
+def _snapgen(make: Callable[[], SnapGenUNet], batch: int, size: int, dtype: torch.dtype) -> Made:
     """Latents with sides of `size`, a noise level and a text."""
+    model = make()
     factor = 2 ** (len(model.channels) - 1)
     if size % factor:
         _checks.fail(OP, "--size", f"a multiple of {factor}, for the stages", size)
-    x = torch.randn(batch, model.in_channels, size, size).contiguous(memory_format=LAST)
-    text = torch.randn(batch, TOKENS, model.config["cross_dim"])
-    return (x, torch.rand(batch), text), {}
+    x = torch.randn(batch, model.in_channels, size, size).to(dtype, memory_format=LAST)
+    text = torch.randn(batch, TOKENS, model.config["cross_dim"]).to(dtype)
+    return model.to(memory_format=LAST), (x, torch.rand(batch), text), {}
 
 
-def _decoder_inputs(model: SnapGenDecoder, batch: int, size: int) -> tuple[tuple, dict[str, Any]]:
+def _decoder(batch: int, size: int, dtype: torch.dtype) -> Made:
     """Latents with sides of `size`."""
+    model = SnapGenDecoder()
     x = torch.randn(batch, model.config["latent_channels"], size, size)
-    return (x.contiguous(memory_format=LAST),), {}
+    return model.to(memory_format=LAST), (x.to(dtype, memory_format=LAST),), {}
 
 
-# name: (model, its inputs, their usual size: latents of pictures of 256 or 512 px, digits)
-PRESETS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], int]] = {
-    "DFM_S": (DFM_S, _dfm_inputs, 32),
-    "DFM_B": (DFM_B, _dfm_inputs, 32),
-    "DFM_L": (DFM_L, _dfm_inputs, 32),
-    "DFM_XL": (DFM_XL, _dfm_inputs, 32),
-    "snapgen_t2i": (snapgen_t2i, _snapgen_inputs, 64),
-    "snapgen_imagenet": (snapgen_imagenet, _snapgen_inputs, 64),
-    "snapgen_tiny": (snapgen_tiny, _snapgen_inputs, 16),
-    "snapgen_decoder": (SnapGenDecoder, _decoder_inputs, 64),
+# name: (what makes model and inputs, the usual size: latents of pictures of 256 or 512 px; digits)
+PRESETS: dict[str, tuple[Callable[..., Made], int]] = {
+    "DFM_S": (functools.partial(_dfm, DFM_S), 32),
+    "DFM_B": (functools.partial(_dfm, DFM_B), 32),
+    "DFM_L": (functools.partial(_dfm, DFM_L), 32),
+    "DFM_XL": (functools.partial(_dfm, DFM_XL), 32),
+    "snapgen_t2i": (functools.partial(_snapgen, snapgen_t2i), 64),
+    "snapgen_imagenet": (functools.partial(_snapgen, snapgen_imagenet), 64),
+    "snapgen_tiny": (functools.partial(_snapgen, snapgen_tiny), 16),
+    "snapgen_decoder": (_decoder, 64),
 }
 
 

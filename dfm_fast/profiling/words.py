@@ -12,11 +12,7 @@ if TYPE_CHECKING:
     from dfm_fast.profiling.comparisons import Comparison, Parity
     from dfm_fast.profiling.profiles import Profile, Row
 
-BOUNDS = {
-    "copy": "by memory",
-    "FLOPs": "by arithmetic",
-    "": "by neither memory nor arithmetic: it moves nothing",
-}
+BOUNDS = {"copy": "by memory", "FLOPs": "by arithmetic"}
 SPEEDS = {
     "copy": "a copy of as many bytes",
     "FLOPs": "a matrix product of as many FLOPs",
@@ -32,7 +28,7 @@ def summary(profile: Profile) -> str:
     whole = profile.operator_seconds + profile.outside_seconds
     lines = [_taken(profile, rows, whole), _largest(rows[0], whole)]
     farthest = max(rows, key=lambda row: row.above_floor)
-    if farthest.above_floor and farthest is not rows[0]:
+    if farthest.above_floor > 0.01 * whole and farthest is not rows[0]:
         lines.append(_farthest(farthest, whole))
     lines += [_floor(profile, rows, whole), str(profile.ceilings)]
     return "\n".join(lines)
@@ -48,18 +44,25 @@ def _taken(profile: Profile, rows: list[Row], whole: float) -> str:
 
 
 def _largest(row: Row, whole: float) -> str:
-    said = f"The largest cost is {row.name}: {row.seconds / whole:.0%} of the time in "
-    said += f"{counted(row.calls, 'call')}, bound {BOUNDS[row.bound]}"
-    if not row.bound:
-        return f"{said}."
-    return f"{said}, at {_fraction(row)} of the speed of {SPEEDS[row.bound]}; {_left(row, whole)}."
+    calls = counted(row.calls, "call")
+    return f"The largest cost is {row.name}: {_cost(row, whole)} in {calls}{_limits(row, whole)}."
 
 
 def _farthest(row: Row, whole: float) -> str:
-    return (
-        f"Farthest above its floor is {row.name}: {row.seconds / whole:.0%} of the time, bound "
-        f"{BOUNDS[row.bound]}, at {_fraction(row) if row.bound else 'none'}; {_left(row, whole)}."
-    )
+    return f"Farthest above its floor is {row.name}: {_cost(row, whole)}{_limits(row, whole)}."
+
+
+def _cost(row: Row, whole: float) -> str:
+    return f"{row.seconds / whole:.0%} of the time"
+
+
+def _limits(row: Row, whole: float) -> str:
+    """What binds it, and how far it is from that."""
+    if not row.bound:
+        return f", though it moves and computes nothing; {_left(row, whole)}"
+    reached = of_limit(row).partition(" ")[0]
+    bound = f", bound {BOUNDS[row.bound]}, at {reached} of the speed of {SPEEDS[row.bound]}"
+    return f"{bound}; {_left(row, whole)}"
 
 
 def _left(row: Row, whole: float) -> str:
@@ -68,15 +71,11 @@ def _left(row: Row, whole: float) -> str:
     return f"at most {row.above_floor / whole:.0%} of the whole could be saved there"
 
 
-def _fraction(row: Row) -> str:
-    return of_limit(row).partition(" ")[0]
-
-
 def _floor(profile: Profile, rows: list[Row], whole: float) -> str:
     floor = sum(row.floor for row in rows)
     return (
         f"With every operator at its floor it would take {ms(floor)}, {floor / whole:.0%} of "
-        "the time; less only with fewer or larger operators."
+        "the time; less only with fewer operators, fused ones."
     )
 
 
