@@ -5,12 +5,13 @@ from torch import nn
 
 
 def layers(channels=8):
-    """A norm with SiLU and a depthwise convolution, which `accelerate` swaps."""
+    """A norm with SiLU and a depthwise convolution, which `accelerate` swaps, and dropout."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, channels, 3, padding=1),
         nn.GroupNorm(4, channels),
         nn.SiLU(),
+        nn.Dropout(0.5),
         nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
     )
 

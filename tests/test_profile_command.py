@@ -83,10 +83,12 @@ def test_inputs_of_a_dfm_fit_its_levels_and_table():
     assert all(p.any() for p in target.module.parameters())
 
 
-def test_a_users_model_as_it_is_and_accelerated():
+@pytest.mark.parametrize("train", [False, True])
+def test_a_users_model_as_it_is_and_accelerated(train):
+    """Dropout in training draws the same in both."""
     target = targets.load("profiled:with_inputs", 1, None, CPU, None)
     weight = target.module[0].weight
-    found = comparisons.compare(target, train=False, before=True, seconds=0)
+    found = comparisons.compare(target, train=train, before=True, seconds=0)
     names = [{c.name for c in side.profile.calls} for side in sides(found)]
     assert {"aten::native_group_norm", "aten::silu"} <= names[0]
     assert "dfm_fast::group_norm_silu" in names[1]
