@@ -401,7 +401,7 @@ def test_importing_the_library_loads_nothing_of_it_that_takes_time():
     code = """
 import sys, dfm_fast
 assert callable(dfm_fast.profile)
-for name in ("matplotlib", "PIL", "dfm_fast.models", "dfm_fast.profiling.ceilings"):
+for name in ("matplotlib", "PIL", "dfm_fast.models", "dfm_fast.profiling.recorder"):
     assert name not in sys.modules, name
 """
     result = run_python("-c", code)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from dfm_fast import _checks
-from dfm_fast.profiling.recorder import Call, Recorder, unseen_seconds, with_kernels
 
 if TYPE_CHECKING:
     from dfm_fast.profiling.ceilings import Ceilings
+    from dfm_fast.profiling.recorder import Call, Recorder
 
 BY = ("operator", "shape")
 
@@ -71,6 +71,8 @@ class Profile:
     # --- The block ---
 
     def __enter__(self) -> Self:
+        from dfm_fast.profiling.recorder import Recorder
+
         if self._recorder is not None:
             _fail("block", "one block for each profile", "a second one")
         if torch.autograd._profiler_enabled():
@@ -86,6 +88,8 @@ class Profile:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        from dfm_fast.profiling.recorder import unseen_seconds, with_kernels
+
         if self._recorder.device == "cuda":
             torch.cuda.synchronize()
         wall = time.perf_counter() - self._start
