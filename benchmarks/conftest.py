@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import harness, records
 from benchmarks.harness import Row, Say, measure
+from dfm_fast.profiling.clocks import synchronised
 
 LOCAL = Path(__file__).parent / "results" / "local"
 
@@ -126,17 +127,6 @@ def measure_fixture(
         benchmark.group = row.op
         benchmark.extra_info.update(records.rounded(record))
         benchmark.pedantic(synchronised(call, session.device), rounds=15, warmup_rounds=2)
-
-    return run
-
-
-def synchronised(call: Callable[[], Any], device: str) -> Callable[[], Any]:
-    if device == "cpu":
-        return call
-
-    def run() -> None:
-        call()
-        torch.cuda.synchronize()
 
     return run
 

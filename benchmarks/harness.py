@@ -32,7 +32,9 @@ import torch._functorch.config
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from benchmarks.clocks import (
+from benchmarks.shapes import GOALS
+from benchmarks.turns import turn
+from dfm_fast.profiling.clocks import (
     Sampler,
     clock_of,
     count_launches,
@@ -43,16 +45,12 @@ from benchmarks.clocks import (
     plain_call_ms,
     settled,
 )
-from benchmarks.shapes import GOALS
-from benchmarks.turns import turn
+from dfm_fast.profiling.comparisons import LOOSE
 
 # Compiled graphs may be walked backward more than once only where Inductor does not reuse buffers.
 torch._functorch.config.donated_buffer = False
 
 Say = Callable[..., None]  # say(text, end=): progress, as print takes it
-# Relative L2 distance from the float64 reference, over which a rival computes something else.
-# cuDNN convolves float32 in TF32 by default: rivals run as their users run them.
-LOOSE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 NOT_RIVALS = ("ours", "copy", "eager", "compiled", "float32")
 
 

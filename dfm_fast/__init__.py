@@ -6,6 +6,7 @@ from dfm_fast._library import load_extension as _load_extension
 from dfm_fast._version import __version__
 from dfm_fast.acceleration import AccelerateReport, accelerate, restore
 from dfm_fast.ops import *  # noqa: F403
+from dfm_fast.profiling import profile
 
 __all__ = [
     "AccelerateReport",
@@ -13,6 +14,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "backends",
+    "profile",
     "restore",
     *ops.__all__,
 ]

@@ -9,8 +9,8 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # `benchmarks` is not installed
 
 from benchmarks import activation_bytes as counting
-from benchmarks.clocks import allocations
 from dfm_fast._library import INTERPRET
+from dfm_fast.profiling.clocks import allocations
 
 BF16 = torch.bfloat16
 

@@ -19,8 +19,8 @@ from helpers import ROOT
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # `benchmarks` is not installed
 
 from benchmarks import bench_pyramids, harness, photographs, records, shapes, turns
-from benchmarks.clocks import crowd, interleave
 from dfm_fast._library import OPERATORS
+from dfm_fast.profiling.clocks import crowd, interleave
 
 
 def halve(x):

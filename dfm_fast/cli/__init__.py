@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a DFM transformer on images, videos or latents",
     "snapgen": "train a SnapGen UNet on classes, against a teacher, or to a few steps",
     "sample": "pictures from a trained model",
+    "profile": "where a model's time goes, with and without this library's kernels",
     "report": "turn benchmark results into a table, plots and an HTML page",
 }
 PASSES_ON = (

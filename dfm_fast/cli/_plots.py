@@ -31,6 +31,10 @@ def write(record: dict[str, Any], out: Path) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
+    path.write_bytes(png(figure))
+
+
+def png(figure: Figure) -> bytes:
     """At the best resolution that keeps the file under the limit; 64 colours are enough."""
     for dpi in (140, 110, 80, 60):
         data, small = io.BytesIO(), io.BytesIO()
@@ -39,7 +43,7 @@ def save(figure: Figure, path: Path) -> None:
         image.save(small, "PNG", optimize=True)
         if small.tell() <= LIMIT:
             break
-    path.write_bytes(small.getvalue())
+    return small.getvalue()
 
 
 def canvas(record: dict[str, Any], title: str, inches_per_row: float) -> tuple[Figure, Axes]:

@@ -82,7 +82,7 @@ def plain_forward(
                 given[s] = x * c_in.view(-1, *[1] * (x.ndim - 1))
     x = embed(model, given)
     rotary = model._rotary(grid, x.device) if model.positions == "rope" else None
-    x = x if rotary is not None else x + model._position_table(grid)
+    x = x if rotary is not None else (x + model._position_table(grid)).to(x.dtype)
     c, dim = condition(model, t, active, y), model.hidden_size
     rows = model.modulation.weight.split(dim), model.modulation.bias.split(dim)
 

@@ -29,6 +29,18 @@ def wall_clock(call: Callable[[], Any]) -> Sampler:
     return sample
 
 
+def synchronised(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """The call, which on a GPU ends when its kernels have."""
+    if device == "cpu":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return run
+
+
 def settled(sample: Sampler, seconds: float = 0.01) -> Sampler:
     """The sampler after a pause. torch's threads spin some milliseconds after their work, and would
     take half the machine from a library with threads of its own (measured: OpenCV 13.4 ms straight
