@@ -19,7 +19,6 @@ from dfm_fast.training.datasets import DataConfig, open_dataset
 from dfm_fast.training.decoders import (
     DecoderConfig,
     DecoderModelConfig,
-    DecoderRecipe,
     balance,
     train_decoder,
 )
@@ -30,6 +29,7 @@ from dfm_fast.training.discriminators import (
 )
 from dfm_fast.training.encoders import Autoencoder, EncodeConfig, encode
 from dfm_fast.training.monitors import NotFinite
+from dfm_fast.training.recipes import ModelRecipe
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.skipif(INTERPRET, reason="no kernels in it")
@@ -250,14 +250,14 @@ def test_a_signal_saves_and_stops(tmp_path, autoencoder, data):
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, autoencoder, data, monkeypatch):
     config = config_for(tmp_path, autoencoder, data, save_every=2)
-    write = DecoderRecipe.write
+    write = ModelRecipe.write
 
     def full(self, folder):
         if "step-00000004" in str(folder):
             raise OSError("disk full")
         write(self, folder)
 
-    monkeypatch.setattr(DecoderRecipe, "write", full)
+    monkeypatch.setattr(ModelRecipe, "write", full)
     with pytest.raises(CheckpointError, match=r"disk full.*last good checkpoint: .*step-00000002"):
         train_decoder(config)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from helpers import ROOT, run_python, torchrun
 
 from dfm_fast._library import INTERPRET
-from dfm_fast.training import distributed, loop, orders, pictures, saved
+from dfm_fast.training import distributed, loop, orders, pictures, recipes, saved
 from dfm_fast.training.checkpoints import CheckpointError, Checkpoints, reason
 from dfm_fast.training.config import FlowConfig, ModelConfig, OptimizerConfig, preset
 from dfm_fast.training.monitors import Board, NotFinite, Report
@@ -302,7 +302,7 @@ def test_tensorboards_own_file_may_be_cut_off(whole, tmp_path):
 
 
 def test_an_export_that_cannot_be_written_names_the_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.recipes, "export", failing("No space left", "model"))
+    monkeypatch.setattr(recipes, "export", failing("No space left", "model"))
     message = r"could not write .*model: OSError: .*No space left.* weights are in .*step-00000001"
     with pytest.raises(RunError, match=message):
         loop.train(tiny(tmp_path, steps=1))
@@ -425,14 +425,16 @@ def test_speed_is_of_the_steps_and_the_last_window_is_written(tmp_path):
     board.writer.add_scalar = lambda name, value, step: written.update({(name, step): value})
     board.since = 100.0
     for step in range(1, 6):
-        board.step(Report(step, float(step), [1.0], 1.0, 1e-3, 100.0 + 0.5 * step), 8)
-    board.step(Report(6, 6.0, [1.0], 1.0, 1e-3, 103.0), 8)
-    board.step(Report(7, 7.0, [1.0], 1.0, 1e-3, 103.5), 8)
+        terms = {"level_1": float(step)} if step % 4 == 1 else {}
+        board.step(Report(step, float(step), terms, 1.0, 1e-3, 100.0 + 0.5 * step), 8)
+    board.step(Report(6, 6.0, {}, 1.0, 1e-3, 103.0), 8)
+    board.step(Report(7, 7.0, {}, 1.0, 1e-3, 103.5), 8)
     board.pause()  # a checkpoint, and the end: nothing was trained since
     board.close()
     speeds = {step: value for (name, step), value in written.items() if "images" in name}
     assert speeds == pytest.approx({2: 16, 4: 16, 6: 16})
     assert [written["loss", step] for step in (2, 4, 6, 7)] == [1.5, 3.5, 5.5, 7.0]
+    assert {s: v for (name, s), v in written.items() if name == "loss/level_1"} == {2: 1, 6: 5}
 
 
 # --- Ranks ---

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +13,22 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def parse(kind: type[T], args: list[str], **options: Any) -> T:
-    """The dataclass from its command line; `options` are tyro's."""
+def _tyro() -> Any:
     try:
         import tyro
     except ImportError as error:
         raise ImportError(f"expected tyro for the command line, got none: {error}") from error
-    return tyro.cli(kind, args=args, **options)
+    return tyro
+
+
+def parse(kind: type[T], args: list[str], **options: Any) -> T:
+    """The dataclass from its command line; `options` are tyro's."""
+    return _tyro().cli(kind, args=args, **options)
+
+
+def without_out(config: T) -> T:
+    """Defaults whose `out` has to be given."""
+    return dataclasses.replace(config, out=_tyro().MISSING)
 
 
 def reported(prog: str, call: Callable[[], None]) -> int:
@@ -34,6 +45,30 @@ def reported(prog: str, call: Callable[[], None]) -> int:
     except (RunError, OSError) as error:
         return _told(prog, error, 1)
     return 0
+
+
+def ended(outcome: Any, what: str, folder: Path) -> None:
+    """Say how a run ended, once: `what` it has written to `folder`."""
+    if int(os.environ.get("RANK", 0)):
+        return
+    if outcome.stopped_by:
+        print(
+            f"stopped at step {outcome.step} by {outcome.stopped_by}, saved {outcome.checkpoint}; "
+            "--resume goes on from there"
+        )
+    else:
+        print(f"trained {outcome.step} steps; the {what}: {folder}")
+
+
+def saved_in(kind: type[T], out: Path | None, resume: bool) -> T | None:
+    """The configuration of a folder that is resumed, if there is one."""
+    from dfm_fast.training import loop
+    from dfm_fast.training.config import from_json
+    from dfm_fast.training.outputs import read_json
+
+    if not (resume and out is not None and (out / loop.CONFIG).exists()):
+        return None
+    return from_json(kind, read_json(out / loop.CONFIG))
 
 
 def out_of(args: list[str]) -> Path | None:

@@ -25,13 +25,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(resume: bool, rest: list[str]) -> None:
     from dfm_fast.training import loop
-    from dfm_fast.training.config import from_json
     from dfm_fast.training.decoders import DecoderConfig, DecoderReport, train_decoder
-    from dfm_fast.training.outputs import read_json
 
-    out, options = _configs.out_of(rest), {"prog": PROG, "description": DESCRIPTION}
-    if resume and out is not None and (out / loop.CONFIG).exists():
-        options["default"] = from_json(DecoderConfig, read_json(out / loop.CONFIG))
+    base = _configs.saved_in(DecoderConfig, _configs.out_of(rest), resume)
+    options = {"prog": PROG, "description": DESCRIPTION}
+    options |= {} if base is None else {"default": base}
     config = _configs.parse(DecoderConfig, rest, **options)
 
     def tell(report: DecoderReport) -> None:
@@ -40,7 +38,4 @@ def _run(resume: bool, rest: list[str]) -> None:
             print(values, flush=True)
 
     outcome = train_decoder(config, resume=resume, on_step=tell)
-    if outcome.stopped_by:
-        print(f"stopped by {outcome.stopped_by}, saved {outcome.checkpoint}; --resume goes on")
-    else:
-        print(f"trained {outcome.step} steps; the decoder: {config.out / loop.EXPORT}")
+    _configs.ended(outcome, "decoder", config.out / loop.EXPORT)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import os
 
 from dfm_fast.cli import _configs
 
 PROG = "dfm-fast snapgen"
-EVERY = 50  # steps between lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,41 +26,21 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> None:
     from dfm_fast.training import loop
     from dfm_fast.training.snapgen import train_snapgen
-    from dfm_fast.training.students import DistillationReport
 
     config = _parse(args.preset, args.resume, args.rest)
-
-    main = int(os.environ.get("RANK", 0)) == 0
-
-    def tell(report: DistillationReport) -> None:
-        if main and (report.step % EVERY == 0 or report.step in (1, config.steps)):
-            told = {name: value for name, value in vars(report).items() if value}
-            print("  ".join(f"{name} {value:.4g}" for name, value in told.items()), flush=True)
-
-    outcome = train_snapgen(config, resume=args.resume, on_step=tell)
-    if not main:
-        return
-    if outcome.stopped_by:
-        print(f"stopped by {outcome.stopped_by}, saved {outcome.checkpoint}; --resume goes on")
-    else:
-        print(f"trained {outcome.step} steps; the pipeline: {config.out / loop.EXPORT}")
+    _configs.ended(train_snapgen(config, resume=args.resume), "pipeline", config.out / loop.EXPORT)
 
 
 def _parse(preset: str | None, resume: bool, rest: list[str]):
     """The configuration of a preset, or of the folder that is resumed, with changes."""
-    from dfm_fast.training import loop, snapgen
-    from dfm_fast.training.config import from_json
-    from dfm_fast.training.outputs import read_json
+    from dfm_fast.training import snapgen
 
-    out = _configs.out_of(rest)
-    options = {"prog": PROG, "description": _description(list(snapgen.PRESETS))}
-    if resume and out is not None and (out / loop.CONFIG).exists():
-        base = from_json(snapgen.SnapGenConfig, read_json(out / loop.CONFIG))
-        return _configs.parse(snapgen.SnapGenConfig, rest, default=base, **options)
-    import tyro
-
-    base = dataclasses.replace(snapgen.preset(preset or "digits", ""), out=tyro.MISSING)
-    return _configs.parse(snapgen.SnapGenConfig, rest, default=base, **options)
+    kind = snapgen.SnapGenConfig
+    base = _configs.saved_in(kind, _configs.out_of(rest), resume)
+    if base is None:
+        base = _configs.without_out(snapgen.preset(preset or "digits", ""))
+    description = _description(list(snapgen.PRESETS))
+    return _configs.parse(kind, rest, default=base, prog=PROG, description=description)
 
 
 def _description(presets: list[str]) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import os
 from pathlib import Path
 from typing import get_args
 
@@ -31,38 +29,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dfm_fast.training import distributed
 
-    return distributed.leave(_status(args))
+    return distributed.leave(_configs.reported(PROG, lambda: _run(args)))
 
 
-def _status(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> None:
     from dfm_fast.training import loop
 
-    def call() -> None:
-        config = parse(args.preset, args.resume, args.rest)
-        _tell(loop.train(config, resume=args.resume), config)
-
-    return _configs.reported(PROG, call)
+    config = parse(args.preset, args.resume, args.rest)
+    _configs.ended(loop.train(config, resume=args.resume), "model", config.out / loop.EXPORT)
 
 
 def parse(preset: str | None, resume: bool, rest: list[str]):
     """The configuration of a preset, or of the folder that is resumed, with changes."""
-    try:
-        import tyro
-    except ImportError as error:
-        raise ImportError(f"expected tyro for the command line, got none: {error}") from error
-    from dfm_fast.training import config, loop
+    from dfm_fast.training import config
     from dfm_fast.training.datasets import Name
-    from dfm_fast.training.outputs import read_json
 
     out, data = _early(rest)
-    saved = out / loop.CONFIG if out else None
-    if resume and saved is not None and saved.exists():
-        base = config.from_json(config.TrainConfig, read_json(saved))
-    else:
+    base = _configs.saved_in(config.TrainConfig, out, resume)
+    if base is None:
         known = data if data in get_args(Name) else None  # else tyro names the choices
-        base = dataclasses.replace(config.preset_for(preset, known), out=tyro.MISSING)
+        base = _configs.without_out(config.preset_for(preset, known))
     description = DESCRIPTION.format(presets=", ".join(config.PRESETS))
-    return tyro.cli(config.TrainConfig, default=base, args=rest, prog=PROG, description=description)
+    options = {"default": base, "prog": PROG, "description": description}
+    return _configs.parse(config.TrainConfig, rest, **options)
 
 
 def _early(rest: list[str]) -> tuple[Path | None, str | None]:
@@ -72,17 +61,3 @@ def _early(rest: list[str]) -> tuple[Path | None, str | None]:
     parser.add_argument("--data.name", dest="data")
     found = parser.parse_known_args(rest)[0]
     return found.out, found.data
-
-
-def _tell(outcome, config) -> None:
-    from dfm_fast.training import loop
-
-    if int(os.environ.get("RANK", 0)):
-        return
-    if outcome.stopped_by:
-        print(
-            f"stopped at step {outcome.step} by {outcome.stopped_by}, saved {outcome.checkpoint}; "
-            "--resume goes on from there"
-        )
-    else:
-        print(f"trained {outcome.step} steps; the model: {config.out / loop.EXPORT}")

@@ -59,7 +59,7 @@ class SeparableConv2d(nn.Module):
         return separable_conv2d(
             x,
             self.depthwise.weight,
-            self.pointwise.weight,
+            _narrow(self.pointwise.weight, x),
             self.pointwise.bias,
             shift,
             residual,
@@ -177,4 +177,10 @@ class UpsampleConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, O, 2H, 2W]."""
-        return upsample_conv2d(x, self.weight, self.bias)
+        bias = None if self.bias is None else _narrow(self.bias, x)
+        return upsample_conv2d(x, _narrow(self.weight, x), bias)
+
+
+def _narrow(weight: Tensor, x: Tensor) -> Tensor:
+    """Under autocast in the dtype of x, as torch's own convolutions have it."""
+    return weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -114,17 +114,20 @@ class OptimizerConfig:
     """Share that the average of the weights keeps at a step; at first no more than
     (1 + step) / (10 + step)."""
 
+    def group(self, parameters: Iterable[Any]) -> dict[str, Any]:
+        """Arguments of torch's AdamW."""
+        options = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
+        return {"params": list(parameters), **options}
+
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Train a DFM transformer."""
+class RunConfig:
+    """What every run of the loop has."""
 
     out: Path
     """Folder of checkpoints, logs, sample grids and the exported model."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    flow: FlowConfig = field(default_factory=FlowConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     steps: int = 400_000
@@ -157,6 +160,14 @@ class TrainConfig:
     """Steps between sample grids; 0 is never."""
 
     sample_count: int = 40
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Train a DFM transformer."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
 
     init: Path | None = None
     """Folder of weights to begin with: a saved or exported model, or a run. A model of fewer levels
@@ -250,6 +261,18 @@ def preset_for(name: str | None, data: str | None) -> TrainConfig:
 def check(config: TrainConfig, world_size: int) -> None:
     """Raise ValueError where numbers make no sense; those of the model and the flow are theirs."""
     op = "train"
+    check_run(op, config, world_size)
+    for section in ("model", "flow"):
+        _check_numbers(op, section, getattr(config, section))
+    levels, steps = len(config.model.patch_sizes), config.flow.sample_steps
+    if steps and len(steps) != levels:
+        _checks.fail(op, "flow.sample_steps", f"{levels} numbers, one per level", steps)
+    for n in steps:
+        _checks.integer(op, "flow.sample_steps", n, 1)
+
+
+def check_run(op: str, config: RunConfig, world_size: int) -> None:
+    """The part that all runs share."""
     for name, least in (
         ("steps", 0), ("batch", 1), ("accumulate", 1), ("workers", 0), ("save_every", 1),
         ("keep", 1), ("log_every", 1), ("sample_every", 0), ("sample_count", 1), ("seed", 0),
@@ -260,13 +283,6 @@ def check(config: TrainConfig, world_size: int) -> None:
         expected = f"a multiple of {parts} ({world_size} ranks x accumulate {config.accumulate})"
         _checks.fail(op, "batch", expected, config.batch)
     check_optimizer(op, config.optimizer)
-    for section in ("model", "flow"):
-        _check_numbers(op, section, getattr(config, section))
-    levels, steps = len(config.model.patch_sizes), config.flow.sample_steps
-    if steps and len(steps) != levels:
-        _checks.fail(op, "flow.sample_steps", f"{levels} numbers, one per level", steps)
-    for n in steps:
-        _checks.integer(op, "flow.sample_steps", n, 1)
 
 
 def check_optimizer(op: str, options: OptimizerConfig) -> None:

@@ -34,7 +34,7 @@ from dfm_fast import _checks
 from dfm_fast.models import SnapGenDecoder
 from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.ops._philox import fold
-from dfm_fast.training import orders, recipes
+from dfm_fast.training import orders
 from dfm_fast.training.checkpoints import Checkpoints, load, step_of
 from dfm_fast.training.config import to_json
 from dfm_fast.training.datasets import DataConfig, Dataset, open_dataset
@@ -48,6 +48,7 @@ from dfm_fast.training.encoders import Autoencoder
 from dfm_fast.training.latents import Latents
 from dfm_fast.training.loop import CHECKPOINTS, CONFIG, EXPORT, Outcome
 from dfm_fast.training.monitors import NotFinite, caught_signals
+from dfm_fast.training.recipes import ModelRecipe
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]  # pictures in [-1, 1] -> distances
 LARGEST = 1e4  # lambda, as VQGAN's
@@ -126,25 +127,6 @@ class DecoderReport:
     discriminator: float
     balance: float  # lambda
     grad_norm: float  # of the decoder, before it was clipped
-
-
-@dataclass(frozen=True)
-class DecoderRecipe:
-    """What a checkpoint's weights are."""
-
-    model: dict[str, Any]  # arguments of SnapGenDecoder
-
-    def write(self, folder: Path) -> None:
-        text = json.dumps({"model": self.model}, indent=2) + "\n"
-        write_bytes(folder / recipes.NAME, text.encode())
-
-    def check_same(self, where: Path) -> None:
-        """Raise one ValueError that names what a checkpoint has and this run has not."""
-        saved = json.loads((where / recipes.NAME).read_text())["model"]
-        names = sorted(saved.keys() | self.model.keys())
-        pairs = [(name, saved.get(name), self.model.get(name)) for name in names]
-        if wrong := [f"{name}: saved {a}, now {b}" for name, a, b in pairs if a != b]:
-            raise ValueError(f"train_decoder: {where} does not fit this run: " + "; ".join(wrong))
 
 
 # --- Losses ---------------------------------------------------------------------------------------
@@ -277,7 +259,7 @@ class Run:
         self.dataset, arguments = self._source()
         torch.manual_seed(config.seed)
         self.decoder = SnapGenDecoder(**arguments).to(self.device).train()
-        self.recipe = DecoderRecipe(dict(self.decoder.config))
+        self.recipe = ModelRecipe("train_decoder", dict(self.decoder.config))
         self.discriminator = PatchDiscriminator(width=config.discriminator_width).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.decoder.parameters(), config.lr, (0.9, 0.99), weight_decay=0.0

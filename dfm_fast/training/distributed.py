@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,13 +93,13 @@ def leave(status: int) -> int:
     os._exit(status)
 
 
-def wrap(model: nn.Module, kind: str, world: World, compile: bool) -> nn.Module:
-    """What the loss calls. "fsdp" shards the model itself, each block and then the rest."""
-    blocks = list(getattr(model, "blocks", ()))
+def wrap(model: nn.Module, kind: str, world: World, compiled: Iterable[nn.Module]) -> nn.Module:
+    """What the loss calls. "fsdp" shards the model itself, each block and then the rest. Of the
+    networks in it, those to be compiled are, in place."""
     sharded = world.size > 1 and kind == "fsdp"
-    if compile:
+    for network in compiled:
         # FSDP2 gathers a block's weights before it: between blocks, graphs have to end.
-        for module in blocks if sharded else [model]:
+        for module in (_blocks(network) if sharded else ()) or [network]:
             module.compile()
     if world.size == 1:
         return model
@@ -120,9 +121,22 @@ def shard(model: nn.Module, world: World) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for block in getattr(model, "blocks", ()):
+    for block in _blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Of a transformer, or of those in a model: whose weights nothing else reads. A UNet has none
+    such, as keys, values and time shifts of all its blocks are made at once."""
+    lists = (getattr(module, "blocks", None) for module in model.modules())
+    return [b for blocks in lists if isinstance(blocks, nn.ModuleList) for b in blocks]
+
+
+def hollow(module: nn.Module) -> nn.Module:
+    """A copy without memory, to load weights into."""
+    meta = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in module.parameters()}
+    return copy.deepcopy(module, meta)
 
 
 def local_parameters(model: nn.Module) -> list[Tensor]:

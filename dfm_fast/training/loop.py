@@ -1,6 +1,10 @@
 """The training loop. A step is a function of the configuration, the weights and its number: data
 order, flips, dropped labels, noise, t and stages come from (seed, position). So a resumed run goes
-on as if it had never stopped, on any number of ranks and with any number of parts of a batch."""
+on as if it had never stopped, on any number of ranks and with any number of parts of a batch.
+
+What is trained, and by which losses, is a `Task`'s matter: a DFM transformer's (`dfm`, `train`) or
+that of a network with one level (`students`).
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ import copy
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +27,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import Dataset
 
 from dfm_fast import _checks
 from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.ops._philox import fold
-from dfm_fast.training import distributed, orders, outputs, pictures, recipes, saved
-from dfm_fast.training.checkpoints import Checkpoints, load, reason
-from dfm_fast.training.config import OptimizerConfig, TrainConfig, check, to_json
-from dfm_fast.training.datasets import open_dataset
+from dfm_fast.training import distributed, orders, outputs, pictures
+from dfm_fast.training.checkpoints import Checkpoints, Written, load, reason
+from dfm_fast.training.config import (
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    check,
+    to_json,
+)
+from dfm_fast.training.datasets import DataConfig, Dataset, open_dataset
+from dfm_fast.training.dfm import DFM
 from dfm_fast.training.distributed import World
-from dfm_fast.training.monitors import Board, NotFinite, Report, Reports, caught_signals
+from dfm_fast.training.monitors import LOSS, Board, NotFinite, Report, Reports, caught_signals
 from dfm_fast.training.outputs import RunError
-from dfm_fast.training.recipes import Recipe
 
 CONFIG, CHECKPOINTS, EXPORT = "config.json", "checkpoints", "model"
 
@@ -64,6 +73,53 @@ class Outcome:
     stopped_by: str | None = None  # a signal
 
 
+class Rows(NamedTuple):
+    """Where samples are: rows start, start + 1, ... of a step's batch."""
+
+    seed: int  # the step's, of its noise
+    start: int
+    batch: int  # of all ranks
+    position: int  # of the first one, in the run
+
+
+class Task(Protocol):
+    """What a run trains.
+
+    Attributes:
+        dataset: of (x, label); what is dropped has the label num_classes.
+        class_dropout: chance of that.
+        recipe: what the weights are, for checkpoints.
+        model: what is trained; ranks share its gradients, so `losses` has to call it.
+        averaged: the model or a module of its modules: what an average is kept of, and exported.
+        networks: those that `compile` compiles.
+    """
+
+    dataset: Dataset
+    class_dropout: float
+    recipe: Written
+    model: nn.Module
+    averaged: nn.Module
+    networks: Sequence[nn.Module]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """AdamW's. The first one's learning rate and clipping are the configuration's."""
+
+    def losses(
+        self, model: nn.Module, x: Tensor, labels: Tensor, rows: Rows
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of each sample, [n]: the loss, and the terms that are reported, without a graph. `model`
+        is the task's, or its wrapper; x lies on its device, labels on the host."""
+
+    def counts(self, batch: int, seed: int) -> Mapping[str, int]:
+        """Samples of the step's batch that have a term, where not all have it."""
+
+    def sample(self, average: nn.Module, count: int) -> tuple[Tensor, int | None]:
+        """Samples [count, C, (T,) H, W], and how many to a line."""
+
+    def export(self, average: nn.Module, folder: Path) -> None:
+        """Write the averaged weights."""
+
+
 def train(
     config: TrainConfig,
     *,
@@ -87,46 +143,67 @@ def train(
     """
     world = world or distributed.start(config.device)
     check(config, world.size)
-    with outputs.held("train", config.out, world):
+
+    def make(last: Path | None) -> Task:
+        return DFM(config, world, opened(config.data, world), last)
+
+    return run("train", config, make, world, resume=resume, on_step=on_step)
+
+
+def run(
+    op: str,
+    config: RunConfig,
+    make: Callable[[Path | None], Task],
+    world: World,
+    *,
+    resume: bool,
+    on_step: Callable[[Report], None] | None,
+) -> Outcome:
+    """Train the task that `make` makes, of the checkpoint that is resumed, if any. `op` is what
+    errors name; otherwise as `train`."""
+    with outputs.held(op, config.out, world):
         checkpoints = Checkpoints(config.out / CHECKPOINTS, config.keep, world)
-        if not resume and (last := checkpoints.latest()) is not None:
-            _checks.fail("train", "out", "a new folder, or --resume", f"one with {last.name}")
-        run = Run(config, world, checkpoints)
+        last = checkpoints.latest()
+        if not resume and last is not None:
+            _checks.fail(op, "out", "a new folder, or --resume", f"one with {last.name}")
+        going = Run(config, world, checkpoints, make(last))
         try:
             with caught_signals() as signals:
-                return run.train(signals, on_step)
+                return going.train(signals, on_step)
         finally:
-            run.board.close()
+            going.board.close()
+
+
+def opened(config: DataConfig, world: World) -> Dataset:
+    """What is trained on."""
+    with warnings.catch_warnings():
+        if not world.main:  # what is wrong with the data is told once
+            warnings.simplefilter("ignore")
+        return open_dataset(config, "train")
 
 
 class Run:
     """A run's model, average, optimizer and place."""
 
-    def __init__(self, config: TrainConfig, world: World, checkpoints: Checkpoints) -> None:
-        self.config, self.world, self.checkpoints = config, world, checkpoints
-        self.dataset = _opened(config, world)
-        last = checkpoints.latest()
-        self.recipe = self._recipe(last)
-        torch.manual_seed(config.seed)
-        model = self.recipe.build_model()
-        if last is None and config.init is not None:
-            model.load_state_dict(saved.initial(config.init, self.recipe))
-        self.model = model.to(world.device).train()
-        self.flow = self.recipe.build_flow(config.seed)
+    def __init__(
+        self, config: RunConfig, world: World, checkpoints: Checkpoints, task: Task
+    ) -> None:
+        self.config, self.world, self.checkpoints, self.task = config, world, checkpoints, task
+        self.model = task.model.to(world.device).train()
         # A model that FSDP2 has sharded cannot be copied: the average is, before.
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.wrapped = distributed.wrap(self.model, config.distribution, world, config.compile)
+        self.ema = copy.deepcopy(task.averaged).eval().requires_grad_(False)
+        self.whole = self.ema  # what is exported
+        self.wrapped = distributed.wrap(
+            self.model, config.distribution, world, task.networks if config.compile else ()
+        )
         self.sharded = world.size > 1 and config.distribution == "fsdp"
         if self.sharded:
+            self.whole = distributed.hollow(self.ema)
             distributed.shard(self.ema, world)
-        options = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), options.lr, options.betas,
-            weight_decay=options.weight_decay, fused=True,
-        )  # fmt: skip
+        self.optimizer = torch.optim.AdamW(task.groups(), fused=True)
         self.step, self.position = 0, 0  # steps done, samples seen
         self.reports = Reports()
-        if last is not None:
+        if (last := checkpoints.latest()) is not None:
             self._load(last)
         self.board = Board(
             config.out / "logs", self.step, config.steps, config.log_every, world.main
@@ -135,27 +212,6 @@ class Run:
             config.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(to_json(config), indent=2) + "\n"
             write_bytes(config.out / CONFIG, text.encode())
-
-    def _recipe(self, last: Path | None) -> Recipe:
-        before = Recipe.read(last) if last else None
-        std = None
-        if recipes.needs_std(self.config):
-            std = self._std(before, last)
-        recipe = recipes.recipe_of(self.config, self.dataset, std)
-        if before:
-            recipe.check_same(before, last)
-        return recipe
-
-    def _std(self, before: Recipe | None, last: Path | None) -> list[float]:
-        """Of the levels of the data: what the run began with, or measured."""
-        config = self.config
-        if before is None:
-            std = self.world.share(lambda: recipes.measure(config, self.dataset))
-            return std if config.init is None else saved.initial_std(config.init, std)
-        if before.measured is None:
-            name = "model.precondition" if config.model.precondition else "flow.standardise"
-            raise ValueError(f"train: {last} does not fit this run: {name}: saved false, now true")
-        return before.measured
 
     # --- Steps ---
 
@@ -167,10 +223,10 @@ class Run:
         )  # fmt: skip
         batches = orders.batches(self._loader(slices))
         while self.step < config.steps:
-            sums, active = self._step(batches, slices)
+            counts, sums = self._step(batches, slices)
             self._tell(on_step)  # of the step before
             lr = self.optimizer.param_groups[0]["lr"]
-            self.reports.put(self.step, lr, active, config.batch, sums)
+            self.reports.put(self.step, lr, counts, sums)
             stop = self.world.any(bool(signals))
             done = self.step == config.steps
             if stop or done or self.step % config.save_every == 0:
@@ -196,46 +252,52 @@ class Run:
                 on_step(report)
 
     def _loader(self, slices: orders.Slices) -> torch.utils.data.DataLoader:
-        config, classes = self.config, self.recipe.num_classes
-        dropout = config.model.class_dropout if classes else 0.0
-        ordered = orders.Ordered(self.dataset, config.seed, config.data.flip, dropout, classes)
+        config, data = self.config, self.task.dataset
+        dropout = self.task.class_dropout if data.num_classes else 0.0
+        ordered = orders.Ordered(data, config.seed, config.data.flip, dropout, data.num_classes)
         return orders.loader(ordered, slices, config.workers, self.world.device.type == "cuda")
 
-    def _step(self, batches: Any, slices: orders.Slices) -> tuple[Tensor, list[int]]:
-        """(losses of the levels, summed over the batch of all ranks, and the gradients' norm; how
-        many samples have each level)"""
-        config, device = self.config, self.world.device
-        seed = fold(config.seed, self.step)
+    def _step(
+        self, batches: Iterator[tuple[Tensor, Tensor]], slices: orders.Slices
+    ) -> tuple[dict[str, int], Tensor]:
+        """(how many samples have the loss and each term; these, summed over the batch of all
+        ranks, and the gradients' norm)"""
+        config = self.config
+        seed, sums = fold(config.seed, self.step), {}
         # For what a model draws itself; the loop draws nothing from it.
         torch.manual_seed((seed + self.world.rank) % (1 << 63))
-        sums = torch.zeros(self.flow.num_levels, device=device)
         for part in range(config.accumulate):
-            x, y = next(batches)
-            x = x.to(device, non_blocking=True)
-            cond = {"y": y.to(device, non_blocking=True)} if self.recipe.num_classes else {}
-            narrow = torch.autocast(device.type, torch.bfloat16, config.precision == "bf16")
+            start = slices.start(part)
+            rows = Rows(seed, start, config.batch, self.position + start)
             with distributed.local_gradients(self.wrapped, part + 1 < config.accumulate):
-                with narrow:
-                    loss = self.flow.loss(
-                        self.wrapped, x, seed=seed, shard=(slices.start(part), config.batch),
-                        per_level=True, **cond,
-                    )  # fmt: skip
-                # Gradients are averaged over ranks: each has its share of the batch's mean.
-                (loss.sum() * (self.world.size / config.batch)).backward()
-            sums += loss.detach().sum(0)
+                for name, values in self._part(*next(batches), rows).items():
+                    sums[name] = sums.get(name, 0) + values.float().sum()
         norm = self._update()
         self.step, self.position = self.step + 1, self.position + config.batch
-        stages = self.flow.stages(config.batch, seed)
-        active = [sum(q >= s for q in stages) for s in range(self.flow.num_levels)]
-        return torch.cat((self.world.sum(sums), norm.reshape(1))), active
+        counts = {**dict.fromkeys(sums, config.batch), **self.task.counts(config.batch, seed)}
+        total = self.world.sum(torch.stack(list(sums.values())))
+        return counts, torch.cat((total, norm.reshape(1)))
+
+    def _part(self, x: Tensor, labels: Tensor, rows: Rows) -> dict[str, Tensor]:
+        """The loss and its terms, [n] each, of which the gradients are there."""
+        x = x.to(self.world.device, non_blocking=True)
+        with self._narrow():
+            loss, terms = self.task.losses(self.wrapped, x, labels, rows)
+        # Gradients are averaged over ranks: each has its share of the batch's mean.
+        (loss.sum() * (self.world.size / rows.batch)).backward()
+        return {LOSS: loss.detach(), **terms}
+
+    def _narrow(self) -> torch.autocast:
+        narrow = self.config.precision == "bf16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, narrow)
 
     def _update(self) -> Tensor:
         """The optimizer's step; the norm of the gradients before they were clipped."""
         lr = learning_rate(self.config.optimizer, self.step, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        first = self.optimizer.param_groups[0]
+        first["lr"] = lr
         limit = self.config.optimizer.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = nn.utils.clip_grad_norm_(first["params"], limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._average()
@@ -246,7 +308,7 @@ class Run:
         """The weights after the first step, then their moving average, at first over fewer steps:
         else the first weights are a fifth of it after 1500 steps at 0.999. (torch's AveragedModel
         copies its counter to the device, and waits, at every step.)"""
-        both = [distributed.local_parameters(m) for m in (self.ema, self.model)]
+        both = [distributed.local_parameters(m) for m in (self.ema, self.task.averaged)]
         if self.step == 0:
             torch._foreach_copy_(*both)
         else:
@@ -261,14 +323,12 @@ class Run:
             "ema": get_model_state_dict(self.ema),
             # Its groups are the configuration's.
             "optimizer": optimizer["state"],
-            "progress": {
-                "step": self.step, "position": self.position, "flow": self.flow.get_extra_state(),
-            },
-        }  # fmt: skip
+            "progress": {"step": self.step, "position": self.position},
+        }
 
     def save(self) -> Path:
         self._check_weights()
-        path = self.checkpoints.save(self.step, self._state(), self.recipe)
+        path = self.checkpoints.save(self.step, self._state(), self.task.recipe)
         self.board.pause()
         return path
 
@@ -292,24 +352,25 @@ class Run:
         optimizer = get_optimizer_state_dict(self.model, self.optimizer)
         optimizer["state"] = state["optimizer"]
         set_optimizer_state_dict(self.model, self.optimizer, optimizer)
-        progress = state["progress"]
-        self.step, self.position = progress["step"], progress["position"]
-        self.flow.set_extra_state({**progress["flow"], "seed": self.config.seed})
+        self.step, self.position = (state["progress"][name] for name in ("step", "position"))
 
     def _export(self) -> None:
         """The averaged weights as a folder of their own."""
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.ema, options=whole)
+        if self.sharded:
+            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(self.ema, options=whole)
+            if self.world.main:
+                self.whole.load_state_dict(weights, assign=True)
         error: OSError | None = None
         if self.world.main:
             try:
-                recipes.export(self.config.out / EXPORT, self.recipe, weights)
+                self.task.export(self.whole, self.config.out / EXPORT)
             except OSError as caught:
                 error = caught
         if self.world.any(error is not None):
             raise RunError(
                 f"could not write {self.config.out / EXPORT}: {reason(error)}; its weights are in "
-                f"{self.checkpoints.latest()}, which dfm-fast sample takes"
+                f"{self.checkpoints.latest()}"
             ) from error
 
     # --- Pictures ---
@@ -318,31 +379,13 @@ class Run:
         """A grid of the average. Sharded weights are gathered by all ranks."""
         if not (self.sharded or self.world.main):
             return
-        count, device = self.config.sample_count, self.world.device
-        labels = pictures.labels_of(self.recipe, count)
-        narrow = torch.autocast(device.type, torch.bfloat16, self.config.precision == "bf16")
-        with narrow:
-            x = pictures.sample(
-                self.ema, self.flow, self.recipe, labels, count, device=device,
-                cuda_graph=False,
-            )  # fmt: skip
+        with self._narrow():
+            x, columns = self.task.sample(self.ema, self.config.sample_count)
         if self.sharded:
             self.ema.reshard()  # which otherwise only a backward does
         if self.world.main:
-            image = pictures.grid(x, _columns(labels, count))
+            image = pictures.grid(x, columns)
             with self.board.optional("samples"):
                 pictures.write(self.config.out / "samples" / f"step-{self.step:08d}.png", image)
             self.board.picture("samples", image, self.step)
             self.board.pause()
-
-
-def _columns(labels: Tensor | None, count: int) -> int | None:
-    """One row per class."""
-    return None if labels is None else math.ceil(count / len(labels.unique()))
-
-
-def _opened(config: TrainConfig, world: World) -> Dataset:
-    with warnings.catch_warnings():
-        if not world.main:  # what is wrong with the data is told once
-            warnings.simplefilter("ignore")
-        return open_dataset(config.data, "train")

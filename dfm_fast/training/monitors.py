@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dfm_fast.training.orders import SIGNALS
 from dfm_fast.training.outputs import RunError
+
+LOSS = "loss"
 
 
 class NotFinite(RunError):
@@ -28,11 +30,11 @@ class Report:
     """What a step came to, over all ranks."""
 
     step: int  # of the first: 1
-    loss: float  # sum over levels, mean over the batch
-    levels: list[float]  # mean over samples that have the level active; nan where none has
-    grad_norm: float
+    loss: float  # mean over the batch
+    terms: dict[str, float]  # its parts, by name: means over the samples that have them
+    grad_norm: float  # before it was clipped
     lr: float
-    time: float = 0.0  # when it was done, by time.perf_counter
+    time: float = field(default=0.0, compare=False)  # when it was done, by time.perf_counter
 
 
 class Reports:
@@ -40,11 +42,11 @@ class Reports:
     on by then."""
 
     def __init__(self) -> None:
-        self.pending: tuple[int, float, list[int], Tensor, Any, float] | None = None
+        self.pending: tuple[int, float, dict[str, int], Tensor, Any, float] | None = None
 
-    def put(self, step: int, lr: float, active: list[int], batch: int, sums: Tensor) -> None:
-        """`sums` [L + 1]: the losses of the levels, summed over a batch, and the gradients' norm.
-        `active`: samples of the batch that have each level."""
+    def put(self, step: int, lr: float, counts: dict[str, int], sums: Tensor) -> None:
+        """`counts`: samples of the batch that have the loss and each term. `sums`
+        [len(counts) + 1]: these, summed over the batch, and the gradients' norm."""
         event = None
         if sums.is_cuda:
             sums = torch.empty_like(sums, device="cpu", pin_memory=True).copy_(
@@ -52,24 +54,23 @@ class Reports:
             )
             event = torch.cuda.Event()
             event.record()
-        self.batch = batch
-        self.pending = step, lr, active, sums, event, time.perf_counter()
+        self.pending = step, lr, counts, sums, event, time.perf_counter()
 
     def take(self) -> Report | None:
         """The last step that was put, if it was not taken yet. Raises NotFinite."""
         if self.pending is None:
             return None
-        step, lr, active, sums, event, done = self.pending
+        step, lr, counts, sums, event, done = self.pending
         self.pending = None
         if event is not None:
             event.synchronize()
             done = time.perf_counter()
-        *levels, norm = sums.tolist()
-        loss = sum(levels) / self.batch
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NotFinite(f"step {step}: loss {loss}, norm of the gradients {norm}")
-        means = [v / n if n else math.nan for v, n in zip(levels, active, strict=True)]
-        return Report(step, loss, means, norm, lr, done)
+        *values, norm = sums.tolist()
+        terms = {n: v / c for (n, c), v in zip(counts.items(), values, strict=True) if c}
+        if not all(map(math.isfinite, (*terms.values(), norm))):
+            shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
+            raise NotFinite(f"step {step}: {shown}, norm of the gradients {norm:g}")
+        return Report(step, terms.pop(LOSS), terms, norm, lr, done)
 
 
 class Board:
@@ -104,16 +105,15 @@ class Board:
     def _write(self) -> None:
         report = self.recent[-1]
         loss = sum(r.loss for r in self.recent) / len(self.recent)
-        scalars, told = {"loss": loss, "lr": report.lr}, f"loss {loss:.4f}"
+        scalars, told = {LOSS: loss, "lr": report.lr}, f"loss {loss:.4f}"
         if self.images:  # none since a pause: then there is no speed
             rate = self.images / max(report.time - self.since, 1e-9)
             scalars["images_per_second"], told = rate, f"{told}, {rate:.1f} images/s"
         self.bar.set_postfix_str(told, refresh=False)
         scalars["grad_norm"] = sum(r.grad_norm for r in self.recent) / len(self.recent)
-        for s in range(len(report.levels)):
-            seen = [r.levels[s] for r in self.recent if not math.isnan(r.levels[s])]
-            if seen:
-                scalars[f"loss/level_{s}"] = sum(seen) / len(seen)
+        for name in dict.fromkeys(name for r in self.recent for name in r.terms):
+            seen = [r.terms[name] for r in self.recent if name in r.terms]
+            scalars[f"{LOSS}/{name}"] = sum(seen) / len(seen)
         self.recent, self.images = [], 0
         self.since = max(self.since, report.time)
         with self.optional("logs"):

@@ -21,12 +21,17 @@ from dfm_fast.training.recipes import Recipe
 SHOWN = 64  # pixels that smaller pictures are enlarged to, by whole factors
 
 
-def labels_of(recipe: Recipe, count: int) -> Tensor | None:
+def labels_of(num_classes: int, count: int) -> Tensor | None:
     """`count` labels, class by class, of at most the first ten; None without classes."""
-    if not recipe.num_classes:
+    if not num_classes:
         return None
-    classes = min(recipe.num_classes, 10, count)
+    classes = min(num_classes, 10, count)
     return torch.arange(count) * classes // count
+
+
+def columns_of(labels: Tensor | None) -> int | None:
+    """Of a grid with a row per class."""
+    return None if labels is None else math.ceil(len(labels) / len(labels.unique()))
 
 
 def sample(

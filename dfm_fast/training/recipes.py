@@ -111,6 +111,27 @@ class Recipe:
         ]
 
 
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Of a model that its constructor's arguments make; `op` is what errors name."""
+
+    op: str
+    model: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps({"model": self.model}, indent=2) + "\n"
+        write_bytes(folder / NAME, text.encode())
+
+    def check_same(self, where: Path) -> None:
+        """Raise one ValueError that names what a checkpoint has and this run has not."""
+        saved = read_json(where / NAME)["model"]
+        now = json.loads(json.dumps(self.model))  # lists, not tuples
+        names = sorted((saved.keys() | now.keys()) - set(MEMORY))
+        pairs = [(name, saved.get(name), now.get(name)) for name in names]
+        if wrong := [f"{name}: saved {a}, now {b}" for name, a, b in pairs if a != b]:
+            raise ValueError(f"{self.op}: {where} does not fit this run: " + "; ".join(wrong))
+
+
 def decomposition(
     flow: FlowConfig, num_levels: int, std: Sequence[float] | None = None
 ) -> Decomposition:
@@ -215,13 +236,9 @@ def _tokens(shapes: Sequence[tuple[int, ...]], patches: Sequence[int]) -> tuple[
     return grids[0]
 
 
-def export(folder: Path, recipe: Recipe, weights: dict[str, Tensor]) -> Path:
+def export(folder: Path, recipe: Recipe, model: DFMTransformer) -> None:
     """A folder with config.json, model.safetensors and the recipe: what `dfm-fast sample` takes,
     and `DFMTransformer.from_pretrained`."""
-    with torch.device("meta"):
-        model = recipe.build_model()
-    model.load_state_dict(weights, assign=True)
     folder.mkdir(parents=True, exist_ok=True)
     recipe.write(folder)
     model.save_pretrained(folder)
-    return folder

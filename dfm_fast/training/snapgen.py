@@ -8,8 +8,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from dfm_fast import _checks
@@ -23,17 +24,13 @@ from dfm_fast.models import (
     snapgen_t2i,
     snapgen_tiny,
 )
-from dfm_fast.training import distributed, outputs, saved
+from dfm_fast.training import distributed, loop, saved
 from dfm_fast.training.config import OptimizerConfig
-from dfm_fast.training.datasets import DataConfig, open_dataset
+from dfm_fast.training.datasets import DataConfig
+from dfm_fast.training.distributed import World
 from dfm_fast.training.loop import Outcome
-from dfm_fast.training.students import (
-    Conditions,
-    DistillationConfig,
-    DistillationReport,
-    check,
-    distill,
-)
+from dfm_fast.training.monitors import Report
+from dfm_fast.training.students import Conditions, Distillation, DistillationConfig, check
 
 SIZES = {"tiny": snapgen_tiny, "imagenet": snapgen_imagenet, "t2i": snapgen_t2i}
 
@@ -58,60 +55,58 @@ class SnapGenConfig(DistillationConfig):
     """Folder of a `SnapGenDecoder`, where the data are latents."""
 
 
-class Taught(NamedTuple):
-    """A teacher, what it is given for labels, and how many those are."""
-
-    network: nn.Module
-    conditions: Conditions
-    classes: int
-
-
 def train_snapgen(
     config: SnapGenConfig,
     *,
     resume: bool = False,
-    on_step: Callable[[DistillationReport], None] | None = None,
+    on_step: Callable[[Report], None] | None = None,
 ) -> Outcome:
     """Train to `config.steps`, and save the pipeline of the averages to `config.out / "model"`.
 
     Args:
         config: see `SnapGenConfig`.
-        resume, on_step: as `students.distill`, and so are errors.
+        resume, on_step: as `loop.train`, and so are errors.
 
     Raises:
         ValueError: data without classes, a teacher or weights that do not fit.
         FileNotFoundError: folders that are no model's.
     """
-    op = "snapgen"
-    world = distributed.start(config.device)
-    check(config, world.size)
+    op, world = "snapgen", distributed.start(config.device)
+    check(op, config, world.size)
     if config.few_steps and config.teacher is None:
         _checks.fail(op, "few_steps", "0 without a teacher", config.few_steps)
-    with outputs.held(op, config.out, world):
-        data = open_dataset(config.data, "train")
-        if not data.num_classes:
-            _checks.fail(op, "data", "pictures with classes", config.data.name)
-        channels, *sides = data[0][0].shape
-        if len(sides) != 2 or sides[0] != sides[1]:
-            _checks.fail(op, "data", "square pictures", [channels, *sides])
-        decoder = _decoder(op, config, channels)
-        teacher = _teacher(op, config.teacher, data.num_classes) if config.teacher else None
-        student = SIZES[config.model](in_channels=channels)
-        width = student.config["text_dim"] or student.config["cross_dim"]
-        tokens = ClassTokens(data.num_classes, config.tokens, width)
-        first = config.init or (config.teacher if config.few_steps else None)
-        if first is not None:
-            _begin(op, first, student, tokens)
 
-        def export(unet: SnapGenUNet, conditions: ClassTokens, folder: Path) -> None:
-            sizes = {"shift": config.shift, "sample_size": sides[0]}
-            SnapGenPipeline(unet, decoder, conditions, **sizes).save_pretrained(folder)
+    def make(last: Path | None) -> Distillation:
+        return _task(op, config, world, last)
 
-        return distill(
-            config, student, teacher and teacher.network, conditions=tokens,
-            teacher_conditions=teacher and teacher.conditions, resume=resume, on_step=on_step,
-            export=export, world=world,
-        )  # fmt: skip
+    return loop.run(op, config, make, world, resume=resume, on_step=on_step)
+
+
+def _task(op: str, config: SnapGenConfig, world: World, last: Path | None) -> Distillation:
+    data = loop.opened(config.data, world)
+    if not data.num_classes:
+        _checks.fail(op, "data", "pictures with classes", config.data.name)
+    channels, *sides = data[0][0].shape
+    if len(sides) != 2 or sides[0] != sides[1]:
+        _checks.fail(op, "data", "square pictures", [channels, *sides])
+    decoder = _decoder(op, config, channels)
+    teacher, told = (
+        _teacher(op, config.teacher, data.num_classes) if config.teacher else (None,) * 2
+    )
+    torch.manual_seed(config.seed)
+    student = SIZES[config.model](in_channels=channels)
+    width = student.config["text_dim"] or student.config["cross_dim"]
+    tokens = ClassTokens(data.num_classes, config.tokens, width)
+    first = config.init or (config.teacher if config.few_steps else None)
+    if first is not None and last is None:
+        _begin(op, first, student, tokens)
+
+    def export(unet: SnapGenUNet, conditions: ClassTokens, folder: Path) -> None:
+        sizes = {"shift": config.shift, "sample_size": sides[0]}
+        SnapGenPipeline(unet, decoder, conditions, **sizes).save_pretrained(folder)
+
+    given = data, student, teacher, tokens, told
+    return Distillation(op, config, world, *given, export=export, last=last)
 
 
 def _decoder(op: str, config: SnapGenConfig, channels: int) -> SnapGenDecoder | None:
@@ -127,19 +122,24 @@ def _decoder(op: str, config: SnapGenConfig, channels: int) -> SnapGenDecoder | 
     return decoder
 
 
-def _teacher(op: str, folder: Path, classes: int) -> Taught:
+def _teacher(op: str, folder: Path, classes: int) -> tuple[nn.Module, Conditions]:
+    """A network, and what it is given for labels."""
     if (at := snapgen_folders.pipeline_in(folder)) is not None:
         pipeline = _pipeline(op, "teacher", at)
-        found = Taught(pipeline.unet, pipeline.conditions, pipeline.conditions.num_classes)
+        found, network, conditions = (
+            pipeline.conditions.num_classes,
+            pipeline.unet,
+            pipeline.conditions,
+        )
     else:
         try:
-            recipe, model = saved.open_model(folder)
+            recipe, network = saved.open_model(folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{op}: teacher: {error}") from error
-        found = Taught(model, lambda labels: {"y": labels}, recipe.num_classes)
-    if found.classes != classes:
-        _checks.fail(op, "teacher", f"{classes} classes like the data", found.classes)
-    return found
+        found, conditions = recipe.num_classes, lambda labels: {"y": labels}
+    if found != classes:
+        _checks.fail(op, "teacher", f"{classes} classes like the data", found)
+    return network, conditions
 
 
 def _begin(op: str, folder: Path, student: SnapGenUNet, tokens: ClassTokens) -> None:
@@ -165,7 +165,10 @@ def _pipeline(op: str, name: str, folder: Path) -> SnapGenPipeline:
 
 # --- Presets --------------------------------------------------------------------------------------
 
-_DIGITS = {"data": DataConfig(name="digits", size=16), "batch": 32, "workers": 0, "save_every": 500}
+_DIGITS = {
+    "data": DataConfig(name="digits", size=16), "batch": 32, "workers": 0, "precision": "fp32",
+    "save_every": 500, "sample_every": 500,
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         **_DIGITS,
