@@ -384,6 +384,54 @@ def test_webdataset_with_bad_samples(tmp_path):
         open_dataset(DataConfig("webdataset", root=tmp_path / "{0..3}.tar"))
 
 
+# --- Captions -------------------------------------------------------------------------------------
+
+
+def test_captions_beside_pictures(tmp_path):
+    """One text is one class; subfolders are none."""
+    texts = {"b/0": "a red  fox\n", "b/1": "snow", "2": "a red fox"}
+    for name, text in texts.items():
+        save(tmp_path / f"{name}.png", pixels(8, 8))
+        (tmp_path / f"{name}.txt").write_text(text)
+    data = opened(tmp_path, captions=True)
+    assert data.class_names == ("a red fox", "snow")
+    assert [data[i][1] for i in range(3)] == [0, 0, 1]
+    assert opened(tmp_path, labels=False).class_names == ()
+
+
+def test_pictures_without_captions_are_named(tmp_path):
+    for name, text in (("a", b"snow"), ("b", None), ("c", b" \n"), ("d", b"\xff")):
+        save(tmp_path / f"{name}.png", pixels(8, 8))
+        if text is not None:
+            (tmp_path / f"{name}.txt").write_bytes(text)
+    named = r"3 of 4.*b\.png: no caption: b\.txt.*c\.png: caption: .*empty.*d\.png: .*UTF-8"
+    with pytest.warns(UserWarning, match=named):
+        data = opened(tmp_path, captions=True)
+    assert (len(data), data.class_names) == (1, ("snow",))
+    with pytest.raises(ValueError, match=named):
+        opened(tmp_path, captions=True, strict=True)
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(ValueError, match=r"root: expected files .*4 of 4: .*a\.png: no caption"):
+        opened(tmp_path, captions=True)
+    for changes in ({"name": "digits"}, {"name": "images", "labels": False}):
+        with pytest.raises(ValueError, match="captions: expected False"):
+            open_dataset(DataConfig(root=tmp_path, captions=True, **changes))
+
+
+def test_captions_in_shards(tmp_path):
+    """Of a text, or of JSON; labels are not looked at."""
+    words = {"caption": "the fox", "label": "none"}
+    others = {"0.txt": b"snow", "0.cls": b"x", "1.json": json.dumps(words).encode()}
+    others |= {"2.json": b"[]", "3.cls": b"1"}
+    files = {**{f"{i}.png": png(i) for i in range(4)}, **others}
+    write_tar(tmp_path / "0.tar", dict(sorted(files.items())))
+    named = r'2 of 4 files.*: 2: caption: .*"caption".*: 3: no caption among'
+    with pytest.warns(UserWarning, match=named):
+        data = open_dataset(DataConfig("webdataset", root=tmp_path, size=8, captions=True))
+    assert data.class_names == ("snow", "the fox")
+    assert [data[i][1] for i in range(2)] == [0, 1]
+
+
 def test_data_can_be_sent_to_the_workers_of_a_loader(tmp_path):
     save(tmp_path / "a.png", pixels(8, 8))
     loader = torch.utils.data.DataLoader(opened(tmp_path), num_workers=1)

@@ -15,7 +15,7 @@ COMMANDS = {
     "equivariance": "fine-tune an autoencoder so that its latents can be scaled",
     "decoder": "train a small decoder for the latents of a frozen autoencoder",
     "train": "train a DFM transformer on images, videos or latents",
-    "snapgen": "train a SnapGen UNet on classes, against a teacher, or to a few steps",
+    "snapgen": "train a SnapGen UNet on classes or captions, against a teacher, or to a few steps",
     "sample": "pictures from a trained model",
     "profile": "where a model's time goes, with and without this library's kernels",
     "report": "turn benchmark results into a table, plots and an HTML page",

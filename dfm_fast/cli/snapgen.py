@@ -45,8 +45,9 @@ def _parse(preset: str | None, resume: bool, rest: list[str]):
 
 def _description(presets: list[str]) -> str:
     return (
-        "Train a SnapGen UNet on pictures with classes: alone, against --teacher FOLDER, or with "
-        "--few-steps N. Two options come before all others: --preset NAME takes the defaults of "
-        f"one of {', '.join(presets)} (without it, of digits); --resume goes on from the last "
-        "checkpoint in --out."
+        "Train a SnapGen UNet on pictures with classes, or with captions (--data.captions) by text "
+        "encoders (--text.clip-l FOLDER ...): alone, against --teacher FOLDER, or with --few-steps "
+        "N. Two options come before all others: --preset NAME takes the defaults of one of "
+        f"{', '.join(presets)} (without it, of digits); --resume goes on from the last checkpoint "
+        "in --out."
     )

@@ -119,7 +119,7 @@ def load(
 ) -> dict[str, Any]:
     """Arguments of the pipeline's constructor."""
     folder = Path(folder)
-    index = _read_index(op, folder)
+    index = read_index(op, folder)
     names = _components(op, folder, index)
     options = {"device": device, "dtype": dtype}
     found: dict[str, Any] = {"decoder": None}
@@ -136,7 +136,7 @@ def load(
     return {**found, "conditions": conditions, **{n: index[n] for n in NUMBERS if n in index}}
 
 
-def _read_index(op: str, folder: Path) -> dict[str, Any]:
+def read_index(op: str, folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{op}: folder: expected {INDEX}, got {folder} without it")
     index = json.loads((folder / INDEX).read_text())

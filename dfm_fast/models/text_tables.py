@@ -6,7 +6,9 @@ Label i is row i everywhere, and the number of rows is the null label, which is 
 
 from __future__ import annotations
 
+import bisect
 import importlib
+import itertools
 import json
 import os
 import warnings
@@ -55,13 +57,20 @@ class TextTable:
         for name, rows in states.items():
             if len(rows) != len(texts):
                 _checks.fail(op, f"states of {name}", f"{len(texts)}", len(rows))
-        self.layout, self.texts = layout, tuple(texts)
-        self.states = {name: list(rows) for name, rows in states.items()}
+        self.layout, self.texts, self.states = layout, tuple(texts), dict(states)
 
     @classmethod
     def encode(cls, encoders: TextEncoders, texts: Sequence[str]) -> TextTable:
         """By those encoders that are there."""
         return cls(encoders.layout, texts, encoders.states(texts))
+
+    @classmethod
+    def joined(cls, tables: Sequence[TextTable]) -> TextTable:
+        """One after the other, of one layout and the same encoders; nothing is copied."""
+        _check_alike(f"{cls.__name__}.joined", tables)
+        texts = [text for table in tables for text in table.texts]
+        states = {n: _Joined([table.states[n] for table in tables]) for n in tables[0].states}
+        return cls(tables[0].layout, texts, states)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -117,7 +126,7 @@ class TextTable:
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> TextTable:
-        """What `save` wrote.
+        """What `save` wrote, memory-mapped: states are read when they are asked for.
 
         Raises:
             FileNotFoundError: no such file. ValueError: another file of safetensors.
@@ -132,17 +141,53 @@ class TextTable:
         if not metadata.keys() >= {"texts", "layout"}:
             _checks.fail(f"{cls.__name__}.load", "file", "a saved table", file)
         layout = TextLayout(**json.loads(metadata["layout"]))
-        states = {
-            name: _rows(tensors, name) for name in layout.names if f"{name}.hidden" in tensors
-        }
-        return cls(layout, json.loads(metadata["texts"]), states)
+        names = [name for name in layout.names if f"{name}.hidden" in tensors]
+        return cls(layout, json.loads(metadata["texts"]), {n: _Rows(tensors, n) for n in names})
 
 
-def _rows(tensors: Mapping[str, Tensor], name: str) -> list[TokenStates]:
-    lengths = tensors[f"{name}.lengths"].tolist()
-    pooled = tensors.get(f"{name}.pooled", [None] * len(lengths))
-    hidden = tensors[f"{name}.hidden"].split(lengths)
-    return [TokenStates(*row) for row in zip(hidden, pooled, strict=True)]
+class _Rows(Sequence[TokenStates]):
+    """Those of one encoder in a saved table."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        self.ends = tensors[f"{name}.lengths"].cumsum(0).tolist()
+        self.hidden, self.pooled = tensors[f"{name}.hidden"], tensors.get(f"{name}.pooled")
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> TokenStates:
+        i = range(len(self))[i]
+        hidden = self.hidden[self.ends[i - 1] if i else 0 : self.ends[i]]
+        return TokenStates(hidden, None if self.pooled is None else self.pooled[i])
+
+
+class _Joined(Sequence[TokenStates]):
+    """Several tables' rows of one encoder."""
+
+    def __init__(self, parts: Sequence[Sequence[TokenStates]]) -> None:
+        self.parts = parts
+        self.ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, i: int) -> TokenStates:
+        i = range(len(self))[i]
+        part = bisect.bisect_right(self.ends, i)
+        return self.parts[part][i - (self.ends[part - 1] if part else 0)]
+
+
+def _check_alike(op: str, tables: Sequence[TextTable]) -> None:
+    if not tables:
+        _checks.fail(op, "tables", "at least one", "none")
+    first = tables[0]
+    for table in tables[1:]:
+        for name, one, other in (
+            ("layout", first.layout, table.layout),
+            ("encoders", list(first.states), list(table.states)),
+        ):
+            if one != other:
+                _checks.fail(op, "tables", f"one {name}", f"{one} and {other}")
 
 
 # --- Learned tokens -------------------------------------------------------------------------------

@@ -262,6 +262,8 @@ def check(config: TrainConfig, world_size: int) -> None:
     """Raise ValueError where numbers make no sense; those of the model and the flow are theirs."""
     op = "train"
     check_run(op, config, world_size)
+    if config.data.captions:
+        _checks.fail(op, "data.captions", "False, as the model is told classes", True)
     for section in ("model", "flow"):
         _check_numbers(op, section, getattr(config, section))
     levels, steps = len(config.model.patch_sizes), config.flow.sample_steps

@@ -31,6 +31,7 @@ from dfm_fast import _checks
 
 Name = Literal["digits", "photos", "images", "videos", "webdataset", "latents"]
 SPLITS = ("train", "test")
+CAPTIONED = ("images", "webdataset")
 Item = tuple[Tensor, int]
 
 
@@ -61,6 +62,10 @@ class DataConfig:
 
     labels: bool = True
     """False: without class labels, whatever the data has."""
+
+    captions: bool = False
+    """Each picture's own text in place of a class: the .txt beside it; in shards also "caption" in
+    its .json. A class is then a caption, of that name."""
 
     strict: bool = False
     """Unreadable or too small files are an error; otherwise they are skipped, counted and named."""
@@ -112,6 +117,9 @@ def open_dataset(config: DataConfig, split: str = "train") -> Dataset:
     _checks.choice("open_dataset", "name", config.name, list(_OPENERS))
     for field, least in (("size", 0), ("frames", 1), ("frame_stride", 1), ("crop_stride", 1)):
         _checks.integer("open_dataset", field, getattr(config, field), least)
+    if config.captions and (config.name not in CAPTIONED or not config.labels):
+        expected = f"False without labels and for data other than {' and '.join(CAPTIONED)}"
+        _checks.fail("open_dataset", "captions", expected, f"True for {config.name}")
     return _OPENERS[config.name](config, split)
 
 
@@ -290,6 +298,13 @@ def class_folders(config: DataConfig, root: Path) -> list[str]:
 
 def _subfolders(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def numbered(texts: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The number of each one among those there are, in alphabetical order."""
+    names = sorted(set(texts))
+    numbers = {name: i for i, name in enumerate(names)}
+    return [numbers[text] for text in texts], names
 
 
 def report_skipped(config: DataConfig, skipped: Sequence[tuple[str, str]], kept: int) -> None:

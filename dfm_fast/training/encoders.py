@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -209,7 +210,15 @@ def _info(config: EncodeConfig, autoencoder: Autoencoder, dataset: Dataset) -> L
         config.dtype,
         dataset.class_names,
         type(autoencoder.module).__name__,
-        _fingerprint(config, autoencoder),
+        # Of all that the latents depend on.
+        fingerprint(
+            [autoencoder.module],
+            config.data,
+            config.split,
+            config.posterior,
+            config.seed,
+            config.precision,
+        ),
         tuple(autoencoder.scale.tolist()),
         tuple(autoencoder.shift.tolist()),
     )
@@ -285,13 +294,12 @@ def _loader(config: EncodeConfig, dataset: Dataset, indices: range) -> torch.uti
     )
 
 
-def _fingerprint(config: EncodeConfig, autoencoder: Autoencoder) -> str:
-    """Of all that the latents depend on."""
+def fingerprint(modules: Iterable[nn.Module], *parts: Any) -> str:
+    """Of weights, and of what else there is, by its repr."""
     digest = hashlib.sha256()
-    for name, value in autoencoder.module.state_dict().items():
+    for name, value in (item for module in modules for item in module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    parts = (config.data, config.split, config.posterior, config.seed, config.precision)
     digest.update(repr(parts).encode())
     return digest.hexdigest()[:16]
 

@@ -7,6 +7,7 @@ with an antialiased filter (Pillow's bicubic).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from dfm_fast.training.datasets import (
     Dataset,
     Item,
     files_by_class,
+    numbered,
     report_skipped,
     require,
 )
@@ -41,17 +43,47 @@ class Unusable(ValueError):
 def opened(config: DataConfig, split: str) -> Dataset:
     """The images below the split's folder."""
     require("PIL", "pillow", config.name)
-    files, names = files_by_class(config, split, SUFFIXES)
+    classes = dataclasses.replace(config, labels=config.labels and not config.captions)
+    files, names = files_by_class(classes, split, SUFFIXES)
     size = config.size or 256
     # Headers only: what takes time is the disk. Odd metadata is no reason to leave a file out.
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(8) as pool:
-        reasons = list(pool.map(lambda file: unusable(file[0], size), files))
-    kept = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
-    skipped = [(str(f[0]), r) for f, r in zip(files, reasons, strict=True) if r is not None]
+        seen = list(pool.map(lambda file: _look(file[0], size, config.captions), files))
+    pairs = list(zip(files, seen, strict=True))
+    kept = [(file, text) for file, (reason, text) in pairs if reason is None]
+    skipped = [(str(file[0]), reason) for file, (reason, _) in pairs if reason is not None]
     report_skipped(config, skipped, len(kept))
-    data = ImageFiles(kept, names, size, config.strict)
+    files = [file for file, _ in kept]
+    if config.captions:
+        labels, names = numbered([text for _, text in kept])
+        files = [(path, label) for (path, _), label in zip(files, labels, strict=True)]
+    data = ImageFiles(files, names, size, config.strict)
     data.skipped = skipped
     return data
+
+
+def _look(path: Path, size: int, captions: bool) -> tuple[str | None, str]:
+    """(why a picture cannot be used, its caption)"""
+    if (reason := unusable(path, size)) or not captions:
+        return reason, ""
+    beside = path.with_suffix(".txt")
+    try:
+        return None, caption(beside.read_bytes())
+    except Unusable as error:
+        return str(error), ""
+    except OSError:
+        return f"no caption: {beside.name} cannot be read", ""
+
+
+def caption(data: bytes) -> str:
+    """A text in UTF-8, in one line; Unusable where there is none."""
+    try:
+        text = " ".join(data.decode().split())
+    except UnicodeDecodeError:
+        raise Unusable(f"caption: expected UTF-8, got {data[:20]!r}") from None
+    if not text:
+        raise Unusable("caption: expected a text, got an empty one")
+    return text
 
 
 class Substituting(Dataset):

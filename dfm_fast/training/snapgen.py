@@ -1,12 +1,13 @@
-"""Training a `SnapGenUNet` on pictures with classes, from configuration to pipeline: alone, against
-a teacher, or to a few steps. What `dfm-fast snapgen` calls; the run itself is in `students`."""
+"""Training a `SnapGenUNet` on pictures with classes or captions, from configuration to pipeline:
+alone, against a teacher, or to a few steps. What `dfm-fast snapgen` calls; its task for the loop is
+in `students`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,34 +20,42 @@ from dfm_fast.models import (
     SnapGenDecoder,
     SnapGenPipeline,
     SnapGenUNet,
+    TextLayout,
     snapgen_folders,
     snapgen_imagenet,
     snapgen_t2i,
     snapgen_tiny,
 )
-from dfm_fast.training import distributed, loop, saved
+from dfm_fast.training import distributed, loop, saved, texts
 from dfm_fast.training.config import OptimizerConfig
 from dfm_fast.training.datasets import DataConfig
 from dfm_fast.training.distributed import World
 from dfm_fast.training.loop import Outcome
 from dfm_fast.training.monitors import Report
 from dfm_fast.training.students import Conditions, Distillation, DistillationConfig, check
+from dfm_fast.training.texts import TextConfig
 
+TOKENS, TEXTS = 4, "texts"  # of a class; the folder of encoded texts
 SIZES = {"tiny": snapgen_tiny, "imagenet": snapgen_imagenet, "t2i": snapgen_t2i}
 
 
 @dataclass(frozen=True)
 class SnapGenConfig(DistillationConfig):
-    """Train a SnapGen UNet on pictures with classes: alone, against a teacher (--teacher), or to a
-    few steps (--few-steps). The result is a pipeline, which `dfm-fast sample` takes."""
+    """Train a SnapGen UNet on pictures with classes or captions: alone, against a teacher
+    (--teacher), or to a few steps (--few-steps). The result is a pipeline, which `dfm-fast sample`
+    takes."""
 
     model: Literal["tiny", "imagenet", "t2i"] = "tiny"
 
-    tokens: int = 4
-    """Learned ones of a class, in place of a text."""
+    tokens: int | None = None
+    """Learned ones of a class, 4 where there is no text encoder."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    """Encoders of captions (--data.captions), or of the names of classes."""
 
     teacher: Path | None = None
-    """Folder of a pipeline with classes, or of a DFM transformer of one level."""
+    """Folder of a pipeline that is told the same, or, of classes, of a DFM transformer of one
+    level."""
 
     init: Path | None = None
     """Folder of a pipeline to begin with; of few steps by default the teacher's."""
@@ -68,7 +77,8 @@ def train_snapgen(
         resume, on_step: as `loop.train`, and so are errors.
 
     Raises:
-        ValueError: data without classes, a teacher or weights that do not fit.
+        ValueError: data without classes or captions, captions without an encoder, a teacher or
+            weights that do not fit.
         FileNotFoundError: folders that are no model's.
     """
     op, world = "snapgen", distributed.start(config.device)
@@ -83,30 +93,55 @@ def train_snapgen(
 
 
 def _task(op: str, config: SnapGenConfig, world: World, last: Path | None) -> Distillation:
+    has_texts = _has_texts(op, config)
     data = loop.opened(config.data, world)
     if not data.num_classes:
-        _checks.fail(op, "data", "pictures with classes", config.data.name)
+        _checks.fail(op, "data", "pictures with classes or --data.captions", config.data.name)
     channels, *sides = data[0][0].shape
     if len(sides) != 2 or sides[0] != sides[1]:
         _checks.fail(op, "data", "square pictures", [channels, *sides])
     decoder = _decoder(op, config, channels)
-    teacher, told = (
-        _teacher(op, config.teacher, data.num_classes) if config.teacher else (None,) * 2
-    )
+    given = texts.load(op, config.text, world) if has_texts else None
     torch.manual_seed(config.seed)
-    student = SIZES[config.model](in_channels=channels)
+    student = _student(config.model, channels, given and given.layout)
     width = student.config["text_dim"] or student.config["cross_dim"]
-    tokens = ClassTokens(data.num_classes, config.tokens, width)
+    told = (
+        ClassTokens(data.num_classes, config.tokens or TOKENS, width)
+        if given is None
+        else given.layout
+    )
+    teacher, conditions = _teacher(op, config.teacher, told) if config.teacher else (None, None)
     first = config.init or (config.teacher if config.few_steps else None)
     if first is not None and last is None:
-        _begin(op, first, student, tokens)
+        _begin(op, first, student, told)
+    if given is not None:
+        told = conditions = texts.encoded(given, data.class_names, config.out / TEXTS, world)
 
-    def export(unet: SnapGenUNet, conditions: ClassTokens, folder: Path) -> None:
+    def export(unet: SnapGenUNet, tokens: ClassTokens | None, folder: Path) -> None:
+        source = tokens if given is None else given.encoders
         sizes = {"shift": config.shift, "sample_size": sides[0]}
-        SnapGenPipeline(unet, decoder, conditions, **sizes).save_pretrained(folder)
+        SnapGenPipeline(unet, decoder, source, **sizes).save_pretrained(folder)
 
-    given = data, student, teacher, tokens, told
-    return Distillation(op, config, world, *given, export=export, last=last)
+    networks = student, teacher, told, conditions
+    return Distillation(op, config, world, data, *networks, export=export, last=last)
+
+
+def _has_texts(op: str, config: SnapGenConfig) -> bool:
+    """Whether the network is told texts, and not classes."""
+    folders = config.text.folders
+    if config.data.captions and not folders:
+        _checks.fail(op, "text", "an encoder, as the data has captions", "none")
+    if folders and config.tokens is not None:
+        _checks.fail(op, "tokens", "None beside text encoders", config.tokens)
+    return bool(folders)
+
+
+def _student(size: str, channels: int, layout: TextLayout | None) -> SnapGenUNet:
+    """Of a preset, which takes other texts through a layer and a norm."""
+    student = SIZES[size](in_channels=channels)
+    if layout is None or layout.dim == student.config["cross_dim"]:
+        return student
+    return SIZES[size](in_channels=channels, text_dim=layout.dim)
 
 
 def _decoder(op: str, config: SnapGenConfig, channels: int) -> SnapGenDecoder | None:
@@ -122,45 +157,62 @@ def _decoder(op: str, config: SnapGenConfig, channels: int) -> SnapGenDecoder | 
     return decoder
 
 
-def _teacher(op: str, folder: Path, classes: int) -> tuple[nn.Module, Conditions]:
-    """A network, and what it is given for labels."""
+# --- Weights that are there -----------------------------------------------------------------------
+
+Told = ClassTokens | TextLayout  # what a UNet is told of a picture
+
+
+def _teacher(op: str, folder: Path, told: Told) -> tuple[nn.Module, Conditions | None]:
+    """A network, and what it is given for labels; of texts it is what the student is given."""
     if (at := snapgen_folders.pipeline_in(folder)) is not None:
-        pipeline = _pipeline(op, "teacher", at)
-        found, network, conditions = (
-            pipeline.conditions.num_classes,
-            pipeline.unet,
-            pipeline.conditions,
-        )
+        network, conditions = _parts(op, "teacher", at, told)
+        found = None if isinstance(conditions, TextLayout) else conditions.num_classes
     else:
+        if isinstance(told, TextLayout):
+            _checks.fail(op, "teacher", "a pipeline with text encoders", folder)
         try:
             recipe, network = saved.open_model(folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{op}: teacher: {error}") from error
         found, conditions = recipe.num_classes, lambda labels: {"y": labels}
-    if found != classes:
-        _checks.fail(op, "teacher", f"{classes} classes like the data", found)
+    if isinstance(told, ClassTokens) and found != told.num_classes:
+        _checks.fail(op, "teacher", f"{told.num_classes} classes like the data", found)
     return network, conditions
 
 
-def _begin(op: str, folder: Path, student: SnapGenUNet, tokens: ClassTokens) -> None:
+def _begin(op: str, folder: Path, student: SnapGenUNet, told: Told) -> None:
     """Give the student the weights of a pipeline."""
     if (at := snapgen_folders.pipeline_in(folder)) is None:
         _checks.fail(op, "init", f"a folder with {snapgen_folders.INDEX}", folder)
-    pipeline = _pipeline(op, "init", at)
-    for ours, theirs in ((student, pipeline.unet), (tokens, pipeline.conditions)):
-        wanted, have = (json.loads(json.dumps(m.config)) for m in (ours, theirs))  # lists alike
-        for name, value in wanted.items():
-            if have.get(name) != value:
-                expected = f"{name} = {value} like the student's {type(ours).__name__}"
-                _checks.fail(op, "init", expected, have.get(name))
-        ours.load_state_dict(theirs.state_dict())
+    unet, theirs = _parts(op, "init", at, told)
+    pairs = [(student, unet)] + ([(told, theirs)] if isinstance(told, ClassTokens) else [])
+    for ours, other in pairs:
+        _check_same(op, "init", type(ours).__name__, ours.config, other.config)
+        ours.load_state_dict(other.state_dict())
 
 
-def _pipeline(op: str, name: str, folder: Path) -> SnapGenPipeline:
-    pipeline = SnapGenPipeline.from_pretrained(folder)
-    if not isinstance(pipeline.conditions, ClassTokens):
-        _checks.fail(op, name, "a pipeline with class tokens", f"{folder} with text encoders")
-    return pipeline
+def _parts(op: str, name: str, folder: Path, told: Told) -> tuple[SnapGenUNet, Told]:
+    """Of a pipeline, which has to be told what the student is: the same kind, and texts alike."""
+    index, kinds = snapgen_folders.read_index(op, folder), ("class tokens", "text encoders")
+    wanted, found = isinstance(told, TextLayout), "text_layout" in index
+    if wanted != found:
+        got = f"{folder} with {kinds[found]}"
+        _checks.fail(op, name, f"a pipeline with {kinds[wanted]}", got)
+    unet = SnapGenUNet.from_pretrained(folder / "unet")
+    if not found:
+        return unet, ClassTokens.from_pretrained(folder / "class_tokens")
+    _check_same(op, name, "text layout", told.to_dict(), index["text_layout"])
+    return unet, TextLayout(**index["text_layout"])
+
+
+def _check_same(
+    op: str, name: str, kind: str, wanted: Mapping[str, Any], have: Mapping[str, Any]
+) -> None:
+    wanted, have = (json.loads(json.dumps(dict(values))) for values in (wanted, have))  # lists
+    for field_name, value in wanted.items():
+        if have.get(field_name) != value:
+            expected = f"{field_name} = {value} like the student's {kind}"
+            _checks.fail(op, name, expected, have.get(field_name))
 
 
 # --- Presets --------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dfm_fast import _checks
 from dfm_fast.flow import DecomposableFlow, Laplacian
-from dfm_fast.models import TextConditions
+from dfm_fast.models import TextConditions, TextTable
 from dfm_fast.models._pretrained import Pretrained
+from dfm_fast.models.text_layouts import draw_kept, dropout_probability
 from dfm_fast.training import distributed, loop, pictures
 from dfm_fast.training.config import OptimizerConfig, RunConfig, check_run
 from dfm_fast.training.datasets import Dataset
@@ -96,7 +97,8 @@ def distill(
         teacher: see `teachers.backbone`; frozen by this. None: flow matching alone.
         conditions, teacher_conditions: of labels, of which the number of classes is no class. A
             module of the student's, such as `ClassTokens`, is trained with it, and saved in the
-            checkpoints and as conditions.pt. None: no conditions.
+            checkpoints and as conditions.pt. A `TextTable`'s encoders are dropped one by one, all
+            of them in a share of `class_dropout`. None: no conditions.
         resume, on_step: as `loop.train`, and so are errors. Terms of a report are task, kd and
             features, or task, kd, adversarial and discriminator; those that there are.
 
@@ -227,7 +229,9 @@ class Distillation:
             _checks.fail(op, "student", "a Pretrained", type(student).__name__, TypeError)
         self.config, self.world, self.dataset = config, world, dataset
         self.conditions, self.teacher_conditions = conditions, teacher_conditions
-        self.class_dropout, self.write = config.class_dropout, export or saved_apart
+        # Of texts it is encoders that are dropped.
+        self.class_dropout = 0.0 if isinstance(conditions, TextTable) else config.class_dropout
+        self.write = export or saved_apart
         self.recipe = ModelRecipe(op, student.config)
         if last is not None:
             self.recipe.check_same(last)
@@ -257,14 +261,26 @@ class Distillation:
     def losses(
         self, model: nn.Module, x: Tensor, labels: Tensor, rows: Rows
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        labels = labels.to(x.device, non_blocking=True)
         with torch.no_grad():
-            taught = given(self.teacher_conditions, labels)
-        return model(x, labels, self._cond(labels), taught, seed=rows.seed, start=rows.start)
+            cond = self._given(self.conditions, labels, rows) if self.trained is None else None
+            same = cond is not None and self.teacher_conditions is self.conditions
+            taught = cond if same else self._given(self.teacher_conditions, labels, rows)
+        labels = labels.to(x.device, non_blocking=True)
+        return model(x, labels, cond, taught, seed=rows.seed, start=rows.start)
 
-    def _cond(self, labels: Tensor) -> Mapping[str, Any] | None:
-        """What the student is given, but by a module of its own."""
-        return given(self.conditions, labels) if self.trained is None else None
+    def _given(
+        self, conditions: Conditions | None, labels: Tensor, rows: Rows | None
+    ) -> Mapping[str, Any]:
+        """Keywords of a network, for labels on the host; rows None: nothing is dropped."""
+        if not isinstance(conditions, TextTable):
+            return given(conditions, labels.to(self.world.device, non_blocking=True))
+        keep, layout = None, conditions.layout
+        if rows is not None:
+            positions = range(rows.position, rows.position + len(labels))
+            chance = dropout_probability(layout, self.config.class_dropout)
+            keep = draw_kept(layout, self.config.seed, positions, chance)
+        dtype = next(self.averaged.parameters()).dtype
+        return given(lambda y: conditions(y, keep, device=self.world.device, dtype=dtype), labels)
 
     def counts(self, batch: int, seed: int) -> dict[str, int]:
         return {}
@@ -273,8 +289,8 @@ class Distillation:
         """Without guidance."""
         labels = pictures.labels_of(self.dataset.num_classes, count)
         y = torch.zeros(count, dtype=torch.int64) if labels is None else labels
+        cond = None if self.trained is not None else self._given(self.conditions, y, None)
         y = y.to(self.world.device)
-        cond = self._cond(y)
         x = DecomposableFlow(Laplacian(1)).sample(
             lambda levels, t, active: [average(levels[0], t[:, 0], y, cond)],
             (count, *self.dataset.shape),

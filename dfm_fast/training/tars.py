@@ -13,12 +13,20 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dfm_fast import _checks
-from dfm_fast.training.datasets import DataConfig, Dataset, Item, report_skipped, require, root_of
-from dfm_fast.training.images import SUFFIXES, Substituting, Unusable, read_picture
+from dfm_fast.training.datasets import (
+    DataConfig,
+    Dataset,
+    Item,
+    numbered,
+    report_skipped,
+    require,
+    root_of,
+)
+from dfm_fast.training.images import SUFFIXES, Substituting, Unusable, caption, read_picture
 
 LABELS = ("cls", "json")  # an integer; or an object with one under "label"
 
@@ -30,6 +38,7 @@ class Sample:
     start: int  # of the picture's bytes
     size: int
     label: int | None
+    caption: str | None = None
 
 
 def opened(config: DataConfig, split: str) -> Dataset:
@@ -38,13 +47,19 @@ def opened(config: DataConfig, split: str) -> Dataset:
     require("PIL", "pillow", config.name)
     shards = shard_paths(root_of(config, split))
     with ThreadPoolExecutor(8) as pool:
-        parts = list(pool.map(_indexed, shards))
+        parts = list(pool.map(lambda shard: _indexed(shard, config.captions), shards))
     samples = [sample for found, _ in parts for sample in found]
     skipped = [pair for _, left_out in parts for pair in left_out]
     if not samples and not skipped:
         _checks.fail("open_dataset", "root", f"pictures ({', '.join(SUFFIXES)})", f"none: {shards}")
     report_skipped(config, skipped, len(samples))
-    data = Tars(samples, _class_names(config, samples), config.size or 256, config.strict)
+    if config.captions:
+        labels, names = numbered([sample.caption for sample in samples])
+        pairs = zip(samples, labels, strict=True)
+        samples = [replace(sample, label=label, caption=None) for sample, label in pairs]
+    else:
+        names = _class_names(config, samples)
+    data = Tars(samples, names, config.size or 256, config.strict)
     data.skipped = skipped
     return data
 
@@ -87,14 +102,14 @@ def shard_paths(root: Path) -> list[str]:
     return paths
 
 
-def _indexed(shard: str) -> tuple[list[Sample], list[tuple[str, str]]]:
-    """(samples, what is left out) of a shard; labels are read, pictures are not."""
+def _indexed(shard: str, captions: bool) -> tuple[list[Sample], list[tuple[str, str]]]:
+    """(samples, what is left out) of a shard; labels or captions are read, pictures are not."""
     samples, left_out = [], []
     try:
         with tarfile.open(shard, "r:") as tar:
             for key, members in _grouped(tar):
                 try:
-                    samples.append(_sample(shard, key, members, tar))
+                    samples.append(_sample(shard, key, members, tar, captions))
                 except Unusable as error:
                     left_out.append((f"{shard}: {key}", str(error)))
     except tarfile.TarError as error:
@@ -121,13 +136,35 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
 
 
 def _sample(
-    shard: str, key: str, members: dict[str, tarfile.TarInfo], tar: tarfile.TarFile
+    shard: str,
+    key: str,
+    members: dict[str, tarfile.TarInfo],
+    tar: tarfile.TarFile,
+    captions: bool,
 ) -> Sample:
     pictures = [m for ext, m in members.items() if f".{ext.rsplit('.', 1)[-1]}" in SUFFIXES]
     if not pictures:
         raise Unusable(f"no picture among {sorted(members)}")
+    place = shard, key, pictures[0].offset_data, pictures[0].size
+    if captions:
+        return Sample(*place, None, _caption(tar, members))
     label = next((_label(ext, tar, members[ext]) for ext in LABELS if ext in members), None)
-    return Sample(shard, key, pictures[0].offset_data, pictures[0].size, label)
+    return Sample(*place, label)
+
+
+def _caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str:
+    if "txt" in members:
+        return caption(tar.extractfile(members["txt"]).read())
+    if "json" not in members:
+        raise Unusable(f"no caption among {sorted(members)}")
+    data = tar.extractfile(members["json"]).read()
+    try:
+        value = json.loads(data)["caption"]
+    except (ValueError, KeyError, TypeError):
+        value = None
+    if not isinstance(value, str):
+        raise Unusable(f'caption: expected a text under "caption", got {data[:20]!r}')
+    return caption(value.encode())
 
 
 def _label(extension: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
