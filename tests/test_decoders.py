@@ -15,6 +15,7 @@ from dfm_fast.cli import main
 from dfm_fast.models import SnapGenDecoder
 from dfm_fast.training import decoders
 from dfm_fast.training.checkpoints import CheckpointError, Checkpoints
+from dfm_fast.training.config import AdamWConfig
 from dfm_fast.training.datasets import DataConfig, open_dataset
 from dfm_fast.training.decoders import (
     DecoderConfig,
@@ -64,11 +65,12 @@ def data(tmp_path_factory):
     return DataConfig("images", root=folder, size=16)
 
 
-def config_for(out, autoencoder, data, **changes):
+def config_for(out, autoencoder, data, lr=3e-3, **changes):
     return DecoderConfig(
         out=out, autoencoder=autoencoder, data=data, model=MODEL, device="cpu",
         **{
-            "batch": 4, "steps": 6, "lr": 3e-3, "warmup": 0, "workers": 0, "precision": "fp32",
+            "batch": 4, "steps": 6, "workers": 0, "precision": "fp32",
+            "optimizer": AdamWConfig(lr=lr, weight_decay=0.0, warmup=0),
             "lpips_weight": 0.0, "adversarial_start": 2, "discriminator_width": 4,
             "save_every": 3, **changes,
         },
@@ -341,6 +343,7 @@ def test_latents_of_other_data(tmp_path, autoencoder, data, latents):
     [
         ({"autoencoder": None}, "autoencoder: expected it or latents, got none"),
         ({"latents": "z"}, "autoencoder: expected it or latents, got both"),
+        ({"optimizer": AdamWConfig(lr=0.0)}, "optimizer.lr: expected a positive number, got 0.0"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),
         ({"adversarial_weight": -1.0}, "adversarial_weight: expected at least 0, got -1.0"),
         ({"mse_weight": 0.0}, "mse_weight: expected a positive number without lpips_weight"),

@@ -16,6 +16,7 @@ from dfm_fast.training import orders, snapgen, texts
 from dfm_fast.training.config import OptimizerConfig
 from dfm_fast.training.datasets import DataConfig, open_dataset
 from dfm_fast.training.distillation import flow_matching_loss
+from dfm_fast.training.distributed import World
 from dfm_fast.training.snapgen import SnapGenConfig, train_snapgen
 from dfm_fast.training.texts import TextConfig
 
@@ -23,6 +24,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tensorboard")
 pytestmark = pytest.mark.skipif(INTERPRET, reason="no kernels in it")
 
+WORLD = World(0, 1, torch.device("cpu"))
 CAPTIONS = ["a red fox", "snow", "the fox in snow", "a red fox", "very red"]
 
 
@@ -86,7 +88,7 @@ def test_a_step_is_the_loss_of_its_texts(teacher, data):
 
 
 def test_texts_are_encoded_once(teacher, data, encoders, tmp_path, monkeypatch):
-    """A run that goes on reads them, in as many files as they take; other texts are others."""
+    """A run that goes on reads them, in as many files as they take."""
     monkeypatch.setattr(texts, "SHARD", 3)
     settings = config(tmp_path / "a", data, encoders, steps=1)
     reports = []
@@ -98,9 +100,17 @@ def test_texts_are_encoded_once(teacher, data, encoders, tmp_path, monkeypatch):
         again = config(tmp_path / "a", data, encoders)
         train_snapgen(again, resume=True, on_step=reports.append)
     assert reports == teacher[1]
-    text = TextConfig(**encoders, dtype="fp32", max_tokens=9, template="a {}")
-    train_snapgen(config(tmp_path / "a", data, {}, text=text, steps=3), resume=True)
-    assert not set(kept) & set((settings.out / "texts").iterdir())
+
+
+def test_other_texts_take_the_place_of_those_that_were(encoders, tmp_path):
+    given = texts.load("snapgen", TextConfig(gemma=encoders["gemma"]), WORLD)
+    kept = []
+    for captions in (CAPTIONS, CAPTIONS, CAPTIONS[1:]):
+        assert texts.encoded(given, captions, tmp_path, WORLD).texts == tuple(captions)
+        kept.append([(path.name, path.stat().st_ino) for path in tmp_path.iterdir()])
+    assert kept[0] == kept[1]
+    assert len(kept[2]) == 1
+    assert kept[2] != kept[1]
 
 
 def test_parts_of_a_batch_drop_what_the_batch_drops(teacher, data, encoders, tmp_path):
@@ -162,11 +172,10 @@ def test_bad_input(teacher, data, encoders, tmp_path, capsys):
 
 def test_warnings_of_many_texts_are_counted(encoders, tmp_path):
     words = TextConfig(gemma=encoders["gemma"], max_tokens=3)
-    world = texts.World(0, 1, torch.device("cpu"))
     captions = ["the fox in red snow", "the red fox in", "a red fox in snow", "in the snow a fox"]
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        table = texts.encoded(texts.load("snapgen", words, world), captions, tmp_path, world)
+        table = texts.encoded(texts.load("snapgen", words, WORLD), captions, tmp_path, WORLD)
     told = [str(w.message) for w in found if "Text" in str(w.message) or "more" in str(w.message)]
     assert len(told) == 4
     assert "cut: 'in red snow'" in told[0]
@@ -175,9 +184,8 @@ def test_warnings_of_many_texts_are_counted(encoders, tmp_path):
 
 
 def test_tables_are_joined(encoders):
-    world = texts.World(0, 1, torch.device("cpu"))
     words = TextConfig(gemma=encoders["gemma"], clip_l=encoders["clip_l"])
-    by = texts.load("snapgen", words, world).encoders
+    by = texts.load("snapgen", words, WORLD).encoders
     whole = TextTable.encode(by, CAPTIONS)
     parts = [TextTable.encode(by, CAPTIONS[:2]), TextTable.encode(by, CAPTIONS[2:])]
     joined = TextTable.joined(parts)
@@ -192,6 +200,6 @@ def test_tables_are_joined(encoders):
     ):
         TextTable.joined([])
     only = TextConfig(gemma=encoders["gemma"])
-    other = TextTable.encode(texts.load("snapgen", only, world).encoders, CAPTIONS)
+    other = TextTable.encode(texts.load("snapgen", only, WORLD).encoders, CAPTIONS)
     with pytest.raises(ValueError, match=r"TextTable\.joined: tables: expected one layout"):
         TextTable.joined([whole, other])

@@ -94,8 +94,8 @@ class FlowConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW, and the moving average of its weights."""
+class AdamWConfig:
+    """AdamW, its learning rate, and what gradients are cut to."""
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
@@ -110,14 +110,19 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
 
-    ema: float = 0.9999
-    """Share that the average of the weights keeps at a step; at first no more than
-    (1 + step) / (10 + step)."""
-
     def group(self, parameters: Iterable[Any]) -> dict[str, Any]:
         """Arguments of torch's AdamW."""
         options = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
         return {"params": list(parameters), **options}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(AdamWConfig):
+    """The same, and the moving average of its weights."""
+
+    ema: float = 0.9999
+    """Share that the average of the weights keeps at a step; at first no more than
+    (1 + step) / (10 + step)."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +292,7 @@ def check_run(op: str, config: RunConfig, world_size: int) -> None:
     check_optimizer(op, config.optimizer)
 
 
-def check_optimizer(op: str, options: OptimizerConfig) -> None:
+def check_optimizer(op: str, options: AdamWConfig) -> None:
     _checks.integer(op, "optimizer.warmup", options.warmup, 0)
     _check_numbers(op, "optimizer", options)
 
@@ -295,7 +300,7 @@ def check_optimizer(op: str, options: OptimizerConfig) -> None:
 def _check_numbers(op: str, section: str, options: Any) -> None:
     for name, (expected, holds) in _NUMBERS.items():
         of, _, field_name = name.partition(".")
-        values = getattr(options, field_name) if of == section else ()
+        values = getattr(options, field_name, ()) if of == section else ()
         for value in values if isinstance(values, tuple) else (values,):
             if not (math.isfinite(value) and holds(value)):
                 _checks.fail(op, name, expected, value)

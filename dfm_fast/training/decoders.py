@@ -36,7 +36,7 @@ from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.ops._philox import fold
 from dfm_fast.training import orders
 from dfm_fast.training.checkpoints import Checkpoints, load, step_of
-from dfm_fast.training.config import to_json
+from dfm_fast.training.config import AdamWConfig, check_optimizer, to_json
 from dfm_fast.training.datasets import DataConfig, Dataset, open_dataset
 from dfm_fast.training.discriminators import (
     PatchDiscriminator,
@@ -46,7 +46,7 @@ from dfm_fast.training.discriminators import (
 from dfm_fast.training.distributed import World
 from dfm_fast.training.encoders import Autoencoder
 from dfm_fast.training.latents import Latents
-from dfm_fast.training.loop import CHECKPOINTS, CONFIG, EXPORT, Outcome
+from dfm_fast.training.loop import CHECKPOINTS, CONFIG, EXPORT, Outcome, learning_rate
 from dfm_fast.training.monitors import NotFinite, caught_signals
 from dfm_fast.training.recipes import ModelRecipe
 
@@ -99,10 +99,13 @@ class DecoderConfig:
 
     steps: int = 200_000
     batch: int = 16
-    lr: float = 2e-4
+    optimizer: AdamWConfig = field(
+        default_factory=lambda: AdamWConfig(lr=2e-4, weight_decay=0.0, warmup=1_000)
+    )
+
     discriminator_lr: float = 2e-4
-    warmup: int = 1_000
-    clip: float = 1.0
+    """Its warm-up and schedule are the optimizer's."""
+
     seed: int = 0
     save_every: int = 5_000
     keep: int = 2
@@ -230,11 +233,12 @@ def check(config: DecoderConfig) -> None:
     """Raise ValueError where numbers make no sense; those of the decoder are its own."""
     op = "train_decoder"
     for name, least in (
-        ("steps", 0), ("batch", 1), ("warmup", 0), ("adversarial_start", 0), ("save_every", 1),
+        ("steps", 0), ("batch", 1), ("adversarial_start", 0), ("save_every", 1),
         ("keep", 1), ("workers", 0), ("seed", 0),
     ):  # fmt: skip
         _checks.integer(op, name, getattr(config, name), least)
-    for name in ("mse_weight", "lpips_weight", "adversarial_weight", "clip"):
+    check_optimizer(op, config.optimizer)
+    for name in ("mse_weight", "lpips_weight", "adversarial_weight", "discriminator_lr"):
         if not getattr(config, name) >= 0:
             _checks.fail(op, name, "at least 0", getattr(config, name))
     if not config.mse_weight + config.lpips_weight > 0:
@@ -261,9 +265,7 @@ class Run:
         self.decoder = SnapGenDecoder(**arguments).to(self.device).train()
         self.recipe = ModelRecipe("train_decoder", dict(self.decoder.config))
         self.discriminator = PatchDiscriminator(width=config.discriminator_width).to(self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.decoder.parameters(), config.lr, (0.9, 0.99), weight_decay=0.0
-        )
+        self.optimizer = torch.optim.AdamW([config.optimizer.group(self.decoder.parameters())])
         # Little momentum, as VQGAN's: what it learns from changes.
         self.opponent = torch.optim.AdamW(
             self.discriminator.parameters(), config.discriminator_lr, (0.5, 0.9), weight_decay=0.0
@@ -341,23 +343,25 @@ class Run:
         y = self._decode(self._latents(x, given))
         gradient, numbers = self._gradient(y.detach().requires_grad_(), x)
         y.backward(gradient)
-        norm = nn.utils.clip_grad_norm_(self.decoder.parameters(), config.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(
+            self.decoder.parameters(), config.optimizer.clip or math.inf
+        )
         if self.has_opponent:
             numbers["discriminator"] = self._oppose(x, y.detach())
         values = torch.stack([v.detach().float() for v in (*numbers.values(), norm)]).tolist()
         if not all(map(math.isfinite, values)):
             self._fail(dict(zip((*numbers, "grad_norm"), values, strict=True)))
-        rate = min(1.0, self.step / (config.warmup + 1))
-        for optimizer, lr in self._optimizers():
-            optimizer.param_groups[0]["lr"] = lr * rate
+        lr = learning_rate(config.optimizer, self.step - 1, config.steps)
+        for optimizer, share in self._optimizers():
+            optimizer.param_groups[0]["lr"] = lr * share
             optimizer.step()
             optimizer.zero_grad()
         return DecoderReport(self.step, *values)
 
     def _optimizers(self) -> list[tuple[torch.optim.Optimizer, float]]:
-        """Those that take part in a step, and their learning rates."""
-        both = [(self.optimizer, self.config.lr), (self.opponent, self.config.discriminator_lr)]
-        return both if self.has_opponent else both[:1]
+        """Those that take part in a step, and their learning rates over the decoder's."""
+        share = self.config.discriminator_lr / self.config.optimizer.lr
+        return [(self.optimizer, 1.0), (self.opponent, share)][: 1 + self.has_opponent]
 
     def _gradient(self, y: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """That of y, a leaf, and the losses."""

@@ -34,7 +34,7 @@ from dfm_fast.ops._philox import fold
 from dfm_fast.training import distributed, orders, outputs, pictures
 from dfm_fast.training.checkpoints import Checkpoints, Written, load, reason
 from dfm_fast.training.config import (
-    OptimizerConfig,
+    AdamWConfig,
     RunConfig,
     TrainConfig,
     check,
@@ -54,7 +54,7 @@ def ema_decay(ema: float, step: int) -> float:
     return min(ema, (1 + step) / (10 + step))
 
 
-def learning_rate(options: OptimizerConfig, step: int, steps: int) -> float:
+def learning_rate(options: AdamWConfig, step: int, steps: int) -> float:
     """Of a step, the first of which is 0."""
     beyond = step - options.warmup
     if beyond < 0:
