@@ -131,10 +131,10 @@ def test_few_steps_from_a_teacher_of_texts(teacher, data, encoders, tmp_path):
 def test_the_command_trains_and_samples(data, encoders, tmp_path, capsys):
     """In part of the encoders, with grids."""
     out, picture = tmp_path / "run", tmp_path / "grid.png"
-    options = ["--data.name", "images", "--data.root", str(data.root), "--data.size", "16"]
-    options += ["--data.captions", "--text.clip-l", str(encoders["clip_l"][0])]
-    options += ["--batch", "4", "--steps", "1", "--sample-count", "4", "--device", "cpu"]
-    assert main(["snapgen", "--out", str(out), *options]) == 0
+    options = ["--preset", "captions", "--model", "tiny", "--data.root", str(data.root)]
+    options += ["--data.size", "16", "--text.clip-l", str(encoders["clip_l"][0])]
+    options += ["--batch", "4", "--steps", "1", "--sample-count", "4", "--workers", "0"]
+    assert main(["snapgen", "--out", str(out), "--device", "cpu", *options]) == 0
     assert "trained 1 steps; the pipeline" in capsys.readouterr().out
     assert (out / "samples" / "step-00000001.png").exists()
     sampling = ["--prompt", "a red fox", "--steps", "2", "--device", "cpu", "--out", str(picture)]

@@ -222,6 +222,7 @@ _DIGITS = {
     "save_every": 500, "sample_every": 500,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
+    "captions": {"data": DataConfig(name="images", captions=True), "model": "t2i"},
     "digits": {
         **_DIGITS,
         "steps": 2000,

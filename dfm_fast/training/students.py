@@ -139,7 +139,7 @@ class Student(nn.Module):
 
     def told(self, labels: Tensor, cond: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """`cond`, but for labels [N] of a module of its own."""
-        return given(self.conditions, labels) if cond is None else cond
+        return keywords(self.conditions(labels)) if cond is None else cond
 
     def forward(
         self, x_t: Tensor, t: Tensor, labels: Tensor, cond: Mapping[str, Any] | None
@@ -197,6 +197,16 @@ class Distilled(nn.Module):
         return losses.total + (told - told.detach()), terms
 
 
+def distilled(config: DistillationConfig, student: Student, teacher: nn.Module | None) -> Distilled:
+    """With a projector or heads of the seed's weights, where they have a part."""
+    torch.manual_seed(config.seed)
+    features = config.features and teacher is not None and not config.few_steps
+    channels = backbone(student.network).channels if features else 0
+    loss = DistillationLoss(teacher, channels, shift=config.shift, ratio=config.ratio)
+    heads = FeatureHeads(loss.teacher.channels) if config.few_steps else None
+    return Distilled(config, student, loss, heads)
+
+
 class Distillation:
     """See `loop.Task`.
 
@@ -231,31 +241,23 @@ class Distillation:
         self.conditions, self.teacher_conditions = conditions, teacher_conditions
         # Of texts it is encoders that are dropped.
         self.class_dropout = 0.0 if isinstance(conditions, TextTable) else config.class_dropout
-        self.write = export or saved_apart
-        self.recipe = ModelRecipe(op, student.config)
+        self.write, self.recipe = export or saved_apart, ModelRecipe(op, student.config)
         if last is not None:
             self.recipe.check_same(last)
-        torch.manual_seed(config.seed)
-        features = config.features and teacher is not None and not config.few_steps
-        channels = backbone(student).channels if features else 0
-        teacher = None if teacher is None else teacher.to(world.device)
-        loss = DistillationLoss(teacher, channels, shift=config.shift, ratio=config.ratio)
-        heads = FeatureHeads(loss.teacher.channels) if config.few_steps else None
-        if isinstance(teacher_conditions, nn.Module):
-            teacher_conditions.to(world.device).eval()
+        for module in (teacher, teacher_conditions):
+            if isinstance(module, nn.Module):
+                module.to(world.device).eval()
         self.trained = conditions if isinstance(conditions, nn.Module) else None
-        self.averaged = Student(student, self.trained)
-        self.model, self.networks = Distilled(config, self.averaged, loss, heads), (student,)
+        self.averaged, self.networks = Student(student, self.trained), (student,)
+        self.model = distilled(config, self.averaged, teacher)
 
     def groups(self) -> list[dict[str, Any]]:
         """The heads learn at a rate of their own, with little momentum: what they learn from
         changes."""
-        heads = [] if self.model.heads is None else list(self.model.heads.parameters())
-        theirs = set(map(id, heads))
-        ours = self.config.optimizer.group(
-            p for p in self.model.parameters() if id(p) not in theirs
-        )
-        options = {"lr": self.config.discriminator_lr, "betas": (0.0, 0.99), "weight_decay": 0.0}
+        named, config = list(self.model.named_parameters()), self.config
+        heads = [p for name, p in named if name.startswith("heads.")]
+        ours = config.optimizer.group(p for name, p in named if not name.startswith("heads."))
+        options = {"lr": config.discriminator_lr, "betas": (0.0, 0.99), "weight_decay": 0.0}
         return [ours, {"params": heads, **options}] if heads else [ours]
 
     def losses(
@@ -273,14 +275,15 @@ class Distillation:
     ) -> Mapping[str, Any]:
         """Keywords of a network, for labels on the host; rows None: nothing is dropped."""
         if not isinstance(conditions, TextTable):
-            return given(conditions, labels.to(self.world.device, non_blocking=True))
+            labels = labels.to(self.world.device, non_blocking=True)
+            return {} if conditions is None else keywords(conditions(labels))
         keep, layout = None, conditions.layout
         if rows is not None:
             positions = range(rows.position, rows.position + len(labels))
             chance = dropout_probability(layout, self.config.class_dropout)
             keep = draw_kept(layout, self.config.seed, positions, chance)
         dtype = next(self.averaged.parameters()).dtype
-        return given(lambda y: conditions(y, keep, device=self.world.device, dtype=dtype), labels)
+        return keywords(conditions(labels, keep, device=self.world.device, dtype=dtype))
 
     def counts(self, batch: int, seed: int) -> dict[str, int]:
         return {}
@@ -312,9 +315,6 @@ def saved_apart(student: Pretrained, conditions: nn.Module | None, folder: Path)
         torch.save(conditions.state_dict(), folder.parent / "conditions.pt")
 
 
-def given(conditions: Conditions | None, labels: Tensor) -> Mapping[str, Any]:
-    """Keywords of a network."""
-    found = {} if conditions is None else conditions(labels)
-    if isinstance(found, TextConditions):
-        return {"text": found[0], "mask": found[1]}
-    return found
+def keywords(found: Mapping[str, Any] | TextConditions) -> Mapping[str, Any]:
+    """Conditions as a network takes them."""
+    return {"text": found[0], "mask": found[1]} if isinstance(found, TextConditions) else found
