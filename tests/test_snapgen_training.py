@@ -84,7 +84,11 @@ def test_bad_input(teacher, tmp_path, capsys):
         assert not (tmp_path / out).exists()
 
     fails("few_steps: expected 0 without a teacher, got 4", "--few-steps", "4")
-    fails("data: expected pictures with classes, got photos", "--data.name", "photos")
+    fails(
+        "data: expected pictures with classes or --data.captions, got photos",
+        "--data.name",
+        "photos",
+    )
     fails("teacher: ", "--teacher", str(tmp_path / "none"))
     fails("decoder: expected none, as there are no latents", "--decoder", str(tmp_path))
     fails("init: expected a folder with model_index.json", "--init", str(tmp_path))
