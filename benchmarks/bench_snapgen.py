@@ -1,6 +1,5 @@
-"""SnapGen's UNet and decoder: rows only; the measuring is in harness.py. The UNet's rival is
-diffusers' model of the same graph and weights, the decoder's is itself written out in plain
-torch."""
+"""SnapGen's UNet: rows only; the measuring is in harness.py. Its rival is diffusers' model of the
+same graph and weights."""
 
 from __future__ import annotations
 
@@ -10,23 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.bench_acceleration import CASES, call, unet, weights
 from benchmarks.harness import Row
-from dfm_fast.models import (
-    SnapGenDecoder,
-    SnapGenUNet,
-    snapgen_decoder_plain,
-    snapgen_from_dreamlite,
-)
+from dfm_fast.models import SnapGenUNet, snapgen_from_dreamlite
 
 F32, BF16 = torch.float32, torch.bfloat16
-# Latents that SnapGen's decoder makes pictures of.
-PICTURES = {"pixels_512": (1, 16, 64, 64), "pixels_1024": (1, 16, 128, 128)}
-
-
-# --- The UNet -------------------------------------------------------------------------------------
 
 
 def velocity(name: str, cached: bool) -> Callable[..., Tensor]:
@@ -75,67 +64,7 @@ def unet_row(name: str, dtype: torch.dtype, cached: bool, **options: Any) -> Row
     )
 
 
-# --- The decoder ----------------------------------------------------------------------------------
-
-
-class WrittenDecoder(nn.Module):
-    """The same parameters, in plain torch."""
-
-    def __init__(self, model: SnapGenDecoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return snapgen_decoder_plain.plain_forward(self.model, latents)
-
-
-def decoder_row(name: str, layout: str, dtype: torch.dtype, **options: Any) -> Row:
-    with torch.device("meta"):
-        model = SnapGenDecoder().eval()
-    state = dict(model.named_parameters())
-    shapes = (PICTURES[name], *(tuple(p.shape) for p in state.values()))
-    n, _, h, w = shapes[0]
-
-    def of(module: nn.Module, prefix: str) -> Callable[..., Tensor]:
-        names = [prefix + name for name in state]
-
-        def run(latents: Tensor, *weights: Tensor) -> Tensor:
-            given = dict(zip(names, weights, strict=True))
-            return torch.func.functional_call(module, given, (latents,))
-
-        return run
-
-    def adapt(inputs: list[Tensor]) -> list[Tensor]:
-        """Weights that keep the magnitude, small biases."""
-        weights = inputs[1:]
-        return [
-            inputs[0],
-            *(v / math.sqrt(v[0].numel()) if v.ndim == 4 else 0.1 * v for v in weights),
-        ]
-
-    plain = of(WrittenDecoder(model), "model.")
-    pictures = n * 3 * model.factor**2 * h * w
-    return Row(
-        op="snapgen_decoder",
-        variant="",
-        case=name,
-        shapes=shapes,
-        ours=of(model, ""),
-        reference=plain,
-        least_bytes=(sum(map(math.prod, shapes)) + pictures) * dtype.itemsize,  # in and out
-        eager=plain,
-        compiled={"written out": plain},
-        dtype=dtype,
-        layout=layout,
-        adapt=adapt,
-        **options,
-    )
-
-
-# --- Rows -----------------------------------------------------------------------------------------
-
-
-def unet_rows() -> Iterator[Row]:
+def rows() -> Iterator[Row]:
     """Beside diffusers' model, where it is installed."""
     try:
         for cached in (False, True):
@@ -145,14 +74,6 @@ def unet_rows() -> Iterator[Row]:
         yield unet_row("snapgen_1024_8", BF16, True, device="cuda")
     except ImportError:
         return
-
-
-def rows() -> Iterator[Row]:
-    yield from unet_rows()
-    for layout in ("channels_last", "contiguous"):
-        for dtype in (F32, BF16):
-            yield decoder_row("pixels_512", layout, dtype, device="cpu")
-    yield decoder_row("pixels_1024", "channels_last", BF16, device="cuda", quick=True)
 
 
 ROWS = {r.id: r for r in rows()}
