@@ -1,5 +1,5 @@
-"""SnapGen's decoder and its residual blocks: rows only; the measuring is in harness.py. The rival is
-the same written out in plain torch."""
+"""SnapGen's decoder and its residual blocks: rows only; the measuring is in harness.py. The rivals
+are the same written out in plain torch."""
 
 from __future__ import annotations
 
