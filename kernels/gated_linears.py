@@ -16,6 +16,7 @@ and this kernel wins from 1 / (1 + that) of cuBLAS's speed on. At SnapGen's 896 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -26,9 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dfm_fast.kernels import tuning
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.activations import ACTIVATIONS, _slope
-from dfm_fast.kernels.launching import cdiv, on_device
+from dfm_fast.kernels.launching import cdiv, on_device, planned
 from dfm_fast.kernels.products import (
     ARCHITECTURES,
     SIZES,
@@ -37,6 +39,7 @@ from dfm_fast.kernels.products import (
     grouped_tile,
     multiply_step,
     row_of,
+    suffix,
 )
 
 # --- Kernel ---------------------------------------------------------------------------------------
@@ -94,9 +97,9 @@ def _linear_glu_kernel(
 # --- Launcher -------------------------------------------------------------------------------------
 
 
-# By architecture and whether there are tiles for every multiprocessor. BN is of y: the product has
-# twice as many. Two accumulators of 128 x 128 are 128 registers of 256 threads, as large a tile as
-# cuBLAS takes; 48 KiB of operands a stage. From shapes and limits, not from measurements.
+# Defaults, by architecture and whether there are tiles for every multiprocessor. BN is of y: the
+# product has twice as many. Two accumulators of 128 x 128 are 128 registers of 256 threads, as
+# large a tile as cuBLAS takes; 48 KiB of operands a stage. From shapes and limits, not measured.
 TILES = {
     (8, True): Tile(128, 64, 64, 8, 3),
     (9, True): Tile(128, 128, 64, 8, 4),
@@ -109,15 +112,20 @@ TILES = {
     (12, False): Tile(64, 32, 64, 4, 3),
     (0, False): Tile(64, 32, 64, 4, 2),
 }
+# Candidates of 2 bytes an element beside the two of an architecture.
+MORE = Tile(128, 64, 64, 4, 4), Tile(128, 64, 64, 8, 3)
 MANY = 132  # tiles: a program for each of an H100's multiprocessors
 GROUP = 8
 
 
-def _tiles(arch: int, M: int, D: int, itemsize: int) -> Tile:
-    large = TILES[arch, True]
+@planned
+def candidates(arch: int, M: int, D: int, itemsize: int) -> tuple[Tile, ...]:
+    """The default first. BN and BK are of 2 bytes an element: so many bytes of any."""
+    large, small = TILES[arch, True], TILES[arch, False]
     many = cdiv(M, large.BM) * cdiv(D, large.BN) >= MANY
-    tiles = large if many else TILES[arch, False]
-    return tiles._replace(BN=tiles.BN * 2 // itemsize, BK=tiles.BK * 2 // itemsize)
+    tiles = (large, small) if many else (small, large)
+    tiles = dict.fromkeys(tiles + MORE if itemsize == 2 else tiles)
+    return tuple(t._replace(BN=t.BN * 2 // itemsize, BK=t.BK * 2 // itemsize) for t in tiles)
 
 
 def _wide(*elements: int) -> bool:
@@ -133,17 +141,25 @@ def linear_glu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) 
     out = x.new_empty(M, D)
     if not out.numel():
         return out
+    run = functools.partial(_launch, x, weight, bias, out, activation)
+    tiles = candidates(architecture(x.device), M, D, size)
+    with on_device(x):
+        run(tuning.choose("linear_glu", x.device, M, (x.dtype, K, D), tiles, run))
+    return out
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, activation: str, tile: Tile
+) -> Any:
+    (M, K), D, size = x.shape, out.shape[1], x.element_size()
     stride = x.stride(0) if M > 1 else K
-    tiles = _tiles(architecture(x.device), M, D, size)
     vec, out_vec = math.gcd(16 // size, K, stride), math.gcd(16 // size, D)
     wide = _wide(M * stride, 2 * D * K, M * D)
-    with on_device(x):
-        _linear_glu_kernel[(cdiv(M, tiles.BM) * cdiv(D, tiles.BN),)](
-            *(x, weight, bias, out, M, D // out_vec, K // vec, stride // vec),
-            **_constants(tiles, activation, size, K % tiles.BK == 0, vec, out_vec, wide),
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-    return out
+    return _linear_glu_kernel[(cdiv(M, tile.BM) * cdiv(D, tile.BN),)](
+        *(x, weight, bias, out, M, D // out_vec, K // vec, stride // vec),
+        **_constants(tile, activation, size, K % tile.BK == 0, vec, out_vec, wide),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def _constants(
@@ -161,15 +177,21 @@ def _constants(
 
 
 def specialisations() -> Iterator[Specialisation]:
-    arguments = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), "*")
-    arguments |= dict.fromkeys(("M", "DV", "KV", "x_stride"), "i32")
     shapes = {"": (65536, True), " few rows": (256, True), " any K": (65536, False)}
     for dtype, (target, arch) in itertools.product(("bf16", "fp16", "fp32"), ARCHITECTURES.items()):
-        size = SIZES[dtype]
         for name, (M, even) in shapes.items():
-            tiles = _tiles(arch, M, 2688, size)
-            yield Specialisation(
-                f"linear_glu{name}", _linear_glu_kernel, dtype, arguments,
-                _constants(tiles, "gelu", size, even, 16 // size, 16 // size, False), tiles.warps,
-                (target,), 128, {"num_stages": tiles.stages}, matrix=True,
-            )  # fmt: skip
+            tile = candidates(arch, M, 2688, SIZES[dtype])[0]
+            yield _specialisation(f"linear_glu{name}", dtype, target, tile, even)
+    for tile in MORE:
+        yield _specialisation(f"linear_glu{suffix(tile)}", "bf16", "sm_90", tile, True)
+
+
+def _specialisation(name: str, dtype: str, target: str, tile: Tile, even: bool) -> Specialisation:
+    arguments = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), "*")
+    arguments |= dict.fromkeys(("M", "DV", "KV", "x_stride"), "i32")
+    size = SIZES[dtype]
+    return Specialisation(
+        name, _linear_glu_kernel, dtype, arguments,
+        _constants(tile, "gelu", size, even, 16 // size, 16 // size, False), tile.warps,
+        (target,), 128, {"num_stages": tile.stages}, matrix=True,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,17 +28,20 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Of convolutions. By bytes an element, and whether in channels_last: planes take more registers, as
-# their tiles are not loaded in vectors where the number of pixels is any. Those of 2 bytes are
-# products of tensor cores (wgmma on sm_90); float32 in TF32 too where torch's are allowed to.
+# Of convolutions, the default first, of which `tuning` chooses. By bytes an element, and whether in
+# channels_last: planes take more registers, as their tiles are not loaded in vectors where the
+# number of pixels is any. Those of 2 bytes are products of tensor cores (wgmma on sm_90); float32
+# in TF32 too where torch's are allowed to.
 TILES = {
-    (2, True): Tile(128, 128, 64, 8, 3),
-    (2, False): Tile(128, 64, 32, 8, 3),
-    (4, True): Tile(64, 64, 32, 4, 2),
-    (4, False): Tile(64, 64, 32, 4, 2),
-    (8, True): Tile(16, 16, 16, 4, 1),
-    (8, False): Tile(16, 16, 16, 4, 1),
+    (2, True): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
+    (2, False): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    (4, True): (Tile(64, 64, 32, 4, 2),),
+    (4, False): (Tile(64, 64, 32, 4, 2),),
+    (8, True): (Tile(16, 16, 16, 4, 1),),
+    (8, False): (Tile(16, 16, 16, 4, 1),),
 }
+# The interpreter's time is per operation: there a large default.
+INTERPRETED = Tile(256, 256, 256, 4, 1)
 
 
 def architecture(device: torch.device) -> int:
@@ -51,9 +55,24 @@ def is_last(x: Tensor) -> bool:
     return memory_format(x) != torch.contiguous_format
 
 
-def tile_of(x: Tensor) -> Tile:
-    """The interpreter's time is per operation: there large ones."""
-    return Tile(256, 256, 256, 4, 1) if INTERPRET else TILES[x.element_size(), is_last(x)]
+def tiles_of(x: Tensor, last: bool) -> tuple[Tile, ...]:
+    """Those a convolution of x may take, the default first."""
+    own = TILES[x.element_size(), last]
+    return (INTERPRETED, *own) if INTERPRET else own
+
+
+def to_check(tiles: Sequence[Tile], dtype: str) -> Iterator[tuple[str, Tile, tuple[str, ...]]]:
+    """(what a name ends in, tile, targets) of candidates for `dfm-fast check`: the default on all
+    targets; the others on sm_90, not again for fp16, whose instructions are bf16's. Elsewhere they
+    may not compile: tuning then skips them."""
+    yield "", tiles[0], tuple(ARCHITECTURES)
+    if dtype != "fp16":
+        for tile in tiles[1:]:
+            yield suffix(tile), tile, ("sm_90",)
+
+
+def suffix(tile: Tile) -> str:
+    return " " + "x".join(map(str, tile))
 
 
 def accumulator(x: Tensor) -> tl.dtype:
@@ -62,7 +81,8 @@ def accumulator(x: Tensor) -> tl.dtype:
 
 def precision(x: Tensor) -> str:
     """Of a convolution's products of float32."""
-    return "tf32" if x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee"
+    narrow = x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32
+    return "tf32" if narrow else "ieee"
 
 
 @triton.jit

@@ -17,7 +17,7 @@ of a map: **not measured yet**.
        computes it again for every BN = 256 outputs, 0.8 an element and time: expected to win for
        O = 256 (the second convolution of blocks of 256), to draw at 512, to lose beyond.
 
-3 serves, 4 where `MEASURED` says so.
+3 serves with its default tile; `tuning` may choose another of its tiles, or 4.
 
 The gradients of the pointwise convolution are torch's (cuDNN's, cuBLAS's) products.
 """
@@ -26,17 +26,18 @@ The gradients of the pointwise convolution are torch's (cuDNN's, cuBLAS's) produ
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
+from dfm_fast.kernels import tuning
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.convolutions import activated, depthwise_conv2d, load_row, norm_of, taps
 from dfm_fast.kernels.group_norms import Plan, applied_norm, merge_moments
@@ -45,13 +46,15 @@ from dfm_fast.kernels.products import (
     ARCHITECTURES,
     SIZES,
     TILES,
+    Tile,
     accumulator,
     architecture,
     is_last,
     multiply_step,
     precision,
     row_of,
-    tile_of,
+    tiles_of,
+    to_check,
 )
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.group_norms import wide_dtype
@@ -221,11 +224,7 @@ class Whole(NamedTuple):
 # thread has 64 sums; as many outputs again would leave too few registers for the taps.
 WHOLE = Whole(4, 4, 4, 256, 64, 8, 2), Whole(4, 2, 8, 128, 32, 8, 1)
 
-# Where one kernel was found faster than two (`separable_one_kernel` in
-# benchmarks/bench_separables.py): (compute capability, dtype) -> (fewest pixels, most outputs).
-# Nothing has been measured yet, so two serve.
-MEASURED: dict[tuple[tuple[int, int], torch.dtype], tuple[int, int]] = {}
-# "1": wherever it can, "0": nowhere, else as measured.
+# "1": one kernel wherever it can, "0": nowhere, else as `tuning` chooses.
 ONE_KERNEL = os.environ.get("DFM_FAST_SEPARABLE", "")
 
 
@@ -233,24 +232,20 @@ def whole_of(x: Tensor) -> Whole:
     return WHOLE[architecture(x.device) == 0]
 
 
-def _one_kernel_serves(x: Tensor, depthwise_weight: Tensor, outputs: int) -> bool:
-    if ONE_KERNEL == "0" or not (ONE_KERNEL or MEASURED):
-        return False
+def _candidates(x: Tensor, kernel_size: int, last: bool) -> tuple[str, tuple[Tile | Whole, ...]]:
+    """Their name, and tiles of two kernels (of the second), the default first, and one kernel."""
+    two = tiles_of(x, last)
+    if ONE_KERNEL == "0" or not last or kernel_size != 3:
+        return "two", two
     whole = whole_of(x)
-    return (
+    can = (
         (INTERPRET or x.element_size() == 2)
-        and is_last(x)
-        and depthwise_weight.shape[-1] == 3
         and x.shape[2] % whole.ROWS == 0
         and x.shape[3] % (whole.COLS * whole.LANES) == 0
-        and (ONE_KERNEL == "1" or _measured_faster(x, outputs))
     )
-
-
-def _measured_faster(x: Tensor, outputs: int) -> bool:
-    found = MEASURED.get((torch.cuda.get_device_capability(x.device), x.dtype))
-    pixels = x.numel() // x.shape[1]
-    return found is not None and pixels >= found[0] and outputs <= found[1]
+    if not can:
+        return "two", two
+    return ("one", (whole,)) if ONE_KERNEL == "1" else ("any", (*two, whole))
 
 
 def separable_conv2d(
@@ -269,55 +264,85 @@ def separable_conv2d(
     *,
     with_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, _, height, width = x.shape
-    outputs, pixels = pointwise_weight.shape[0], height * width
+    (n, channels, height, width), outputs = x.shape, pointwise_weight.shape[0]
     y = empty_in(memory_format(x), x, (n, outputs, height, width))
     wide, size = wide_dtype(x), y.shape[:2] if with_statistics else (0,)
     found = x.new_empty(size, dtype=wide), x.new_empty(size, dtype=wide)
     if not y.numel():
         return y, *found
-    one = _one_kernel_serves(x, depthwise_weight, outputs)
-    block_pixels = whole_of(x).pixels if one else tile_of(x).BM
-    blocks = cdiv(pixels, block_pixels)
-    partials: tuple[Tensor | None, ...] = (None, None)
-    if with_statistics:
-        partials = tuple(x.new_empty((n, blocks, outputs), dtype=wide) for _ in range(2))
+    kernel_size, last, rows = depthwise_weight.shape[-1], is_last(x), n * height * width
+    ways, candidates = _candidates(x, kernel_size, last)
+    layout = "NHWC" if last else "NCHW"
+    exact = x.dtype, layout, precision(x), kernel_size, channels, outputs, ways
     norm = mean, m2, norm_weight, norm_bias, None, num_groups, eps
-    rest = pointwise_weight, bias, shift, residual, y, *partials
+    epilogue = pointwise_weight, bias, shift, residual, y
+    run = functools.partial(_launch, x, depthwise_weight, norm, epilogue, found)
     with on_device(x):
-        (_one_kernel if one else _two_kernels)(x, depthwise_weight, norm, n * blocks, *rest)
-        if with_statistics:
-            merge_moments(y, Plan(0, pixels, blocks, block_pixels, (0, 0, 0), {}), partials, found)
+        run(tuning.choose("separable_conv2d", x.device, rows, exact, candidates, run))
     return y, *found
 
 
+def _launch(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    norm: tuple[Any, ...],
+    epilogue: tuple[Any, ...],
+    found: tuple[Tensor, Tensor],
+    how: Tile | Whole,
+) -> Any:
+    """Fill the output, the last of `epilogue`, and its statistics `found` where they have room."""
+    (n, _, height, width), y = x.shape, epilogue[-1]
+    pixels, one = height * width, isinstance(how, Whole)
+    block_pixels = how.pixels if one else how.BM
+    blocks = cdiv(pixels, block_pixels)
+    partials: tuple[Tensor | None, ...] = (None, None)
+    if found[0].numel():
+        size = n, blocks, y.shape[1]
+        partials = tuple(x.new_empty(size, dtype=found[0].dtype) for _ in range(2))
+    launch = _one_kernel if one else _two_kernels
+    compiled = launch(x, depthwise_weight, norm, how, n * blocks, *epilogue, *partials)
+    if found[0].numel():
+        merge_moments(y, Plan(0, pixels, blocks, block_pixels, (0, 0, 0), {}), partials, found)
+    return compiled
+
+
 def _two_kernels(
-    x: Tensor, depthwise_weight: Tensor, norm: tuple[Any, ...], tiles: int, *rest: Tensor | None
-) -> None:
+    x: Tensor,
+    depthwise_weight: Tensor,
+    norm: tuple[Any, ...],
+    tile: Tile,
+    tiles: int,
+    *rest: Tensor | None,
+) -> Any:
     """`rest`: the pointwise weight, what the epilogue reads, and what it writes."""
     padding = [depthwise_weight.shape[-1] // 2] * 2
     a = depthwise_conv2d(x, depthwise_weight, None, *norm, 1, padding)
-    outputs, y, tile = len(rest[0]), rest[4], tile_of(x)
-    _pointwise_kernel[(tiles * cdiv(outputs, tile.BN),)](
+    outputs, y = len(rest[0]), rest[4]
+    return _pointwise_kernel[(tiles * cdiv(outputs, tile.BN),)](
         a, *rest, x.shape[2] * x.shape[3], x.shape[1], outputs,
         ACC=accumulator(x), PRECISION=precision(x), LAST=is_last(x),
-        BM=tile.BM, BN=tile.BN, BK=tile.BK, WIDE=max(a.numel(), y.numel()) >= 2**31,
+        **_blocks(tile), WIDE=max(a.numel(), y.numel()) >= 2**31,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def _one_kernel(
-    x: Tensor, depthwise_weight: Tensor, norm: tuple[Any, ...], tiles: int, *rest: Tensor | None
-) -> None:
-    outputs, y, whole = len(rest[0]), rest[4], whole_of(x)
-    _separable_kernel[(tiles * cdiv(outputs, whole.BN),)](
+    x: Tensor,
+    depthwise_weight: Tensor,
+    norm: tuple[Any, ...],
+    whole: Whole,
+    tiles: int,
+    *rest: Tensor | None,
+) -> Any:
+    outputs, y = len(rest[0]), rest[4]
+    return _separable_kernel[(tiles * cdiv(outputs, whole.BN),)](
         x, depthwise_weight, *applied_norm(x, *norm), *rest, *x.shape[2:], x.shape[1], outputs,
         ACC=accumulator(x), PRECISION=precision(x), WIDE=max(x.numel(), y.numel()) >= 2**31,
         **_blocks(whole), num_warps=whole.warps, num_stages=whole.stages,
     )  # fmt: skip
 
 
-def _blocks(tile: NamedTuple) -> dict[str, int]:
+def _blocks(tile: Tile | Whole) -> dict[str, int]:
     return {name: v for name, v in tile._asdict().items() if name not in ("warps", "stages")}
 
 
@@ -336,8 +361,10 @@ def specialisations() -> Iterator[Specialisation]:
     for dtype, last in itertools.product(SIZES, (True, False)):
         acc = tl.float64 if dtype == "fp64" else tl.float32
         constants = {**shape, "ACC": acc, "PRECISION": "ieee", "LAST": last, "WIDE": False}
-        name = f"pointwise {'NHWC' if last else 'NCHW'}"
-        yield _specialisation(name, _pointwise_kernel, dtype, TILES[SIZES[dtype], last], constants)
+        for rest, tile, targets in to_check(TILES[SIZES[dtype], last], dtype):
+            name = f"pointwise {'NHWC' if last else 'NCHW'}{rest}"
+            given = name, _pointwise_kernel, dtype, tile, constants
+            yield _specialisation(*given, targets=targets)
     shape = {"C": 512, "OUT": 256}
     for dtype, norm in itertools.product(("bf16", "fp16"), (True, False)):
         constants = {**shape, "ACC": tl.float32, "PRECISION": "ieee", "WIDE": False}

@@ -10,6 +10,7 @@ The gradients are torch's (cuDNN's) convolution of dy's phases.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -19,17 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
+from dfm_fast.kernels import tuning
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.launching import cdiv, on_device
 from dfm_fast.kernels.products import (
     SIZES,
     TILES,
+    Tile,
     accumulator,
     is_last,
     multiply_step,
     precision,
     row_of,
-    tile_of,
+    tiles_of,
+    to_check,
 )
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.upsamples import (
@@ -118,19 +122,28 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not y.numel():
         return y
     phases, pairs = x.new_empty((4, 4, outputs, channels)), outputs * channels
-    tile = tile_of(x)
-    programs = n * 4 * cdiv(height * width, tile.BM) * cdiv(outputs, tile.BN)
+    last, kind, rows = is_last(x), precision(x), n * height * width
+    exact = x.dtype, "NHWC" if last else "NCHW", kind, channels, outputs
+    run = functools.partial(_product, x, phases, bias, y, last, kind)
     with on_device(x):
         _phases_kernel[(cdiv(pairs, PAIRS),)](
             weight, phases, pairs, channels, *weight.stride(), ACC=accumulator(x), BLOCK=PAIRS
         )
-        _upsample_kernel[(programs,)](
-            x, phases, bias, y, height, width, channels, outputs,
-            ACC=accumulator(x), PRECISION=precision(x), LAST=is_last(x),
-            BM=tile.BM, BN=tile.BN, BK=tile.BK, WIDE=max(x.numel(), y.numel()) >= 2**31,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        run(tuning.choose("upsample_conv2d", x.device, rows, exact, tiles_of(x, last), run))
     return y
+
+
+def _product(
+    x: Tensor, phases: Tensor, bias: Tensor | None, y: Tensor, last: bool, kind: str, tile: Tile
+) -> Any:
+    (n, channels, height, width), outputs = x.shape, y.shape[1]
+    programs = n * 4 * cdiv(height * width, tile.BM) * cdiv(outputs, tile.BN)
+    return _upsample_kernel[(programs,)](
+        x, phases, bias, y, height, width, channels, outputs,
+        ACC=accumulator(x), PRECISION=kind, LAST=last,
+        BM=tile.BM, BN=tile.BN, BK=tile.BK, WIDE=max(x.numel(), y.numel()) >= 2**31,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def upsample_conv2d_backward(
@@ -153,19 +166,27 @@ def specialisations() -> Iterator[Specialisation]:
             "upsample_conv2d phases", _phases_kernel, dtype, arguments, {"ACC": acc, "BLOCK": PAIRS}
         )
     for dtype, last in itertools.product(SIZES, (True, False)):
-        tile = TILES[SIZES[dtype], last]
-        acc = tl.float64 if dtype == "fp64" else tl.float32
-        blocks = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
-        constants: dict[str, Any] = {"C": 512, "OUT": 512, **blocks, "ACC": acc, "LAST": last}
-        pointers = [name for name in _upsample_kernel.arg_names if name.endswith("_ptr")]
-        yield Specialisation(
-            f"upsample_conv2d {'NHWC' if last else 'NCHW'}",
-            _upsample_kernel,
-            dtype,
-            {**dict.fromkeys(pointers, "*"), "H": "i32", "W": "i32"},
-            {**constants, "PRECISION": "ieee", "WIDE": False},
-            warps=tile.warps,
-            load_bits=128,
-            options={"num_stages": tile.stages},
-            matrix=SIZES[dtype] == 2,
-        )
+        for rest, tile, targets in to_check(TILES[SIZES[dtype], last], dtype):
+            name = f"upsample_conv2d {'NHWC' if last else 'NCHW'}{rest}"
+            yield _specialisation(name, dtype, last, tile, targets)
+
+
+def _specialisation(
+    name: str, dtype: str, last: bool, tile: Tile, targets: tuple[str, ...]
+) -> Specialisation:
+    acc = tl.float64 if dtype == "fp64" else tl.float32
+    blocks = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK}
+    constants: dict[str, Any] = {"C": 512, "OUT": 512, **blocks, "ACC": acc, "LAST": last}
+    pointers = [name for name in _upsample_kernel.arg_names if name.endswith("_ptr")]
+    return Specialisation(
+        name,
+        _upsample_kernel,
+        dtype,
+        {**dict.fromkeys(pointers, "*"), "H": "i32", "W": "i32"},
+        {**constants, "PRECISION": "ieee", "WIDE": False},
+        warps=tile.warps,
+        targets=targets,
+        load_bits=128,
+        options={"num_stages": tile.stages},
+        matrix=SIZES[dtype] == 2,
+    )

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from dfm_fast import _checks
 from dfm_fast._library import INTERPRET, differentiable
+from dfm_fast.kernels import tuning
 from dfm_fast.nn._linears import FEWEST_ROWS, LONGEST_SUM, linear, serves
 from dfm_fast.ops import geglu, gelu_tanh, swiglu
 
@@ -184,12 +185,7 @@ class _ActivatedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if _one_kernel_serves(x, self):
-            proj, rows = self.proj, x.flatten(0, -2)
-            rows = rows if rows.stride(1) == 1 else rows.contiguous()
-            y = _ops.linear_glu(rows, proj.weight, proj.bias, self.activation.glu)
-            return y.unflatten(0, x.shape[:-1])
-        return self.activation.function(self.proj(x))
+        return _projected(x, self, _one_kernel_serves(x, self))
 
 
 class GEGLU(_ActivatedLinear):
@@ -223,8 +219,8 @@ class FeedForward(nn.Module):
     In training backward keeps what the first layer gave and computes the activation again for the
     second one's gradient (not with dropout between them). On a CPU in inference oneDNN computes
     activation and gate as epilogues of its products, so that the wide hidden tensor is never
-    written: see `_inference`. On a GPU that takes one kernel of ours, where it was measured faster
-    or the environment has DFM_FAST_LINEAR_GLU=1: see `MEASURED`.
+    written: see `_inference`. On a GPU that takes one kernel of ours, where a table of tiles or the
+    environment (DFM_FAST_LINEAR_GLU=1) says so.
     """
 
     def __init__(
@@ -312,23 +308,34 @@ def _recomputes(
 
 # --- Inference on a GPU ---------------------------------------------------------------------------
 
-# Where a gated projection and its activation as one kernel (`kernels/gated_linears.py`) were found
-# faster than cuBLAS and the activation: (compute capability, dtype) -> (fewest rows, widest x).
-# Nothing has been measured yet, so cuBLAS serves.
-MEASURED: dict[tuple[tuple[int, int], torch.dtype], tuple[int, int]] = {}
-# "1": wherever it can, "0": nowhere, else as measured.
+# A gated projection and its activation as one kernel (`kernels/gated_linears.py`). "1": wherever it
+# can, "0": nowhere, else as `tuning` chooses, whose default is cuBLAS and the activation.
 ONE_KERNEL = os.environ.get("DFM_FAST_LINEAR_GLU", "")
 
 
+def _projected(x: Tensor, first: _ActivatedLinear, one: bool) -> Tensor:
+    proj, activation = first.proj, first.activation
+    if not one:
+        return activation.function(proj(x))
+    rows = x.flatten(0, -2)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return _ops.linear_glu(rows, proj.weight, proj.bias, activation.glu).unflatten(0, x.shape[:-1])
+
+
 def _one_kernel_serves(x: Tensor, first: _ActivatedLinear) -> bool:
-    if ONE_KERNEL == "0" or not (ONE_KERNEL or MEASURED) or torch.compiler.is_compiling():
+    if not (x.is_cuda or INTERPRET) or ONE_KERNEL == "0" or torch.compiler.is_compiling():
         return False
+    if not (ONE_KERNEL or tuning.may_choose("gated_projection", x.device)):
+        return False
+    return _one_kernel_can(x, first) and (ONE_KERNEL == "1" or _one_kernel_chosen(x, first))
+
+
+def _one_kernel_can(x: Tensor, first: _ActivatedLinear) -> bool:
     proj = first.proj
     if not first.activation.glu or type(proj) is not nn.Linear or _hooked(proj):
         return False
     return (
-        (x.is_cuda or INTERPRET)
-        and type(x) is Tensor
+        type(x) is Tensor
         and x.ndim >= 2
         and x.shape[-1] == proj.in_features
         and x.shape[-1] % 8 == 0  # rows of whole vectors
@@ -339,17 +346,17 @@ def _one_kernel_serves(x: Tensor, first: _ActivatedLinear) -> bool:
             for p in proj.parameters()
         )
         and (x.dtype.itemsize == 2 or (x.dtype == torch.float32 and _tf32(x)))
-        and (ONE_KERNEL == "1" or _measured_faster(x))
     )
+
+
+def _one_kernel_chosen(x: Tensor, first: _ActivatedLinear) -> bool:
+    exact = x.dtype, x.shape[-1], first.proj.out_features // 2
+    rows, run = x.numel() // max(x.shape[-1], 1), partial(_projected, x, first)
+    return tuning.choose("gated_projection", x.device, rows, exact, (False, True), run)
 
 
 def _tf32(x: Tensor) -> bool:
     return torch.backends.cuda.matmul.allow_tf32 or not x.is_cuda
-
-
-def _measured_faster(x: Tensor) -> bool:
-    found = MEASURED.get((torch.cuda.get_device_capability(x.device), x.dtype))
-    return found is not None and x.numel() >= found[0] * x.shape[-1] and x.shape[-1] <= found[1]
 
 
 # --- Inference on a CPU ---------------------------------------------------------------------------
