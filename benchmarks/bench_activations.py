@@ -115,8 +115,8 @@ def feed_forward_row(name: str, dtype: torch.dtype = F32, **options: Any) -> Row
 
 
 def gated_linear_row(name: str, dtype: torch.dtype, **options: Any) -> Row:
-    """The first layer alone, as one kernel against cuBLAS and `geglu`: what fills `MEASURED` in
-    dfm_fast/nn/activations.py."""
+    """The first layer alone, as one kernel against cuBLAS and `geglu`: what tables of
+    tiles choose between."""
     case = FEED_FORWARDS[name]
     with torch.device("meta"):
         layer = GEGLU(case.dim, case.inner)

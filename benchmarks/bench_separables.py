@@ -128,8 +128,8 @@ def reference_summed(x, depthwise, pointwise, residual, weight, bias):
 
 
 def one_kernel_row(name: str, second: bool, dtype: torch.dtype = BF16, **options: Any) -> Row:
-    """A block's first or second convolution, both with a residual: what fills `MEASURED` in
-    kernels/separables.py."""
+    """A block's first or second convolution, both with a residual: what tables of tiles
+    choose between."""
     (n, c, h, w), outputs = BLOCKS[name]
     c, outputs = (2 * outputs, outputs) if second else (c, 2 * outputs)
     shapes = (n, c, h, w), (c, 1, 3, 3), (outputs, c, 1, 1), (n, outputs, h, w), (c,), (c,)

@@ -172,7 +172,7 @@ def _known(path: Path, header: dict[str, str]) -> dict[str, str]:
     """What the file decides: nothing, and a warning, where it is no such table."""
     try:
         return read_table(path, header)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(f"{path}: ignored as a table of tiles: {error}", stacklevel=2)

@@ -257,16 +257,6 @@ def test_feed_forward_in_one_kernel_only_where_it_can(activation, monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(("rows", "taken"), [(63, False), (64, True)])
-def test_one_kernel_as_measured(rows, taken, monkeypatch):
-    monkeypatch.setattr(layers, "MEASURED", {((9, 0), torch.bfloat16): (64, 32)})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    x = torch.empty(rows, 32, dtype=torch.bfloat16)
-    assert layers._measured_faster(x) == taken
-    assert not layers._measured_faster(x.half())
-    assert not layers._measured_faster(torch.empty(rows, 40, dtype=torch.bfloat16))
-
-
 # --- Modules --------------------------------------------------------------------------------------
 
 DIFFUSERS = [

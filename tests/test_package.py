@@ -12,6 +12,7 @@ from helpers import ROOT, run_python
 from dfm_fast._library import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing of Triton in it")
+TABLE = "kernels/tables/some-gpu.json"
 PURE = {"DFM_FAST_NO_EXT": "1", "PATH": "/usr/bin:/bin"}
 
 
@@ -20,7 +21,10 @@ def source(tmp_path_factory):
     """A copy of the tree: building in place would leave files behind."""
     copy = tmp_path_factory.mktemp("package") / "source"
     ignore = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "*.so", "results")
-    return shutil.copytree(ROOT, copy, ignore=ignore)
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    (copy / TABLE).parent.mkdir(exist_ok=True)
+    (copy / TABLE).write_text("{}")
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def test_wheel_has_the_packages_and_nothing_else(wheel):
     assert tops == {"dfm_fast", next(t for t in tops if t.endswith(".dist-info"))}
     for name in ("__init__", "kernels/__init__", "kernels/pyramids", "ops/pyramids", "nn/pyramids"):
         assert f"dfm_fast/{name}.py" in names
-    assert "dfm_fast/py.typed" in names
+    assert {"dfm_fast/py.typed", f"dfm_fast/{TABLE}"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -82,3 +86,4 @@ def test_sdist_holds_the_sources_of_the_extension(source, tmp_path):
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     for path in (*ROOT.glob("csrc/**/*.*"), *ROOT.glob("kernels/*.py"), ROOT / "setup.py"):
         assert str(path.relative_to(ROOT)) in names
+    assert TABLE in names

@@ -307,14 +307,3 @@ def test_one_kernel_only_where_it_can(monkeypatch):
     monkeypatch.setattr(kernels, "ONE_KERNEL", "0")
     call()
     assert len(calls) == 1
-
-
-@pytest.mark.parametrize(
-    ("size", "outputs", "taken"), [(8, 64, True), (8, 65, False), (7, 64, False)]
-)
-def test_one_kernel_as_measured(size, outputs, taken, monkeypatch):
-    kernels = pytest.importorskip("dfm_fast.kernels.separables")
-    monkeypatch.setattr(kernels, "MEASURED", {((9, 0), torch.bfloat16): (64, 64)})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    x = torch.empty(1, 3, size, 8, dtype=torch.bfloat16)
-    assert kernels._measured_faster(x, outputs) == taken

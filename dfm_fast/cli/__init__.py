@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "info": "what serves which operator on this machine, and why",
     "check": "compile every GPU kernel for every target, with no GPU",
+    "tune": "time the kernels' tiles on this GPU, into a table",
     "encode": "write the latents of images or videos, to train on",
     "equivariance": "fine-tune an autoencoder so that its latents can be scaled",
     "decoder": "train a small decoder for the latents of a frozen autoencoder",
