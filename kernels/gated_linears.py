@@ -113,7 +113,7 @@ TILES = {
     (0, False): Tile(64, 32, 64, 4, 2),
 }
 # Candidates of 2 bytes an element beside the two of an architecture.
-MORE = Tile(128, 64, 64, 4, 4), Tile(128, 64, 64, 8, 3)
+MORE = (Tile(128, 64, 64, 8, 3),)
 MANY = 132  # tiles: a program for each of an H100's multiprocessors
 GROUP = 8
 

@@ -55,9 +55,9 @@ def is_last(x: Tensor) -> bool:
     return memory_format(x) != torch.contiguous_format
 
 
-def tiles_of(x: Tensor, last: bool) -> tuple[Tile, ...]:
-    """Those a convolution of x may take, the default first."""
-    own = TILES[x.element_size(), last]
+def tiles_of(dtype: torch.dtype, last: bool) -> tuple[Tile, ...]:
+    """Those a convolution may take, the default first."""
+    own = TILES[dtype.itemsize, last]
     return (INTERPRETED, *own) if INTERPRET else own
 
 

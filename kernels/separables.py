@@ -32,6 +32,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,7 +42,7 @@ from dfm_fast.kernels import tuning
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.convolutions import activated, depthwise_conv2d, load_row, norm_of, taps
 from dfm_fast.kernels.group_norms import Plan, applied_norm, merge_moments
-from dfm_fast.kernels.launching import cdiv, on_device
+from dfm_fast.kernels.launching import cdiv, on_device, planned
 from dfm_fast.kernels.products import (
     ARCHITECTURES,
     SIZES,
@@ -228,24 +229,29 @@ WHOLE = Whole(4, 4, 4, 256, 64, 8, 2), Whole(4, 2, 8, 128, 32, 8, 1)
 ONE_KERNEL = os.environ.get("DFM_FAST_SEPARABLE", "")
 
 
-def whole_of(x: Tensor) -> Whole:
-    return WHOLE[architecture(x.device) == 0]
-
-
-def _candidates(x: Tensor, kernel_size: int, last: bool) -> tuple[str, tuple[Tile | Whole, ...]]:
+@planned
+def _candidates(
+    device: torch.device,
+    dtype: torch.dtype,
+    last: bool,
+    side: int,  # of the depthwise kernel
+    height: int,
+    width: int,
+    asked: str,  # ONE_KERNEL
+) -> tuple[str, tuple[Tile | Whole, ...]]:
     """Their name, and tiles of two kernels (of the second), the default first, and one kernel."""
-    two = tiles_of(x, last)
-    if ONE_KERNEL == "0" or not last or kernel_size != 3:
-        return "two", two
-    whole = whole_of(x)
+    two, whole = tiles_of(dtype, last), WHOLE[architecture(device) == 0]
     can = (
-        (INTERPRET or x.element_size() == 2)
-        and x.shape[2] % whole.ROWS == 0
-        and x.shape[3] % (whole.COLS * whole.LANES) == 0
+        asked != "0"
+        and (INTERPRET or dtype.itemsize == 2)
+        and last
+        and side == 3
+        and height % whole.ROWS == 0
+        and width % (whole.COLS * whole.LANES) == 0
     )
     if not can:
         return "two", two
-    return ("one", (whole,)) if ONE_KERNEL == "1" else ("any", (*two, whole))
+    return ("one", (whole,)) if asked == "1" else ("any", (*two, whole))
 
 
 def separable_conv2d(
@@ -270,10 +276,10 @@ def separable_conv2d(
     found = x.new_empty(size, dtype=wide), x.new_empty(size, dtype=wide)
     if not y.numel():
         return y, *found
-    kernel_size, last, rows = depthwise_weight.shape[-1], is_last(x), n * height * width
-    ways, candidates = _candidates(x, kernel_size, last)
+    side, last, rows = depthwise_weight.shape[-1], is_last(x), n * height * width
+    ways, candidates = _candidates(x.device, x.dtype, last, side, height, width, ONE_KERNEL)
     layout = "NHWC" if last else "NCHW"
-    exact = x.dtype, layout, precision(x), kernel_size, channels, outputs, ways
+    exact = x.dtype, layout, precision(x), side, channels, outputs, ways
     norm = mean, m2, norm_weight, norm_bias, None, num_groups, eps
     epilogue = pointwise_weight, bias, shift, residual, y
     run = functools.partial(_launch, x, depthwise_weight, norm, epilogue, found)
@@ -321,7 +327,7 @@ def _two_kernels(
     return _pointwise_kernel[(tiles * cdiv(outputs, tile.BN),)](
         a, *rest, x.shape[2] * x.shape[3], x.shape[1], outputs,
         ACC=accumulator(x), PRECISION=precision(x), LAST=is_last(x),
-        **_blocks(tile), WIDE=max(a.numel(), y.numel()) >= 2**31,
+        BM=tile.BM, BN=tile.BN, BK=tile.BK, WIDE=max(a.numel(), y.numel()) >= 2**31,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

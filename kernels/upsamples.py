@@ -129,7 +129,7 @@ def upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _phases_kernel[(cdiv(pairs, PAIRS),)](
             weight, phases, pairs, channels, *weight.stride(), ACC=accumulator(x), BLOCK=PAIRS
         )
-        run(tuning.choose("upsample_conv2d", x.device, rows, exact, tiles_of(x, last), run))
+        run(tuning.choose("upsample_conv2d", x.device, rows, exact, tiles_of(x.dtype, last), run))
     return y
 
 
