@@ -60,7 +60,7 @@ def warmup(
     with _unchanged(model, device):
         args, kwargs = pytree.tree_map(
             lambda leaf: torch.randn(leaf, device=device, dtype=dtype) if _is_shape(leaf) else leaf,
-            (inputs, conditions),
+            (list(inputs), conditions),  # a tuple of all could be taken for a shape
             is_leaf=_is_shape,
         )
         with torch.set_grad_enabled(backward):
