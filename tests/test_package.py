@@ -112,5 +112,10 @@ def test_sdist_holds_the_sources_of_the_extension(source, tmp_path):
     subprocess.run(command, check=True, env=PURE, cwd=source)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    for path in (*ROOT.glob("csrc/**/*.*"), *ROOT.glob("kernels/*.py"), ROOT / "setup.py"):
+    sources = (
+        *ROOT.glob("csrc/**/*.*"),
+        *ROOT.glob("kernels/*.py"),
+        *ROOT.glob("dfm_fast/*/*.css"),
+    )
+    for path in (*sources, ROOT / "setup.py"):
         assert str(path.relative_to(ROOT)) in names
