@@ -26,18 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness, records
-from benchmarks.clocks import clock_of, cpu_seconds, crowd, interleave, peak_mib
 from dfm_fast.flow import DecomposableFlow, Graphs, Laplacian
 from dfm_fast.models import (
     DFM_S,
     DFMTransformer,
     SnapGenDecoder,
-    dfm_plain,
-    snapgen_decoder_plain,
-    snapgen_plain,
     snapgen_t2i,
     snapgen_tiny,
 )
+from dfm_fast.profiling.clocks import clock_of, cpu_seconds, crowd, interleave, peak_mib
+from dfm_fast.profiling.comparisons import PLAIN
 from dfm_fast.training import distributed
 
 OUT = records.ROOT / "benchmarks" / "results" / "local" / "comparisons" / "scaling"
@@ -86,12 +84,12 @@ def prepared(model: nn.Module, device: str) -> nn.Module:
 class Plain(nn.Module):
     """The same parameters, in plain torch."""
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.plain = model, forward
+        self.model = model
 
     def forward(self, *given: Any) -> Any:
-        return self.plain(self.model, *given)
+        return PLAIN[type(self.model)](self.model, *given)
 
 
 def normal(*shape: int, device: str) -> Tensor:
@@ -110,7 +108,7 @@ def no_grad(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def networks(model: DFMTransformer) -> dict[str, nn.Module]:
     """Each with parameters of its own, as DDP wants them."""
-    return {"ours": model, "eager": Plain(copy.deepcopy(model), dfm_plain.plain_forward)}
+    return {"ours": model, "eager": Plain(copy.deepcopy(model))}
 
 
 def training_call(network: nn.Module, batch: int, side: int, device: str) -> Callable[[], Any]:
@@ -155,7 +153,7 @@ def unet(quick: bool, batch: int, side: int, device: str) -> Calls:
     t = torch.full((batch,), 0.5, device=device)
     return {
         "ours": no_grad(lambda: model(x, t, text)),
-        "eager": no_grad(lambda: snapgen_plain.plain_forward(model, x, t, text)),
+        "eager": no_grad(lambda: Plain(model)(x, t, text)),
     }
 
 
@@ -167,7 +165,7 @@ def decoder(quick: bool, batch: int, side: int, device: str) -> Calls:
     z = z.contiguous(memory_format=torch.channels_last)
     return {
         "ours": no_grad(lambda: model(z)),
-        "eager": no_grad(lambda: snapgen_decoder_plain.plain_forward(model, z)),
+        "eager": no_grad(lambda: Plain(model)(z)),
     }
 
 
@@ -258,7 +256,7 @@ def as_rank(args: argparse.Namespace) -> int:
     batch, side = BASE[args.quick]["batch"], BASE[args.quick]["side"]
     calls = {}
     for name, network in networks(prepared(dfm(args.quick, side), "cpu")).items():
-        wrapped = distributed.wrap(network, "ddp", world, compile=False)
+        wrapped = distributed.wrap(network, "ddp", world, ())
         calls[name] = training_call(wrapped, batch, side, "cpu")
     rounds = (2, 2) if args.quick else (8, 8)  # counted: a clock would part the ranks
     found = timed(calls, "cpu", 0.0, rounds)

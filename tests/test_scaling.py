@@ -49,10 +49,9 @@ def test_threads_are_set_for_a_point_and_then_as_before():
 
 
 def test_what_computes_something_else_is_not_timed(monkeypatch):
-    plain = scaling.snapgen_decoder_plain.plain_forward
-    monkeypatch.setattr(
-        scaling.snapgen_decoder_plain, "plain_forward", lambda *given: 1.01 * plain(*given)
-    )
+    decoder = scaling.SnapGenDecoder
+    plain = scaling.PLAIN[decoder]
+    monkeypatch.setitem(scaling.PLAIN, decoder, lambda *given: 1.01 * plain(*given))
     point = next(p for p in scaling.points(True, "cpu") if p["work"] == "SnapGen decoder")
     with pytest.raises(harness.GateError, match="SnapGen decoder, batch 1"):
         scaling.measured(point, ARGS)
