@@ -7,7 +7,7 @@ RESULTS ?= benchmarks/results/local
 BIN := .venv/bin
 CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*.cpp)
 
-.PHONY: setup test bench bench-full check docs lint format clean
+.PHONY: setup test bench bench-full check docs wheel lint format clean
 
 setup: .venv/installed
 
@@ -43,6 +43,15 @@ check: setup
 # notice of the theme's that is none.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Into dist/, checked; torch's libraries are those of the torch beside it. See docs/packaging.md.
+wheel: setup
+	rm -rf build/wheel
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/abi3audit --strict --summary build/wheel/*.whl
+	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair -w dist --exclude 'libtorch*' --exclude 'libc10*' \
+	  --exclude libgomp.so.1 build/wheel/*.whl
+	$(BIN)/python setup.py -q sdist -d dist
 
 lint: setup
 	$(BIN)/ruff check .

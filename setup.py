@@ -1,7 +1,8 @@
 """What pyproject.toml cannot declare: the C++ extension, one build per CPU capability.
 
 Each build is a shared library of its own, of the same sources; `dfm_fast._library` loads the best
-one that the CPU runs. DFM_FAST_NO_EXT=1 installs pure Python.
+one that the CPU runs. DFM_FAST_NO_EXT=1 installs pure Python. Builds for the CPU keep to Python's
+limited API: a wheel of them serves every Python from 3.11 on, with the torch it was built against.
 """
 
 import os
@@ -35,6 +36,10 @@ def extensions():
             base, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
             super().build_extension(ext)
             self.build_temp = base
+            built = Path(self.get_ext_fullpath(ext.name))
+            for older in built.parent.glob(f"{built.name.split('.')[0]}.cpython-*.so"):
+                if older != built:  # Python would find it first
+                    older.unlink()
 
     def cpp(name, flags):
         args = [*FLAGS, *flags, *OPENMP]
@@ -45,6 +50,7 @@ def extensions():
             depends=sorted(str(p) for p in Path("csrc/cpu").glob("*.h")),
             extra_compile_args={"cxx": args},
             extra_link_args=OPENMP,
+            py_limited_api=True,
         )
 
     only = os.environ.get("DFM_FAST_BUILDS", "").split(",")
@@ -63,9 +69,11 @@ def extensions():
 
 
 modules, commands = extensions()
+limited = bool(modules) and all(module.py_limited_api for module in modules)
 setup(
     package_dir={"dfm_fast.kernels": "kernels"},
     packages=[*find_packages(include=["dfm_fast", "dfm_fast.*"]), "dfm_fast.kernels"],
     ext_modules=modules,
     cmdclass=commands,
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if limited else {},
 )

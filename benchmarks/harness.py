@@ -9,7 +9,9 @@ file does the rest, in this order:
    the machine slows all alike. Figures are medians; speed-ups are medians of the ratios within a
    round, with quartiles.
 3. `copy` takes its turn too: `y.copy_(x)` of the row's largest tensor. The fraction of copy is
-   (least bytes / time of ours) over (bytes copied / time of copy), both from this very loop.
+   (least bytes / time of ours) over (bytes copied / time of copy), both from this very loop. Rows
+   with matrix products (convolutions and attention are such) have a second ceiling: `product`, of
+   large square matrices; its fraction is that of floating-point operations, as eager does them.
 
 CPU: wall clock. GPU: CUDA events around the replay of a captured graph, L2 overwritten before each;
 the plain call, host time included, is measured as well. A backward row times the backward alone, on
@@ -32,6 +34,7 @@ import torch._functorch.config
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from benchmarks import ceilings
 from benchmarks.shapes import GOALS
 from benchmarks.turns import turn
 from dfm_fast.profiling.clocks import (
@@ -51,7 +54,7 @@ from dfm_fast.profiling.comparisons import LOOSE
 torch._functorch.config.donated_buffer = False
 
 Say = Callable[..., None]  # say(text, end=): progress, as print takes it
-NOT_RIVALS = ("ours", "copy", "eager", "compiled", "float32")
+NOT_RIVALS = ("ours", "copy", "product", "eager", "compiled", "float32")
 
 
 class GateError(AssertionError):
@@ -367,20 +370,32 @@ def figures(
     copied: int,
     missing: dict[str, str],
     others: float = 0.0,
+    operations: int = 0,
+    multiplied: int = 0,
 ) -> dict[str, Any]:
-    """The row's record, from the samples of all."""
+    """The row's record, from the samples of all. operations: of the row's matrix products;
+    multiplied: of `product`, which takes part where the row has any."""
     forms = {n: spread(t)["median"] for n, t in times.items() if n.startswith("compiled ")}
     form = keep_fastest_form(times)
     moved = {name: copied if name == "copy" else row.least_bytes for name in times}
     providers = {
         name: {"ms": spread(t), "gb_s": moved[name] / statistics.median(t) / 1e6}
         for name, t in times.items()
+        if name != "product"
     }
+    if operations:
+        rate = multiplied / statistics.median(times["product"]) / 1e9
+        providers["product"] = {"ms": spread(times["product"]), "tflop_s": rate}
     if form:
         providers["compiled"] |= {"form": form, "forms_ms": forms}
     rivals = [name for name in times if name not in NOT_RIVALS]
-    fraction = ratios(times["copy"], times["ours"])
-    scale = row.least_bytes / copied
+    limits = {"copy": row.least_bytes / copied}
+    if operations:
+        limits["product"] = operations / multiplied
+    fractions = {
+        f"{name}_fraction": {k: v * scale for k, v in ratios(times[name], times["ours"]).items()}
+        for name, scale in limits.items()
+    }
     return {
         "id": row.id,
         **{k: getattr(row, k) for k in ("op", "variant", "case", "layout", "direction", "quick")},
@@ -390,8 +405,13 @@ def figures(
         "rounds": len(times["ours"]),
         "steady": steady(times["copy"], others),
         "others": others,
-        "copy_fraction": {k: v * scale for k, v in fraction.items()},
-        "speedup": {n: ratios(times[n], times["ours"]) for n in times if n not in ("ours", "copy")},
+        "operations": operations,
+        **fractions,
+        "speedup": {
+            n: ratios(t, times["ours"])
+            for n, t in times.items()
+            if n not in ("ours", "copy", "product")
+        },
         "strongest": min(rivals, key=lambda n: providers[n]["ms"]["median"], default=None),
         "missing": missing,
         "providers": providers,
@@ -438,6 +458,10 @@ def measure(
         gate(row, inputs, providers)
         outputs = tensors(providers["ours"].call())
         providers["copy"], copied = copy_provider(inputs, outputs)
+        operations, multiplied = ceilings.product_operations(providers["eager"].call), 0
+        if operations:
+            call, multiplied = ceilings.product(device, row.dtype)
+            providers["product"] = Provider(call, compare=False)
         samplers = {name: clock(provider.call) for name, provider in providers.items()}
         samplers |= {
             n: settled(samplers[n]) for n, provider in providers.items() if provider.foreign
@@ -446,7 +470,7 @@ def measure(
             before = cpu_seconds()
             times = interleave(samplers, seconds)
             others = crowd(before, cpu_seconds())
-        record = figures(row, times, copied, missing, others)
+        record = figures(row, times, copied, missing, others, operations, multiplied)
         for name, entry in record["providers"].items():
             source = f"compiled {entry['form']}" if name == "compiled" else name
             if note := providers[source].note:

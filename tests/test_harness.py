@@ -18,7 +18,7 @@ from helpers import ROOT
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # `benchmarks` is not installed
 
-from benchmarks import bench_pyramids, harness, photographs, records, shapes, turns
+from benchmarks import bench_pyramids, ceilings, harness, photographs, records, shapes, turns
 from dfm_fast._library import OPERATORS
 from dfm_fast.profiling.clocks import crowd, interleave
 
@@ -77,6 +77,32 @@ def test_fraction_of_copy_is_in_bytes_per_second():
     record = harness.figures(tiny_row(least_bytes=300), times, copied=200, missing={})
     assert record["copy_fraction"]["median"] == pytest.approx(0.75)
     assert record["speedup"]["eager"]["median"] == pytest.approx(4.0)
+
+
+def test_a_row_of_products_is_held_to_their_peak():
+    times = {"ours": [2.0] * 5, "copy": [1.0] * 5, "eager": [8.0] * 5, "product": [4.0] * 5}
+    record = harness.figures(tiny_row(), times, 1, {}, operations=300, multiplied=1000)
+    assert record["product_fraction"]["median"] == pytest.approx(0.6)
+    assert record["providers"]["product"]["tflop_s"] == pytest.approx(2.5e-7)
+    assert set(record["speedup"]) == {"eager"}
+    assert record["strongest"] is None
+    matrices = tiny_row(
+        shapes=((4, 8), (8, 4)), ours=torch.matmul, reference=torch.matmul, eager=torch.matmul
+    )
+    assert measure(matrices)[0]["operations"] == 2 * 4 * 8 * 4
+    assert "product" not in measure(tiny_row())[0]["providers"]
+
+
+def test_operations_are_those_of_groups_and_of_shared_heads():
+    x, w = torch.ones(2, 8, 4, 4).requires_grad_(), torch.ones(8, 1, 3, 3).requires_grad_()
+    one = 2 * 2 * 8 * 16 * 9
+    y = torch.nn.functional.conv2d(x, w, padding=1, groups=8)
+    grads = [y, [x, w], torch.ones_like(y)]
+    assert ceilings.product_operations(lambda: torch.autograd.grad(*grads)) == 2 * one
+    q, kv = torch.ones(1, 4, 16, 8), torch.ones(1, 1, 16, 8)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    count = ceilings.product_operations(lambda: attention(q, kv, kv, enable_gqa=True))
+    assert count == 2 * 2 * 4 * 16 * 16 * 8
 
 
 def test_speedups_compare_within_a_round():

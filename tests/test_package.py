@@ -1,14 +1,17 @@
 """What is shipped: a wheel is built from a copy of the tree and imported from elsewhere."""
 
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 
 import pytest
 from helpers import ROOT, run_python
 
+import dfm_fast
 from dfm_fast._library import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing of Triton in it")
@@ -41,9 +44,10 @@ def test_wheel_has_the_packages_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names}
     assert tops == {"dfm_fast", next(t for t in tops if t.endswith(".dist-info"))}
-    for name in ("__init__", "kernels/__init__", "kernels/pyramids", "ops/pyramids", "nn/pyramids"):
-        assert f"dfm_fast/{name}.py" in names
-    assert {"dfm_fast/py.typed", f"dfm_fast/{TABLE}"} <= names
+    for path in [*ROOT.glob("dfm_fast/**/*.py"), *ROOT.glob("kernels/*.py")]:
+        shipped = path.relative_to(ROOT).as_posix().removeprefix("dfm_fast/")
+        assert f"dfm_fast/{shipped}" in names
+    assert {"dfm_fast/py.typed", "dfm_fast/cli/page.css", f"dfm_fast/{TABLE}"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -59,6 +63,34 @@ assert torch.allclose(dfm_fast.laplacian_collapse(dfm_fast.laplacian_build(x, 3)
 """
     result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
+
+
+def test_wheel_package_and_changelog_have_one_version(wheel):
+    named, version = wheel.name.split("-")[:2]
+    assert (named, version) == ("dfm_fast", dfm_fast.__version__)
+    metadata = next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("/METADATA"))
+    assert f"\nVersion: {version}\n" in zipfile.ZipFile(wheel).read(metadata).decode()
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == version
+
+
+def test_pure_wheel_serves_every_python(wheel):
+    """The limited API's tag is the extension's."""
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_extension_keeps_to_the_limited_api_of_python():
+    """Python's header in the one source that is a module, and nothing of pybind11's in any."""
+    sources = [p for p in ROOT.glob("csrc/cpu/*") if "Python.h" in p.read_text()]
+    assert [p.name for p in sources] == ["module.cpp"]
+    for path in ROOT.glob("csrc/cpu/*"):
+        assert not re.search(r"pybind|torch/(extension|python)\.h", path.read_text()), path
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    include = sysconfig.get_paths()["include"]
+    command = ["g++", "-fsyntax-only", "-Werror", "-DPy_LIMITED_API=0x030B0000", f"-I{include}"]
+    command += ["-DTORCH_EXTENSION_NAME=_C", str(sources[0])]
+    subprocess.run(command, check=True)
 
 
 @pytest.mark.parametrize("statement", ["from kernels import norms", "import kernels.norms"])
@@ -84,6 +116,11 @@ def test_sdist_holds_the_sources_of_the_extension(source, tmp_path):
     subprocess.run(command, check=True, env=PURE, cwd=source)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    for path in (*ROOT.glob("csrc/**/*.*"), *ROOT.glob("kernels/*.py"), ROOT / "setup.py"):
+    sources = (
+        *ROOT.glob("csrc/**/*.*"),
+        *ROOT.glob("kernels/*.py"),
+        *ROOT.glob("dfm_fast/*/*.css"),
+    )
+    for path in (*sources, ROOT / "setup.py"):
         assert str(path.relative_to(ROOT)) in names
     assert TABLE in names

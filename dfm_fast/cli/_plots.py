@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 from PIL import Image
 
-from dfm_fast.cli.report import NOT_RIVALS, TIMES, dtype, heading, label, stem
+from dfm_fast.cli._results import NOT_RIVALS, TIMES, dtype, heading, label, stem
 
 LIMIT = 200_000  # bytes of one PNG
 # Okabe & Ito's palette: told apart by colour-blind readers, and in grey.
