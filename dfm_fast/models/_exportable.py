@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from dfm_fast import _checks
+from dfm_fast.models import dfm_plain, snapgen_decoder_plain, snapgen_plain
 from dfm_fast.models._pretrained import Pretrained
 from dfm_fast.models.dfm import DFMTransformer
 from dfm_fast.models.snapgen import SnapGenUNet
@@ -31,6 +33,7 @@ class Exportable:
     """
 
     model: Pretrained
+    plain: Callable[..., Any]  # of the model and the inputs: the network in plain torch
     wrap: Callable[[Pretrained], nn.Module]
     outputs: tuple[str, ...]
     dynamic: dict[str, Any]  # of each input, as torch.export takes them
@@ -114,7 +117,9 @@ def _unet(model: SnapGenUNet, size: Sequence[int] | None) -> Exportable:
     dynamic = {"x": _map(size, unit), "t": {0: BATCH}, "text": texts, "mask": texts}
     if model.num_ids:
         dynamic["ids"] = {0: BATCH}
-    return Exportable(model, _UNet, ("velocity",), dynamic, draw, _grids(size, unit))
+    return Exportable(
+        model, snapgen_plain.plain_forward, _UNet, ("velocity",), dynamic, draw, _grids(size, unit)
+    )
 
 
 def _decoder(model: SnapGenDecoder, size: Sequence[int] | None) -> Exportable:
@@ -124,7 +129,8 @@ def _decoder(model: SnapGenDecoder, size: Sequence[int] | None) -> Exportable:
         return {"latents": torch.randn(n, channels, *grid, generator=generator)}
 
     dynamic = {"latents": _map(size)}
-    return Exportable(model, lambda m: m, ("images",), dynamic, draw, _grids(size, 1))
+    plain = snapgen_decoder_plain.plain_forward
+    return Exportable(model, plain, lambda m: m, ("images",), dynamic, draw, _grids(size, 1))
 
 
 # --- DFM ------------------------------------------------------------------------------------------
@@ -140,10 +146,22 @@ class _Levels(nn.Module):
     def forward(
         self, levels: list[Tensor], t: Tensor, y: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        count, given = self.model.num_levels, len(levels)
-        active = (torch.arange(count) < given).expand(t.shape[0], -1)
-        velocities = self.model([*levels, *[None] * (count - given)], t, active, y=y)
-        return tuple(velocities[:given])
+        return _first_levels(self.model, self.model.num_levels, levels, t, y)
+
+
+def _first_levels(
+    forward: Callable[..., Any], count: int, levels: list[Tensor], t: Tensor, y: Tensor | None
+) -> tuple[Tensor, ...]:
+    given = len(levels)
+    active = (torch.arange(count) < given).expand(t.shape[0], -1)
+    return tuple(forward([*levels, *[None] * (count - given)], t, active, y=y)[:given])
+
+
+def _plain_levels(
+    model: DFMTransformer, levels: list[Tensor], t: Tensor, y: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    forward = functools.partial(dfm_plain.plain_forward, model)
+    return _first_levels(forward, model.num_levels, levels, t, y)
 
 
 def _dfm(
@@ -172,4 +190,4 @@ def _dfm(
         dynamic["y"] = {0: BATCH}
     outputs = tuple(f"velocity_{s}" for s in range(count))
     grids = _grids(size, model.patch_sizes[-1], frames=True)
-    return Exportable(model, _Levels, outputs, dynamic, draw, grids)
+    return Exportable(model, _plain_levels, _Levels, outputs, dynamic, draw, grids)

@@ -7,7 +7,6 @@ there: computed with in its runtime, and held to the model in float64.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
@@ -16,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Parity:
     output: str
     shape: tuple[int, ...]
     error: float
-    own: float  # the model's in float32
+    plain: float  # the error of the network in plain torch, in float32
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,11 @@ def export_model(
 
     Raises:
         TypeError, ValueError: arguments. ImportError: no onnx. ParityError: the file's results
-            are off by more than twice the model's own error in float32 and one rounding.
+            are further from the model in float64 than twice plain torch's in float32 and one
+            rounding.
     """
     file = Path(file)
-    format = _check(file, format, opset)
+    format = check_file(file, format, opset)
     given = exportable(model, levels, size)
     program = _traced(given, FORMS if format == "pt2" else FORMS | ONNX_FORMS)
     # In a folder of its own and renamed: never half of a file, nor one that is wrong.
@@ -111,8 +112,8 @@ def export_model(
 # --- Arguments ------------------------------------------------------------------------------------
 
 
-def _check(file: Path, format: str | None, opset: Any) -> str:
-    """The format."""
+def check_file(file: Path, format: str | None, opset: Any) -> str:
+    """The format; raises as `export_model`, before there is anything to write."""
     if format is None:
         format = file.suffix.removeprefix(".")
         if format not in FORMATS:
@@ -125,7 +126,7 @@ def _check(file: Path, format: str | None, opset: Any) -> str:
     if format == "onnx":
         if _checks.integer(OP, "opset", opset, OPSETS[0]) > OPSETS[-1]:
             _checks.fail(OP, "opset", f"at most {OPSETS[-1]}", opset)
-        if missing := [n for n in ("onnx", "onnxscript") if importlib.util.find_spec(n) is None]:
+        if missing := [n for n in ("onnx", "onnxscript") if find_spec(n) is None]:
             raise ImportError(
                 f"{OP}: format: expected {' and '.join(missing)} to write ONNX, got none: "
                 "pip install 'dfm_fast[export]'"
@@ -257,7 +258,7 @@ def _runner(file: Path, format: str) -> Run | None:
     import onnx
 
     onnx.checker.check_model(file)
-    if importlib.util.find_spec("onnxruntime") is None:
+    if find_spec("onnxruntime") is None:
         return None
     import onnxruntime
 
@@ -266,7 +267,9 @@ def _runner(file: Path, format: str) -> Run | None:
 
     def run(examples: Examples) -> list[Tensor]:
         values = (value.numpy() for value in pytree.tree_leaves(examples))
-        return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, values)))]
+        return [
+            torch.from_numpy(y) for y in session.run(None, dict(zip(names, values, strict=True)))
+        ]
 
     return run
 
@@ -274,18 +277,18 @@ def _runner(file: Path, format: str) -> Run | None:
 @torch.no_grad()
 def _parities(given: Exportable, run: Run) -> Iterator[Parity]:
     """With the sizes of the trace, and with others."""
-    model, wide = given.wrap(given.model), given.wrap(_double(given.model))
+    wide = given.wrap(_double(given.model))
     for batch, grid in ((2, given.grids[0]), (1, given.grids[-1])):
         examples = given.examples(batch, grid)
         exact = pytree.tree_leaves(wide(**pytree.tree_map(_to_double, examples)))
-        own = pytree.tree_leaves(model(**examples))
-        for name, *values in zip(given.outputs, run(examples), own, exact, strict=True):
+        plain = pytree.tree_leaves(given.plain(given.model, **examples))
+        for name, *values in zip(given.outputs, run(examples), plain, exact, strict=True):
             yield _parity(name, *values)
 
 
-def _parity(name: str, got: Tensor, own: Tensor, exact: Tensor) -> Parity:
+def _parity(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> Parity:
     scale = exact.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    errors = (((y.double() - exact).abs().max() / scale).item() for y in (got, own))
+    errors = (((y.double() - exact).abs().max() / scale).item() for y in (got, plain))
     return Parity(name, tuple(got.shape), *errors)
 
 
@@ -304,9 +307,9 @@ def _to_double(value: Any) -> Any:
 
 
 def budget(parity: Sequence[Parity]) -> float:
-    """What an error may be: twice the model's own, and one rounding. All outputs are judged as one:
-    of a small one the largest of a few roundings says little."""
-    return 2 * max(p.own for p in parity) + torch.finfo(torch.float32).eps / 2
+    """What an error may be: twice that of plain torch, and one rounding. All outputs are judged as
+    one: of a small one the largest of a few roundings says little."""
+    return 2 * max(p.plain for p in parity) + torch.finfo(torch.float32).eps / 2
 
 
 def _raise_if_off(parity: Sequence[Parity]) -> None:
