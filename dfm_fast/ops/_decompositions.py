@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from dfm_fast.ops.activations import _activate
 from dfm_fast.ops.attentions import _without_keys
 from dfm_fast.ops.group_norms import channel_statistics_ref, of_channels
+from dfm_fast.ops.residuals import pixels_of
 from dfm_fast.ops.rotaries import _rotate
 
 _ops = torch.ops.dfm_fast
@@ -128,6 +129,35 @@ def _separable_conv2d(
     return y, *(_channel_statistics(y) if with_statistics else _none(y))
 
 
+_NO_NORM = (None, None, None, None, 1, 0.0)
+
+
+def _separable(
+    x: Tensor, depthwise: Tensor, pointwise: Tensor, bias: Tensor | None, *residual: Tensor
+) -> Tensor:
+    rest = None, *(residual or (None,)), *_NO_NORM
+    return _separable_conv2d(x, depthwise, pointwise, bias, *rest, with_statistics=False)[0]
+
+
+def _separable_residual(
+    x: Tensor,
+    depthwise1: Tensor,
+    pointwise1: Tensor,
+    bias1: Tensor | None,
+    depthwise2: Tensor,
+    pointwise2: Tensor,
+    bias2: Tensor | None,
+) -> Tensor:
+    h = F.silu(_separable(x, depthwise1, pointwise1, bias1))
+    return _separable(h, depthwise2, pointwise2, bias2, x)
+
+
+def _separable_upsample(
+    x: Tensor, depthwise: Tensor, pointwise: Tensor, bias: Tensor | None
+) -> Tensor:
+    return pixels_of(_separable(x, depthwise, pointwise, bias))
+
+
 def _upsample_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
@@ -192,6 +222,8 @@ FORMS: dict[Any, Callable[..., Any]] = {
     _ops.qk_norm_rope: _qk_norm_rope,
     _ops.rms_norm: _rms_norm,
     _ops.separable_conv2d: _separable_conv2d,
+    _ops.separable_residual: _separable_residual,
+    _ops.separable_upsample: _separable_upsample,
     _ops.upsample_conv2d: _upsample_conv2d,
 }
 
