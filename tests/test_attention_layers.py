@@ -359,12 +359,12 @@ def test_kernel_size_1_is_multi_query_attention():
 
 
 def test_tables_of_inference_mode_serve_training():
-    attentions.rotary_tables.cache_clear()
+    attentions._kept_tables.cache_clear()
     layer, x = nn.SeparableConvAttention(32, 4), randn(1, 32, 2, 2)
     with torch.inference_mode():
         layer(x)
     layer(x).sum().backward()
-    assert attentions.rotary_tables.cache_info().misses == 1
+    assert attentions._kept_tables.cache_info().misses == 1
 
 
 @pytest.mark.skipif(INTERPRET, reason="compiled code calls the same opaque operators either way")

@@ -19,6 +19,7 @@ COMMANDS = {
     "snapgen": "train a SnapGen UNet on classes or captions, against a teacher, or to a few steps",
     "sample": "pictures from a trained model",
     "profile": "where a model's time goes, with and without this library's kernels",
+    "export": "a trained model as one file of ONNX or torch.export",
     "report": "turn benchmark results into a table, plots and an HTML page",
 }
 PASSES_ON = (

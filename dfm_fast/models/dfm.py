@@ -285,7 +285,7 @@ class DFMTransformer(Pretrained):
         t = 1 - t if self.flip_time else t
         c = sum(f(level) for f, level in zip(self.t_embedders, t.unbind(1), strict=True))
         if self.y_embedder is not None:
-            c = c + self.y_embedder(self._labels(y, len(t), t.device))
+            c = c + self.y_embedder(self._labels(y, t.shape[0], t.device))
         if self.stage_embedder is not None:
             if active is None:
                 _checks.fail(type(self).__name__, "active", "[N, L] for stage_embedding", None)
@@ -407,7 +407,8 @@ class DFMTransformer(Pretrained):
         if grid[0] != 1:
             op = type(self).__name__
             _checks.fail(op, "levels", "images, as positions are 'sincos'", f"{grid[0]} frames")
-        if grid[1:] == self.input_size:
+        # An exported graph's sizes may be symbols, which a comparison would fix.
+        if all(isinstance(n, int) for n in grid) and grid[1:] == self.input_size:
             return self.position_table
         return sincos_2d(*grid[1:], self.hidden_size, self.patch_bias.device)
 

@@ -358,6 +358,7 @@ class _Walk:
 
     def __init__(self, unet: SnapGenUNet, shifts: Any, texts: Any, x: Tensor) -> None:
         self.unet, self.shifts, self.texts = unet, shifts, texts
+        self.tables: dict[int, Rotary] = {}
         self.modulations = modulations_of(unet.transformers(), x)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, None, ChannelStatistics]:
@@ -396,7 +397,10 @@ class _Walk:
     def rotary(self, x: Tensor, stage: int) -> Rotary:
         if not (self.unet.rope and self.unet.config["self_attention"][stage]):
             return ()
-        return rotary_tables(*x.shape[2:], self.unet.head_dims[stage], 1e4, x.device, x.dtype)
+        if stage not in self.tables:
+            given = *x.shape[2:], self.unet.head_dims[stage], 1e4, x.device, x.dtype
+            self.tables[stage] = rotary_tables(*given)
+        return self.tables[stage]
 
 
 def _zero(layer: nn.Module) -> None:

@@ -76,7 +76,7 @@ def silu_separable(conv: SeparableConv2d, x: Tensor) -> Tensor:
     """conv(silu(x)), x [N, C, H, W]. Without gradients SiLU is no pass over x of its
     own: it is that of the operator's norm, the identity by statistics of mean 0 and variance 1.
     (The gradient through it would still be a norm's.)"""
-    if torch.is_grad_enabled() and x.requires_grad:
+    if (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_exporting():
         return conv(F.silu(x))
     (n, c, h, w), wide = x.shape, wide_dtype(x)
     mean, m2 = x.new_zeros((n, c), dtype=wide), x.new_full((n, c), h * w, dtype=wide)

@@ -159,8 +159,9 @@ class CrossAttention(_Attention):
         q = _heads(self.to_q(x), self.head_dim)
         if self.norm_q is not None:
             q = rms_norm(q, self.norm_q.weight, eps=self.eps)
-        if len(text.k) == 1:
-            text = KeyValues(*(v if v is None else v.expand(len(x), *v.shape[1:]) for v in text))
+        if text.k.shape[0] == 1:
+            n = x.shape[0]  # len() would fix it in an exported graph
+            text = KeyValues(*(v if v is None else v.expand(n, *v.shape[1:]) for v in text))
         return self.to_out[0](multi_query_attention(q, *text).flatten(2))
 
 
@@ -227,11 +228,24 @@ class SeparableConvAttention(MultiQueryAttention):
         return f"{super().extra_repr()}, kernel_size={self.kernel_size}, rope={self.rope}"
 
 
-@functools.lru_cache(maxsize=16)
 def rotary_tables(
     height: int, width: int, d: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Made once for a size; outside inference mode, whose tensors no backward may keep."""
+    """Made once for a size; in an exported graph by itself, as sizes may be symbols there."""
+    if torch.compiler.is_exporting():
+        return _tables(height, width, d, base, device, dtype)
+    return _kept_tables(height, width, d, base, device, dtype)
+
+
+def _tables(
+    height: int, width: int, d: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(dtype, torch.float32)
+    return rope_2d(height, width, d, base=base, device=device, dtype=wide)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_tables(*given: Any) -> tuple[Tensor, Tensor]:
+    """Outside inference mode, whose tensors no backward may keep."""
     with torch.inference_mode(False), torch.no_grad():
-        wide = torch.promote_types(dtype, torch.float32)
-        return rope_2d(height, width, d, base=base, device=device, dtype=wide)
+        return _tables(*given)

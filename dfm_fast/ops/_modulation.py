@@ -44,7 +44,8 @@ def check_modulation(op: str, x: Tensor, **modulation: Any) -> None:
         _checks.tensor(op, name, m, range(2, 65))
         check_beside(op, name, m, x)
         like = modulation[first]
-        if m.shape != x.shape and m.shape != (x.shape[0], x.shape[-1]):
+        # Not against both: where sizes are symbols, that would say that T is not D.
+        if m.shape != (x.shape if m.ndim == x.ndim else (x.shape[0], x.shape[-1])):
             expected = f"[{x.shape[0]}, {x.shape[-1]}] or {list(x.shape)} like x"
             _checks.fail(op, name, expected, list(m.shape))
         if m.shape != like.shape:

@@ -1,0 +1,321 @@
+"""Models as one graph of standard operators, for runtimes that know nothing of this library.
+
+"pt2" is `torch.export`'s file, which any torch loads. "onnx" has operators of ONNX's own domain
+alone. What stands for our operators: `ops/_decompositions.py`. A file is looked at before it is
+there: computed with in its runtime, and held to the model in float64.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from dfm_fast import _checks
+from dfm_fast.models._exportable import OP, Examples, Exportable, exportable
+from dfm_fast.models._pretrained import Pretrained
+from dfm_fast.ops._decompositions import FORMS, ONNX_FORMS, StandardForms
+
+FORMATS = ("onnx", "pt2")
+OPSETS = range(18, 24)
+OPSET = 20
+# Beyond it weights are a file of their own: a protobuf message ends at 2^31 bytes.
+LARGEST = 2**31 - 2**26
+Run = Callable[[Examples], Sequence[Tensor]]
+
+
+class ParityError(RuntimeError):
+    """A file that does not compute what the model does."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an output is from the model in float64, relative to its largest value."""
+
+    output: str
+    shape: tuple[int, ...]
+    error: float
+    plain: float  # the error of the network in plain torch, in float32
+
+
+@dataclass(frozen=True)
+class Exported:
+    file: Path
+    inputs: dict[str, list[int | str]]  # names and sizes, those that are free by name
+    outputs: tuple[str, ...]
+    parity: tuple[Parity, ...]  # none where nothing could run the file
+
+
+def export_model(
+    model: Pretrained,
+    file: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    levels: int | None = None,
+    size: Sequence[int] | None = None,
+    opset: int = OPSET,
+    check: bool = True,
+) -> Exported:
+    """Write a SnapGenUNet, SnapGenDecoder or DFMTransformer as one file.
+
+    Inputs are those of the model's forward: x, t, text, mask (and ids); latents; levels, t (and y),
+    the levels a list of those that are active. The batch, the number of the text's tokens and the
+    sides of maps are free, but for fixed `size`s.
+
+    Args:
+        model: in eval mode, float32, on the CPU.
+        file: in a folder that is there. Weights beyond 2 GiB go to `file`.data beside it.
+        format: "onnx" or "pt2"; None is what the file's ending says.
+        levels: of a DFMTransformer, how many are active: a stage of the sampler. None: all.
+        size: ((frames,) height, width) of the UNet's x, the decoder's latents or the DFM's finest
+            level; None: any. Frames are always given.
+        opset: of ONNX's domain.
+        check: run the file where its runtime is installed, and raise where it is not the model.
+
+    Raises:
+        TypeError, ValueError: arguments. ImportError: no onnx. ParityError: the file's results
+            are further from the model in float64 than twice plain torch's in float32 and one
+            rounding.
+    """
+    file = Path(file)
+    format = check_file(file, format, opset)
+    given = exportable(model, levels, size)
+    program = _traced(given, FORMS if format == "pt2" else FORMS | ONNX_FORMS)
+    # In a folder of its own and renamed: never half of a file, nor one that is wrong.
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as made:
+        written = Path(made) / file.name
+        if format == "pt2":
+            torch.export.save(program, written)
+        else:
+            _write_onnx(program, given, written, opset)
+        run = _runner(written, format) if check else None
+        parity = () if run is None else tuple(_parities(given, run))
+        _raise_if_off(parity)
+        for part in sorted(Path(made).iterdir(), reverse=True):  # .data first
+            os.replace(part, file.parent / part.name)
+    return Exported(file, _sizes(program, given), given.outputs, parity)
+
+
+# --- Arguments ------------------------------------------------------------------------------------
+
+
+def check_file(file: Path, format: str | None, opset: Any) -> str:
+    """The format; raises as `export_model`, before there is anything to write."""
+    if format is None:
+        format = file.suffix.removeprefix(".")
+        if format not in FORMATS:
+            _checks.fail(OP, "out", "a file that ends in .onnx or .pt2, or a format", file)
+    _checks.choice(OP, "format", format, FORMATS)
+    if not file.parent.is_dir():
+        _checks.fail(OP, "out", "a file in a folder that is there", file)
+    if file.is_dir():
+        _checks.fail(OP, "out", "a file", f"{file}, a folder")
+    if format == "onnx":
+        if _checks.integer(OP, "opset", opset, OPSETS[0]) > OPSETS[-1]:
+            _checks.fail(OP, "opset", f"at most {OPSETS[-1]}", opset)
+        if missing := [n for n in ("onnx", "onnxscript") if find_spec(n) is None]:
+            raise ImportError(
+                f"{OP}: format: expected {' and '.join(missing)} to write ONNX, got none: "
+                "pip install 'dfm_fast[export]'"
+            )
+    return format
+
+
+# --- The graph ------------------------------------------------------------------------------------
+
+
+def _traced(given: Exportable, forms: dict[Any, Callable[..., Any]]) -> ExportedProgram:
+    """Without an operator of ours, nor what nobody reads."""
+    module, examples = given.wrap(given.model).eval(), given.examples(2, given.grids[0])
+    with torch.no_grad(), StandardForms(forms):
+        program = torch.export.export(
+            module, (), kwargs=examples, dynamic_shapes=given.dynamic, strict=False
+        )
+    program.graph.eliminate_dead_code()
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    program.graph_module.recompile()
+    for name, v in program.state_dict.items():
+        if v.untyped_storage().nbytes() > v.nbytes:  # a part of a larger one would be saved whole
+            program.state_dict[name] = nn.Parameter(v.detach().clone(), requires_grad=False)
+    ours = sorted({str(n.target) for n in program.graph.nodes if "dfm_fast" in str(n.target)})
+    if ours:
+        raise RuntimeError(f"{OP}: operators without a standard form: {', '.join(ours)}")
+    return program
+
+
+def _sizes(program: ExportedProgram, given: Exportable) -> dict[str, list[int | str]]:
+    """Of the inputs by name, free ones in the names of `given`."""
+    names = _symbols(program, given)
+    return {
+        n.name: [n if isinstance(n, int) else _renamed(str(n), names) for n in n.meta["val"].shape]
+        for n in _inputs(program)
+    }
+
+
+def _inputs(program: ExportedProgram) -> list[torch.fx.Node]:
+    names = program.graph_signature.user_inputs
+    return [node for node in program.graph.nodes if node.name in names]
+
+
+def _symbols(program: ExportedProgram, given: Exportable) -> dict[str, str]:
+    """What the trace calls free sizes -> their names in `given`."""
+    names: dict[str, str] = {}
+    dims = pytree.tree_leaves(given.dynamic, is_leaf=lambda d: isinstance(d, dict) and 0 in d)
+    for node, free in zip(_inputs(program), dims, strict=True):
+        for axis, dim in free.items():
+            (symbol,) = node.meta["val"].shape[axis].node.expr.free_symbols
+            names[str(symbol)] = getattr(dim, "root", dim).__name__
+    return names
+
+
+def _renamed(size: str, names: dict[str, str]) -> str:
+    return re.sub(r"[a-z]\w*", lambda match: names.get(match[0], match[0]), size)
+
+
+# --- ONNX -----------------------------------------------------------------------------------------
+
+
+def _write_onnx(program: ExportedProgram, given: Exportable, file: Path, opset: int) -> None:
+    with _quiet():
+        made = torch.onnx.export(
+            program, output_names=given.outputs, opset_version=opset, dynamo=True,
+            verbose=False, optimize=False,
+        )  # fmt: skip
+        _simplify(made.model)
+    _rename_sizes(made.model, _symbols(program, given))
+    size = sum(v.const_value.nbytes for v in made.model.graph.initializers.values())
+    made.save(file, external_data=size > LARGEST)
+
+
+def _simplify(model: Any) -> None:
+    """Constants folded, equal parts computed once. (The exporter's own optimiser also tries every
+    node on a list of patterns, none of them here, and takes most of the time of an export.)"""
+    import onnx_ir.passes.common as passes
+    from onnxscript.optimizer import fold_constants_ir
+
+    fold_constants_ir(model, onnx_shape_inference=True)
+    for step in (
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+    ):
+        step(model)
+
+
+def _rename_sizes(model: Any, names: dict[str, str]) -> None:
+    """Of all values; and what the exporter notes for its own debugging is left out."""
+    import onnx_ir
+
+    values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
+    for value in values:
+        sizes = () if value.shape is None else [getattr(n, "value", n) for n in value.shape]
+        if any(isinstance(n, str) for n in sizes):
+            sizes = [_renamed(n, names) if isinstance(n, str) else n for n in sizes]
+            value.shape = onnx_ir.Shape(sizes)
+    for node in model.graph:
+        node.metadata_props.clear()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings: of packages that no model here needs, of what it leaves."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# --- What was written -----------------------------------------------------------------------------
+
+
+def _runner(file: Path, format: str) -> Run | None:
+    """Computes with the file; None where its runtime is not installed."""
+    if format == "pt2":
+        module = torch.export.load(file).module()
+        return lambda examples: pytree.tree_leaves(module(**examples))
+    import onnx
+
+    onnx.checker.check_model(file)
+    if find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(examples: Examples) -> list[Tensor]:
+        values = (value.numpy() for value in pytree.tree_leaves(examples))
+        return [
+            torch.from_numpy(y) for y in session.run(None, dict(zip(names, values, strict=True)))
+        ]
+
+    return run
+
+
+@torch.no_grad()
+def _parities(given: Exportable, run: Run) -> Iterator[Parity]:
+    """With the sizes of the trace, and with others."""
+    wide = given.wrap(_double(given.model))
+    for batch, grid in ((2, given.grids[0]), (1, given.grids[-1])):
+        examples = given.examples(batch, grid)
+        exact = pytree.tree_leaves(wide(**pytree.tree_map(_to_double, examples)))
+        plain = pytree.tree_leaves(given.plain(given.model, **examples))
+        for name, *values in zip(given.outputs, run(examples), plain, exact, strict=True):
+            yield _parity(name, *values)
+
+
+def _parity(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> Parity:
+    scale = exact.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    errors = (((y.double() - exact).abs().max() / scale).item() for y in (got, plain))
+    return Parity(name, tuple(got.shape), *errors)
+
+
+def _double(model: Pretrained) -> Pretrained:
+    with torch.device("meta"):
+        wide = type(model)(**model.config)
+    wide = wide.double().to_empty(device="cpu").eval()
+    wide.load_state_dict(model.state_dict())
+    wide.reset_buffers()
+    return wide
+
+
+def _to_double(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if floating else value
+
+
+def budget(parity: Sequence[Parity]) -> float:
+    """What an error may be: twice that of plain torch, and one rounding. All outputs are judged as
+    one: of a small one the largest of a few roundings says little."""
+    return 2 * max(p.plain for p in parity) + torch.finfo(torch.float32).eps / 2
+
+
+def _raise_if_off(parity: Sequence[Parity]) -> None:
+    for p in parity:
+        if not p.error <= budget(parity):
+            raise ParityError(
+                f"{OP}: {p.output} {list(p.shape)}: expected within {budget(parity):.1e} of the "
+                f"model, got {p.error:.1e}; nothing is written"
+            )
