@@ -58,7 +58,7 @@ def write_checkpoint(folder):
 
 
 def write_exported(folder):
-    recipes.export(folder, RECIPE, RECIPE.build_model().state_dict())
+    recipes.export(folder, RECIPE, RECIPE.build_model())
 
 
 def write_pipeline(folder):

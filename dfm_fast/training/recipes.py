@@ -142,7 +142,8 @@ class ModelRecipe:
 
     def check_same(self, where: Path) -> None:
         """Raise one ValueError that names what a checkpoint has and this run has not."""
-        saved = read_json(where / NAME)["model"]
+        with arguments_of(where / NAME):
+            saved = dict(read_json(where / NAME)["model"])
         now = json.loads(json.dumps(self.model))  # lists, not tuples
         names = sorted((saved.keys() | now.keys()) - set(MEMORY))
         pairs = [(name, saved.get(name), now.get(name)) for name in names]
