@@ -1,13 +1,15 @@
 # make test   everything, and it passes
 # make bench  a parity-gated throughput table, plots and pictures of this machine, in minutes
-# Both need Python >= 3.11, a C++ compiler and make; `make setup` does the rest in .venv.
+# make fuzz   many more random calls and damaged files than `make test` draws, and others every time
+# make sanitize  the operators under AddressSanitizer and UBSan: many minutes to build and to run
+# All need Python >= 3.11, a C++ compiler and make; `make setup` does the rest in .venv.
 
 PYTHON ?= python3
 RESULTS ?= benchmarks/results/local
 BIN := .venv/bin
 CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*.cpp)
 
-.PHONY: setup test bench bench-full check docs wheel lint format clean
+.PHONY: setup test bench bench-full check docs wheel fuzz soak sanitize types lint format clean
 
 setup: .venv/installed
 
@@ -52,6 +54,30 @@ wheel: setup
 	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair -w dist --exclude 'libtorch*' --exclude 'libc10*' \
 	  --exclude libgomp.so.1 build/wheel/*.whl
 	$(BIN)/python setup.py -q sdist -d dist
+
+FUZZ ?= 60
+fuzz: setup
+	DFM_FAST_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_drawn_operators.py \
+	  tests/test_damaged_files.py
+
+soak: setup
+	$(BIN)/python -m benchmarks.soak --minutes 30
+
+# Python itself is not sanitized: it has to load the sanitizers first, and leaks are its own. The
+# package is built elsewhere, where `pytest`, unlike `python -m pytest`, finds it first.
+SANITIZE := build/sanitize
+BUILD ?= $(shell grep -q avx512vl /proc/cpuinfo && echo _C_avx512 || echo _C_avx2)
+sanitize: setup
+	DFM_FAST_SANITIZE=1 DFM_FAST_BUILDS=$(BUILD) $(BIN)/python setup.py -q build \
+	  -b $(SANITIZE) --build-lib $(SANITIZE)/lib
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	  ATEN_CPU_CAPABILITY=$(BUILD:_C_%=%) PYTHONPATH=$(SANITIZE)/lib \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  $(BIN)/pytest -q -p no:cacheprovider tests/test_drawn_operators.py tests/test_library.py \
+	  tests/test_threads.py -k "drawn or parity or empty_batch or layout_kept or threads"
+
+types: setup
+	$(BIN)/mypy
 
 lint: setup
 	$(BIN)/ruff check .

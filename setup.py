@@ -1,8 +1,10 @@
 """What pyproject.toml cannot declare: the C++ extension, one build per CPU capability.
 
 Each build is a shared library of its own, of the same sources; `dfm_fast._library` loads the best
-one that the CPU runs. DFM_FAST_NO_EXT=1 installs pure Python. Builds for the CPU keep to Python's
-limited API: a wheel of them serves every Python from 3.11 on, with the torch it was built against.
+one that the CPU runs. DFM_FAST_NO_EXT=1 installs pure Python. DFM_FAST_BUILDS names the builds that
+are wanted, such as _C_avx512; with DFM_FAST_SANITIZE=1 they look for errors as they run. Builds for
+the CPU keep to Python's limited API: a wheel of them serves every Python from 3.11 on, with the
+torch it was built against.
 """
 
 import os
@@ -16,6 +18,9 @@ FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-p
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512 += ["-mprefer-vector-width=512"]
+# See `make sanitize`. -O3 would take several times as long; vptr asks for torch's own types.
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+SANITIZED += ["-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
 # Without it at::parallel_for is serial; torch has loaded its own libgomp by then.
 OPENMP = ["-fopenmp"] if platform.system() == "Linux" else []
 BUILDS = {"_C": []}
@@ -42,14 +47,15 @@ def extensions():
                     older.unlink()
 
     def cpp(name, flags):
-        args = [*FLAGS, *flags, *OPENMP]
+        sanitized = SANITIZED if os.environ.get("DFM_FAST_SANITIZE") == "1" else []
+        args = [*FLAGS, *flags, *OPENMP, *sanitized]
         sources = sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp"))
         return CppExtension(
             f"dfm_fast.{name}",
             sources,
             depends=sorted(str(p) for p in Path("csrc/cpu").glob("*.h")),
             extra_compile_args={"cxx": args},
-            extra_link_args=OPENMP,
+            extra_link_args=[*OPENMP, *(flag for flag in sanitized if "=address" in flag)],
             py_limited_api=True,
         )
 

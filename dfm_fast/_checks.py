@@ -41,7 +41,7 @@ def integer(op: str, argument: str, value: Any, at_least: int) -> int:
         fail(op, argument, "an int", type(value).__name__, TypeError)
     if value < at_least:
         fail(op, argument, f"at least {at_least}", value)
-    return value
+    return value  # type: ignore[return-value]  # a SymInt does what an int does
 
 
 def choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> str:

@@ -14,12 +14,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _LIBRARY = torch.library.Library("dfm_fast", "DEF")
 # The fake kernels promise exact strides; Inductor must then hand over the strides it traced with.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -84,14 +86,14 @@ def operator(
     raw: tuple[str, ...],
     cost: Callable[..., int],
     on_shard: Callable[..., Any] | None = None,
-):
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Mark a public function as an operator of the library (see `Operator`). `on_shard` is the
     function with a keyword `shard` more, for DTensors, where a sample's result depends on its place
     in the batch: noise."""
 
-    def decorate(public: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(public: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(public)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if _has_dtensor(args, kwargs):
                 return _on_local_shards(public, args, kwargs, on_shard)
             return public(*args, **kwargs)
@@ -199,8 +201,10 @@ def _on_local_shards(
         out = on_shard(*args, shard=Shard(start[0], n), **kwargs)
 
     def whole(t: torch.Tensor) -> DTensor:
-        size = {"shape": torch.Size((n, *t.shape[1:])), "stride": t.stride()}
-        return DTensor.from_local(t, mesh, placements, run_check=False, **size)
+        shape = torch.Size((n, *t.shape[1:]))
+        return DTensor.from_local(
+            t, mesh, placements, run_check=False, shape=shape, stride=t.stride()
+        )
 
     return pytree.tree_map_only(torch.Tensor, whole, out)
 

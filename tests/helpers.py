@@ -49,7 +49,8 @@ class Case:
     def args(
         self, dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", batch=None
     ) -> tuple[Any, ...]:
-        """Positional arguments: equal values for every dtype, device and layout, up to rounding."""
+        """Positional arguments: equal values for every dtype, device and layout, up to rounding.
+        The layout "own" is each tensor's own."""
         generator = torch.Generator().manual_seed(sum(map(ord, self.id)))
 
         def make(shape: Any) -> Any:
@@ -57,13 +58,19 @@ class Case:
                 return shape
             new_batch = batch is not None and shape.batched
             sizes = (batch, *shape.sizes[1:]) if new_batch else shape.sizes
+            stored = [min(n, 1) if i in shape.equal else n for i, n in enumerate(sizes)]
             draw = torch.rand if shape.uniform else torch.randn
-            value = draw(sizes, generator=generator, dtype=torch.float64)
-            if shape.mask:
-                return relayout((value < 0.7).to(device), layout)
-            return relayout(value.to(device, dtype), layout)
+            value = draw(stored, generator=generator, dtype=torch.float64)
+            value = value < 0.7 if shape.mask else value.to(shape.beside(dtype))
+            own = shape.layout if layout == "own" else layout
+            value = relayout(value.to(device), own).expand(sizes)
+            return value if layout == "own" else relayout(value, layout)
 
         return pytree.tree_map(make, self.inputs)
+
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The other arguments. What gets no tensor is told the dtype."""
+        return self.kwargs if self.shapes() else {**self.kwargs, "dtype": dtype}
 
     def shapes(self) -> list[Shape]:
         return [leaf for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Shape)]
@@ -78,6 +85,12 @@ class Shape:
     batched: bool = True
     uniform: bool = False
     mask: bool = False
+    wide: bool = False  # float32 also where the others are narrower
+    layout: str = "contiguous"  # where each has its own
+    equal: tuple[int, ...] = ()  # axes along which its values repeat: expanded in its own layout
+
+    def beside(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(dtype, torch.float32) if self.wide else dtype
 
 
 @dataclass(frozen=True)
@@ -109,10 +122,27 @@ def relayout(x: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "permuted" and x.ndim >= 2:
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "strided":
-        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), _HOLE[x.is_floating_point()])
         wide[..., 1::2] = x
         return wide[..., 1::2]
+    if layout == "cropped":
+        return _inside(x)
+    if layout == "unaligned":
+        flat = x.new_full((x.numel() + 1,), _HOLE[x.is_floating_point()])
+        return flat[1:].view(x.shape).copy_(x)
     return x.contiguous()
+
+
+_HOLE = {True: float("nan"), False: True}  # what lies beside the values of a view
+
+
+def _inside(x: torch.Tensor) -> torch.Tensor:
+    """Of a larger tensor, channels_last where x has channels: an element away from each end."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    around = torch.empty([n + 2 for n in x.shape], dtype=x.dtype, memory_format=last)
+    around.fill_(_HOLE[x.is_floating_point()])
+    inner = around[tuple(slice(1, n + 1) for n in x.shape)]
+    return inner.copy_(x)
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:
@@ -160,6 +190,11 @@ def cotangents_for(out: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.empty_like(o).copy_(v) for o, v in zip(out, values, strict=True)]
 
 
+def constants_for(out: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients that a sum sends: one number, expanded."""
+    return [o.new_tensor(0.75).expand(o.shape) for o in out]
+
+
 def assert_within_budget(
     got: torch.Tensor,
     ref: torch.Tensor,
@@ -168,12 +203,15 @@ def assert_within_budget(
     cap: float,
     what: str,
     inputs: torch.dtype | None = None,
+    usual: float = 0.0,
 ) -> None:
     """|got - exact| <= 2 max|ref - exact| + one rounding of the output, and under the cap.
 
     got: the implementation; ref: the reference in the same dtype on contiguous input; exact: the
     reference in float64 on the same (already rounded) values; inputs: their dtype, the cap's unit
-    where it is coarser than the output's (a float32 loss of bfloat16 levels, which are rounded).
+    where it is coarser than the output's (a float32 loss of bfloat16 levels, which are rounded);
+    usual: the reference's largest error for other values, where these are so few that its own may
+    be small by chance.
     """
     assert got.dtype == ref.dtype, f"{what}: dtype {got.dtype}, expected {ref.dtype}"
     assert got.shape == exact.shape, f"{what}: shape {got.shape}, expected {exact.shape}"
@@ -184,7 +222,7 @@ def assert_within_budget(
     error, scale = (got - exact).abs(), exact.abs().max().clamp_min(1.0)
     # In float64 the reference is the yardstick itself: a few roundings of its own sums.
     slack = 16 * eps * scale if got.dtype is ref.dtype and eps < 1e-15 else 0.0
-    budget = 2 * (ref - exact).abs().max() + eps / 2 * exact.abs() + slack
+    budget = 2 * max((ref - exact).abs().max().item(), usual) + eps / 2 * exact.abs() + slack
     worst = (error - budget).max().item()
     assert worst <= 0, f"{what}: {error.max():.3e} against fp64, {worst:.3e} over the budget"
     unit = max(eps, torch.finfo(inputs).eps if inputs else 0.0) * scale

@@ -110,39 +110,49 @@ def forward_parity(op: Operator, case: Case, device: str) -> None:
     """Every dtype and layout within the error budget of the reference. What gets no tensor is told
     the dtype."""
     for dtype in dtypes(device):
-        base = case.args(dtype, device)
-        said = not case.shapes()
-        wide, narrow = (
-            {**case.kwargs, **({"dtype": d} if said else {})} for d in (torch.float64, dtype)
-        )
-        exact = tensors(op.reference(*double(base), **wide))
-        ref = tensors(op.reference(*base, **narrow))
-        if theirs := served_by(op, device):
-            ref = worse(ref, tensors(theirs(*base, **narrow)), exact)
+        exact, ref = expected(op, case, device, dtype)
         for layout in LAYOUTS:
-            got = tensors(op.public(*case.args(dtype, device, layout), **narrow))
+            got = tensors(op.public(*case.args(dtype, device, layout), **case.options(dtype)))
             assert len(got) == len(exact), f"{len(got)} outputs, expected {len(exact)}"
             for i, triple in enumerate(zip(got, ref, exact, strict=True)):
                 what = f"{case.id} {dtype} {layout} output {i}"
                 assert_within_budget(*triple, cap=case.cap, what=what, inputs=dtype)
 
 
+def expected(op: Operator, case: Case, device: str, dtype: torch.dtype) -> tuple[list, list]:
+    """(exact outputs, those of the reference in that dtype)"""
+    base, narrow = case.args(dtype, device), case.options(dtype)
+    exact = tensors(op.reference(*double(base), **case.options(torch.float64)))
+    ref = tensors(op.reference(*base, **narrow))
+    if theirs := served_by(op, device):
+        ref = worse(ref, tensors(theirs(*base, **narrow)), exact)
+    return exact, ref
+
+
 @of_tensors
 def backward_parity(op: Operator, case: Case, device: str) -> None:
     """Gradients in every dtype and layout within the error budget of the reference's autograd."""
     for dtype in dtypes(device):
-        base = case.args(dtype, device)
-        cotangents = cotangents_for(tensors(op.reference(*base, **case.kwargs)))
-        exact = grads(op.reference, double(base), case.kwargs, double(cotangents))
-        ref = grads(op.reference, base, case.kwargs, cotangents)
-        if theirs := served_by(op, device):
-            ref = worse(ref, grads(theirs, base, case.kwargs, cotangents), exact)
+        cotangents, exact, ref = expected_grads(op, case, device, dtype)
         for layout in LAYOUTS:
             dy = [relayout(c, layout) for c in cotangents]
             got = grads(op.public, case.args(dtype, device, layout), case.kwargs, dy)
             for i, triple in enumerate(zip(got, ref, exact, strict=True)):
                 what = f"{case.id} {dtype} {layout} gradient {i}"
                 assert_within_budget(*triple, cap=4 * case.cap, what=what, inputs=dtype)
+
+
+def expected_grads(
+    op: Operator, case: Case, device: str, dtype: torch.dtype, draw=cotangents_for
+) -> tuple[list, list, list]:
+    """(cotangents, exact gradients, those of the reference's autograd in that dtype)"""
+    base = case.args(dtype, device)
+    cotangents = draw(tensors(op.reference(*base, **case.kwargs)))
+    exact = grads(op.reference, double(base), case.kwargs, double(cotangents))
+    ref = grads(op.reference, base, case.kwargs, cotangents)
+    if theirs := served_by(op, device):
+        ref = worse(ref, grads(theirs, base, case.kwargs, cotangents), exact)
+    return cotangents, exact, ref
 
 
 @on_cpu
@@ -164,7 +174,7 @@ def reference_gradcheck(op: Operator, case: Case, device: str) -> None:
 @prop
 def fully_written(op: Operator, case: Case, device: str) -> None:
     """No output keeps what was in its memory: torch.empty is filled with NaN."""
-    with _poisoned_memory():
+    with poisoned_memory():
         for layout in ("contiguous", "channels_last"):
             args = case.args(torch.float32, device, layout)
             for i, out in enumerate(call(op, case, args)):
@@ -174,7 +184,7 @@ def fully_written(op: Operator, case: Case, device: str) -> None:
 
 
 @contextlib.contextmanager
-def _poisoned_memory() -> Iterator[None]:
+def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True

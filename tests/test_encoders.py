@@ -159,7 +159,7 @@ def test_finished_shards_are_kept_and_the_rest_is_made(folder, tmp_path, picture
     encode(config)
     whole = [p.read_bytes() for p in sorted(config.out.glob("*.safetensors"))]
     latents.shard_path(config.out, 1).unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected 3 shards, got 1 fewer .*shard-00001"):
+    with pytest.raises(FileNotFoundError, match=r"expected 3 shards, got .* without shard-00001"):
         open_dataset(DataConfig("latents", root=config.out))
     kept = latents.shard_path(config.out, 0)
     before = kept.stat().st_mtime_ns

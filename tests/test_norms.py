@@ -289,3 +289,13 @@ def test_ada_layer_norm_module_arguments():
     with pytest.raises(ValueError, match="AdaLayerNorm: embedding_dim: expected at least 1, got 0"):
         nn.AdaLayerNorm(0)
     assert "8, chunks=6, eps=1e-06" in repr(nn.AdaLayerNorm(8, chunks=6))
+
+
+@pytest.mark.parametrize("modulation", [(2, 0, 8), (2, 8)], ids=["each-token", "shared"])
+def test_gradients_of_no_tokens(modulation):
+    """A modulation like x has no rows to write a sum to."""
+    x, y = (torch.zeros(2, 0, 8, requires_grad=True) for _ in range(2))
+    gate, shift, scale = (torch.ones(modulation, requires_grad=True) for _ in range(3))
+    out = dfm_fast.gated_residual_ada_layer_norm(x, y, gate, shift, scale)
+    for grad in torch.autograd.grad(out[0].sum() + out[1].sum(), (x, y, gate, shift, scale)):
+        assert not grad.any()

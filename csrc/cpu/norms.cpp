@@ -313,8 +313,8 @@ Gradients backward(const char* op, Norm norm, Given in) {
   if (in.scale.defined()) out.dscale = empty_like(in.scale);
   if (in.scale.defined() && norm == Norm::layer) out.dshift = empty_like(in.scale);
   const Tensor& modulation = in.scale.defined() ? in.scale : in.gate;
-  bool each_token =
-      modulation.defined() && norm != Norm::rms && modulation.numel() == like.numel() && size.T > 1;
+  bool each_token = modulation.defined() && norm != Norm::rms &&
+                    modulation.numel() == like.numel() && size.T != 1;
   dispatch_pair(op, like, modulation.defined() ? modulation.scalar_type() : dtype,
                 [&](auto t, auto m) {
                   Backward<decltype(t), decltype(m)> walk(op, norm, size, in, out);

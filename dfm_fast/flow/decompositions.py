@@ -91,8 +91,9 @@ class Decomposition(nn.Module):
             count += n
         if not count:
             _checks.fail(f"{type(self).__name__}.measure_std", "batches", "data", "none")
-        self.set_std([math.sqrt(s / count) for s in square])
-        return list(self._std)
+        std = [math.sqrt(s / count) for s in square]
+        self.set_std(std)
+        return std
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         saved = state_dict.get(prefix + "std")
@@ -148,14 +149,14 @@ class Decomposition(nn.Module):
             noisy, target = pyramid_add_noise(
                 level, t[:, s : s + 1], seed, factor=(2,) * (level.ndim - 2), **options
             )
-            x_t[s], v[s] = noisy[0], target[0] if targets else None
+            x_t[s], v[s] = noisy[0], None if target is None else target[0]
         return x_t, v if targets else None
 
     def loss(
         self,
         predictions: Sequence[Tensor | None],
         x: Tensor,
-        seed: Seed,
+        seed: int | Tensor,
         *,
         offset: int = 0,
         active: Active = None,
@@ -192,7 +193,7 @@ class Laplacian(Decomposition):
         self.filter = _checks.choice(op, "filter", filter, FILTERS)
         check_factor(op, factor, len(factor) if isinstance(factor, Sequence) else 2)
         self.factor = factor
-        self._options = {"filter": filter, "factor": factor}
+        self._options: dict[str, Any] = {"filter": filter, "factor": factor}
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
         return laplacian_build(x, self.num_levels, **self._options)
@@ -308,7 +309,7 @@ class Haar(Decomposition):
         return _noised(shard, x, t, seed, filter="haar", **options)
 
     def loss(
-        self, predictions: Sequence[Tensor | None], x: Tensor, seed: Seed, **options: Any
+        self, predictions: Sequence[Tensor | None], x: Tensor, seed: int | Tensor, **options: Any
     ) -> Tensor:
         if self.factor != 2 or x.ndim != 4:
             return super().loss(predictions, x, seed, **options)

@@ -164,7 +164,7 @@ class DecomposableFlow(nn.Module):
         if not self.per_sample:
             stage = stages[0] if stages else self.num_levels - 1
             on = [s <= stage for s in range(self.num_levels)]
-        part = {} if whole is None else {"shard": whole}
+        part: dict[str, Any] = {} if whole is None else {"shard": whole}
         levels, _ = self.decomposition.add_noise(x, t, key, active=on, targets=False, **part)
         velocities = model(levels, t, active, **cond)
         sampler.check_velocities(op, velocities, levels, step=None, finite=self.check)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +101,7 @@ class Sampler:
         self.check, self.preview, self.on_step, self.noise = check, preview, on_step, noise
         # Conditions of c, of u, and (where they can be stacked) of both in one batch.
         self.conditions: dict[str, dict[str, Any]] = {"cond": dict(cond)}
+        self.static = self.conditions  # where they lie
         self.kept: dict[int, _Stage] | None = None  # by `Graphs`
 
     def __call__(
@@ -130,7 +132,7 @@ class Sampler:
         self.guided = ((self.scales != 1) & self._active_or_done(exact)).any(1).tolist()
         if any(self.guided):
             cond = self.conditions["cond"]
-            other = self.conditions["uncond"] = {**cond, **self.guidance.uncond}
+            other = self.conditions["uncond"] = {**cond, **(self.guidance.uncond or {})}
             if (both := _stacked(cond, other, batch)) is not None:
                 self.conditions["both"] = both
         if self.kept:  # where their graphs read, which has the tables
@@ -168,7 +170,7 @@ class Sampler:
 
     def _step(self, stage: int, k: int, x: list[Tensor], step: Tensor) -> list[Tensor]:
         on = [s <= stage for s in range(len(x))]
-        options = {"cfg_scale": self.w[:-1], "active": on, "step": step}
+        options: dict[str, Any] = {"cfg_scale": self.w[:-1], "active": on, "step": step}
         cond, uncond = self._velocities(stage, k, x, step)
         if uncond is None:
             options["cfg_scale"] = 1.0
@@ -200,7 +202,8 @@ class Sampler:
 
     def _call(self, levels: Levels, t: Tensor, which: str, row: int, step: Tensor) -> Levels:
         """The model's velocities at noise levels t [1, L], under the conditions of that name."""
-        n, count, cond = len(levels[0]), len(levels), self.conditions[which]
+        n = next(len(v) for v in levels if v is not None)
+        count, cond = len(levels), self.conditions[which]
         active = _active(n, [v is not None for v in levels], t.device)
         if which in self.ahead:
             chosen = self.ahead[which].index_select(0, step - self.start).squeeze(0)
@@ -243,7 +246,7 @@ class Sampler:
         for k in steps:
             kind = self.guided[k], self.heun and self.guided[k + 1]
             if kind not in replays:
-                replays[kind] = capture(lambda k=k: advance(k), [*x, own.step])
+                replays[kind] = capture(partial(advance, k), [*x, own.step])
             replays[kind]()
             self._after(k, x, bar)
         return x
@@ -287,7 +290,8 @@ class Graphs:
         self.clear()
 
     def clear(self) -> None:
-        self._key, self._run = None, None
+        self._key: tuple[Any, ...] | None = None
+        self._run: Sampler | None = None
 
     def keep(self, run: Sampler, *kind: Any) -> Sampler:
         """`run`, or the one that has the graphs of its kind, which takes over what is its own."""

@@ -12,6 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from dfm_fast import _checks
+from dfm_fast.models._files import on_meta, read_json, read_weights
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -50,19 +53,17 @@ class Pretrained(nn.Module):
             changes: arguments of the constructor that replace the saved ones.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: another class's folder, or weights of
-                other names or shapes than the model's (named).
+            FileNotFoundError: no such file. ValueError: another class's folder, a damaged file,
+                arguments that the class does not take, or weights of other names, shapes or kinds
+                than the model's; named.
         """
-        from safetensors.torch import load_file
-
         folder = Path(folder)
-        config = json.loads((folder / CONFIG).read_text())
+        config = read_json(folder / CONFIG)
         if (saved := config.pop("_class_name", cls.__name__)) != cls.__name__:
             raise ValueError(f"{cls.__name__}: {folder}: expected its own folder, got {saved}'s")
-        state = load_file(folder / WEIGHTS)
-        with torch.device("meta"):
-            model = cls(**{**config, **changes})
-        check_state(cls.__name__, model, state)
+        state = read_weights(folder / WEIGHTS)
+        model = on_meta(folder / CONFIG, lambda: cls(**{**config, **changes}), state)
+        check_state(f"{cls.__name__}: {folder}", model, state)
         dtype = dtype or next(v.dtype for v in state.values() if v.is_floating_point())
         model = model.to(dtype).to_empty(device=device)
         model.load_state_dict(state)
@@ -74,7 +75,8 @@ class Pretrained(nn.Module):
 
 
 def check_state(op: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raise one ValueError that names every key that is missing, unknown or of another shape."""
+    """Raise one ValueError that names every key that is missing, unknown, of another shape, or no
+    floating-point numbers where the model's are."""
     own = model.state_dict()
     wrong = [f"{name}: missing" for name in own.keys() - state.keys()]
     wrong += [f"{name}: not in the model" for name in state.keys() - own.keys()]
@@ -82,6 +84,11 @@ def check_state(op: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         f"{name}: expected shape {list(own[name].shape)}, got {list(state[name].shape)}"
         for name in own.keys() & state.keys()
         if own[name].shape != state[name].shape
+    ]
+    wrong += [
+        f"{name}: expected {own[name].dtype}, got {state[name].dtype}"
+        for name in own.keys() & state.keys()
+        if own[name].is_floating_point() != (state[name].dtype in _checks.FLOATING)
     ]
     if wrong:
         raise ValueError(f"{op}: weights do not fit: " + "; ".join(sorted(wrong)))

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from dfm_fast import _checks
+from dfm_fast.models._files import arguments_of, read_json
 from dfm_fast.models._pretrained import Pretrained, write_bytes
 from dfm_fast.models.snapgen import SnapGenUNet
 from dfm_fast.models.snapgen_decoder import SnapGenDecoder
@@ -128,7 +129,8 @@ def load(
         found["decoder"] = _autoencoder(op, folder / "vae", names["vae"]).to(device, dtype)
     conditions = found.pop("class_tokens", None)
     if conditions is None:
-        layout = TextLayout(**index["text_layout"])
+        with arguments_of(folder / INDEX):
+            layout = TextLayout(**index["text_layout"])
         there = _encoders(op, folder, names, encoders)
         conditions = TextEncoders.from_pretrained(layout, **there, **options)
     elif encoders is not None:
@@ -139,7 +141,7 @@ def load(
 def read_index(op: str, folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{op}: folder: expected {INDEX}, got {folder} without it")
-    index = json.loads((folder / INDEX).read_text())
+    index = read_json(folder / INDEX)
     if index.get("_class_name") != PIPELINE:
         _checks.fail(op, "folder", f"a {PIPELINE}'s", f"{folder}, a {index.get('_class_name')}'s")
     return index
@@ -148,6 +150,8 @@ def read_index(op: str, folder: Path) -> dict[str, Any]:
 def _components(op: str, folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
     """Folder -> class, of a pipeline that is whole."""
     names, where = index.get("components", {}), f"components in {folder / INDEX}"
+    if not isinstance(names, dict):
+        _checks.fail(op, where, "folders and their classes", type(names).__name__)
     known = {*OURS, "vae", *(name for pair in TEXTS.values() for name in pair)}
     if unknown := sorted(names.keys() - known):
         _checks.fail(op, where, f"some of {', '.join(sorted(known))}", ", ".join(unknown))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from dfm_fast import _checks
 from dfm_fast.flow import DecomposableFlow, Graphs, Laplacian, StageSchedule
 from dfm_fast.models import snapgen_folders, snapgen_requests
+from dfm_fast.models._files import arguments_of
 from dfm_fast.models.snapgen import SnapGenUNet
 from dfm_fast.models.snapgen_requests import Request, finite_number
 from dfm_fast.models.text_encoders import TextEncoders
@@ -159,7 +161,9 @@ class SnapGenPipeline:
                 encoder without transformers.
         """
         op = f"{cls.__name__}.from_pretrained"
-        return cls(**snapgen_folders.load(op, folder, encoders, device, dtype))
+        parts = snapgen_folders.load(op, folder, encoders, device, dtype)
+        with arguments_of(Path(folder) / snapgen_folders.INDEX):
+            return cls(**parts)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write what `from_pretrained` reads. Every file is written under a temporary name and

@@ -20,7 +20,7 @@ FILTERS = ("nearest", "bilinear", "binomial", "dct")
 class Taps(NamedTuple):
     """A sparse matrix [n_out, n_in], K entries a row: y[i] = sum_k weight[i, k] x[index[i, k]]."""
 
-    index: Tensor  # int64 [n_out, K]
+    index: Tensor  # type: ignore[assignment]  # int64 [n_out, K]; tuples have a method so called
     weight: Tensor  # float64 [n_out, K]
     n_in: int
 

@@ -66,7 +66,7 @@ def level_shapes(
     if filter != "haar":
         return [(n, c, *s) for s in pyramids.level_sizes(sizes, num_levels, factor)]
     details = pyramids.level_sizes(sizes, num_levels, (2, 2))[: num_levels - 1]
-    return [(n, c, *(details or [sizes])[0]), *((n, 3 * c, *s) for s in details)]
+    return [(n, c, *(details or [tuple(sizes)])[0]), *((n, 3 * c, *s) for s in details)]
 
 
 def level_offsets(

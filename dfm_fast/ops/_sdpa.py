@@ -230,10 +230,9 @@ def backward(
     d = q.shape[-1]
     if backend != "cpu":
         dy, q, k, v, y = _to_eights(dy, q, k, v, y)
-    given = [seen(x, view) for x in (dy, y, lse / _LOG2_E)]
+    dy, y, lse = (seen(x, view) for x in (dy, y, lse / _LOG2_E))
     h = heads_of(q, k, v, mask, view)
-    given[2] = given[2].contiguous()
-    dq, dk, dv = BACKENDS[backend or choose(h)][1](given[0], h, *given[1:], scale)
+    dq, dk, dv = BACKENDS[backend or choose(h)][1](dy, h, y, lse.contiguous(), scale)
     dq = restored(dq[..., :d], q, view)
     dk, dv = (_summed(dx[..., :d], k) for dx in (dk, dv))
     if mask is not None:

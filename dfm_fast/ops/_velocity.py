@@ -107,7 +107,7 @@ def velocity_loss_ref(
     wanted, mask = wanted_levels(active, count)
     wanted = [w and g is not None for w, g in zip(wanted, predictions, strict=True)]
     offsets = level_offsets(level_shapes(x.shape, count, filter, factor), offset)
-    given = [g for g, w in zip(predictions, wanted, strict=True) if w]
+    given = [g for g, w in zip(predictions, wanted, strict=True) if w and g is not None]
     options = filter, factor, gains_of(std, count)
     return _velocity_loss(given, x, mask, wanted, *split(seed), offsets, *options)
 

@@ -105,7 +105,8 @@ def _backward(
     dv = torch.einsum("btgrs,btgrd->bsgd", p, dy)
     if mask is not None:
         dv = dv.where(mask[:, :, None, None], 0)
-    return tuple(_empty(x).copy_(x).to(dtype) for x in (dq, dk, dv))
+    dq, dk, dv = (_empty(x).copy_(x).to(dtype) for x in (dq, dk, dv))
+    return dq, dk, dv
 
 
 # --- Registration ---------------------------------------------------------------------------------

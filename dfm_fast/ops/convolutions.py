@@ -56,7 +56,9 @@ def padding_pair(padding: Padding, kernel: int) -> tuple[int, int]:
     """Of rows and columns; None keeps the size at stride 1."""
     if padding is None:
         return kernel // 2, kernel // 2
-    return (padding, padding) if isinstance(padding, int) else tuple(padding)
+    if isinstance(padding, int):
+        return padding, padding
+    return tuple(padding)  # type: ignore[return-value]  # other lengths: see _check_padding
 
 
 def out_sizes(x: Tensor, kernel: int, stride: int, padding: tuple[int, int]) -> tuple[int, ...]:
@@ -134,8 +136,9 @@ def _depthwise_conv2d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, *rest: Any, need_du: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     *norm, stride, padding = rest
-    needs = {"need_du": need_du, "need_dweight": need_dweight}
-    du, dweight, dbias = _fake_backward(dy, x, weight, *norm, **needs)
+    du, dweight, dbias = _fake_backward(
+        dy, x, weight, *norm, need_du=need_du, need_dweight=need_dweight
+    )
     wide, groups = dy.to(wide_dtype(x)).contiguous(), x.shape[1]
     w = weight.to(wide.dtype)
     if need_du:
@@ -165,11 +168,11 @@ def _fake_backward(
     need_du: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind = {"dtype": x.dtype if mean is None else wide_dtype(x), "device": x.device}
-    layout = {"memory_format": memory_format(x)}
-    du = torch.empty(x.shape, **kind, **layout) if need_du else torch.empty(0, **kind)
-    sizes = (weight.shape, weight.shape[:1]) if need_dweight else (0, 0)
-    return du, *(torch.empty(n, dtype=wide_dtype(x), device=x.device) for n in sizes)
+    like = x.new_empty(0, dtype=x.dtype if mean is None else wide_dtype(x))
+    du = empty_in(memory_format(x), like, x.shape) if need_du else like
+    sizes = (tuple(weight.shape), tuple(weight.shape[:1])) if need_dweight else ((0,), (0,))
+    dweight, dbias = (x.new_empty(n, dtype=wide_dtype(x)) for n in sizes)
+    return du, dweight, dbias
 
 
 def _flops(y: Sequence[int], weight: Sequence[int]) -> int:
@@ -246,7 +249,7 @@ class _NormSiLUDepthwiseConv2d(torch.autograd.Function):
         needs = {"need_du": need_dx or any(need_small), "need_dweight": need_dweight}
         given = dense(dy, memory_format(x)), x, weight, mean, m2, *small, *of_norm, *rest
         du, dweight, _ = _ops.depthwise_conv2d_backward(*given, **needs)
-        grads: list[Tensor | None] = [None] * 4
+        grads: list[Any] = [None] * 4
         if needs["need_du"]:
             norm = *small, mean, m2, *of_norm, True
             grads = list(_ops.group_norm_silu_backward(du, x, *norm, need_dx=need_dx))

@@ -43,7 +43,7 @@ ACTIVATIONS = ("silu", "none")
 class ChannelStatistics(NamedTuple):
     """Of every channel of a map [N, C, *]: what a producer hands on to the norm that follows."""
 
-    count: int  # pixels P
+    count: int  # type: ignore[assignment]  # pixels P; tuples have a method so called
     mean: Tensor  # [N, C], float32 (float64 of float64)
     m2: Tensor  # [N, C]: sum over pixels of (x - mean)²
 
@@ -161,7 +161,8 @@ def _group_norm_silu(
     eps: float,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, *found = _fake_forward(x, weight, bias, shift, mean, m2)
+    y, *none = _fake_forward(x, weight, bias, shift, mean, m2)
+    found = none[0], none[1]
     if mean is None or m2 is None:
         mean, m2 = found = _channel_statistics(x)
     affine = group_affine(_pixels(x), mean, m2, num_groups, weight, bias, shift, eps)
@@ -225,7 +226,7 @@ def _fake_forward(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
     y = empty_in(memory_format(x), x, x.shape)
     if given[3] is None:
         return y, *_fake_statistics(x)
-    return y, *(x.new_empty(0, dtype=wide_dtype(x)) for _ in range(2))
+    return y, x.new_empty(0, dtype=wide_dtype(x)), x.new_empty(0, dtype=wide_dtype(x))
 
 
 def _fake_backward(dy: Tensor, x: Tensor, *_: Any, need_dx: bool) -> tuple[Tensor, ...]:
@@ -333,7 +334,7 @@ def check_statistics(op: str, statistics: Any, x: Tensor) -> tuple[Tensor, Tenso
     for name, v in zip(("mean", "m2"), statistics[1:], strict=True):
         check_vector(op, f"statistics.{name}", v, x, (x.shape[0], x.shape[1]))
         if v.dtype != wide_dtype(x):
-            _checks.fail(op, f"statistics.{name}", wide_dtype(x), v.dtype, TypeError)
+            _checks.fail(op, f"statistics.{name}", str(wide_dtype(x)), v.dtype, TypeError)
     return statistics.mean.detach().contiguous(), statistics.m2.detach().contiguous()
 
 

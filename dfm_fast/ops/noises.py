@@ -59,9 +59,11 @@ Levels = list[Tensor | None]
 # --- References ----------------------------------------------------------------------------------
 
 
-def _noised(x: Tensor, t: Tensor, *stream: Any) -> tuple[Tensor, Tensor]:
-    """(x_t, v), not yet rounded. x [N, ...], t [N]; stream: state, seed, offset."""
-    eps = normals_ref(x.shape, *stream, x)
+def _noised(
+    x: Tensor, t: Tensor, state: Tensor | None, seed: int, offset: int
+) -> tuple[Tensor, Tensor]:
+    """(x_t, v), not yet rounded. x [N, ...], t [N]."""
+    eps = normals_ref(x.shape, state, seed, offset, x)
     wide, t = x.to(eps.dtype), per_sample(t.to(eps.dtype), x)
     return (1 - t) * wide + t * eps, eps - wide
 
@@ -106,13 +108,14 @@ def _pyramid_add_noise(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """x_t of the wanted levels, then v of them."""
-    x_t, v, layout = [], [], memory_format(x)
+    x_t: list[Tensor] = []
+    v: list[Tensor] = []
+    layout = memory_format(x)
     for s, level in enumerate(levels_ref(x, len(wanted), filter, factor, gains)):
         if wanted[s]:
             both = _noised(level, t[:, s], state, seed, offsets[s])
-            both = (lay_out(where_active(y, mask, s).to(dtype), layout) for y in both)
-            for to, value in zip((x_t, v), both, strict=True):
-                to.append(value)
+            for to, y in zip((x_t, v), both, strict=True):
+                to.append(lay_out(where_active(y, mask, s).to(dtype), layout))
     return [*x_t, *v] if targets else x_t
 
 
@@ -133,8 +136,11 @@ def pyramid_add_noise_ref(
     """x [N, C, (T,) H, W], t [N, L] -> levels of x_t and v; defines `pyramid_add_noise`."""
     wanted, mask = wanted_levels(active, num_levels)
     offsets = level_offsets(level_shapes(x.shape, num_levels, filter, factor), offset)
-    options = filter, factor, gains_of(std, num_levels), targets, dtype or x.dtype
-    out = _pyramid_add_noise(x, t, mask, wanted, *split(seed), offsets, *options)
+    state, seed = split(seed)
+    out = _pyramid_add_noise(
+        x, t, mask, wanted, state, seed, offsets, filter, factor, gains_of(std, num_levels),
+        targets, dtype or x.dtype,
+    )  # fmt: skip
     return _unpack(out, wanted, targets)
 
 
@@ -155,7 +161,8 @@ def _philox_normal(like: Tensor, state: Tensor | None, seed: int, offset: int) -
 
 
 def _add_noise_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return tuple(empty_in(memory_format(x), x, x.shape) for _ in range(2))
+    layout = memory_format(x)
+    return empty_in(layout, x, x.shape), empty_in(layout, x, x.shape)
 
 
 def _pyramid_fake(
@@ -240,11 +247,11 @@ class _PyramidAddNoise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             levels = []
             for s, shape in enumerate(level_shapes(x.shape, len(wanted), filter, factor)):
-                if dx_t[s] is None:
+                if (own := dx_t[s]) is None:
                     levels.append(empty_in(memory_format(x), x, shape).zero_())
                     continue
-                g = dx_t[s].to(t.dtype) * (1 - per_sample(t[:, s], dx_t[s]))
-                g = (g - dv[s] if targets else g) * gains[s]
+                g = own.to(t.dtype) * (1 - per_sample(t[:, s], own))
+                g = (g if dv is None or (e := dv[s]) is None else g - e) * gains[s]
                 g = where_active(g, mask, s).to(x.dtype)
                 levels.append(lay_out(g, memory_format(x)))
             dx = build_backward(levels, filter, factor)
@@ -254,7 +261,8 @@ class _PyramidAddNoise(torch.autograd.Function):
             out = _ops.pyramid_add_noise(x.to(t.dtype), t, mask, wanted, *stream, *options)
             _, v = _unpack(out, wanted, True)
             columns = [
-                t.new_zeros(len(t)) if g is None else _wide_sum(g, v[s]) for s, g in enumerate(dx_t)
+                t.new_zeros(len(t)) if g is None or e is None else _wide_sum(g, e)
+                for g, e in zip(dx_t, v or [], strict=True)
             ]
             dt = torch.stack(columns, 1)
         return dx, dt, *[None] * 6

@@ -223,10 +223,10 @@ _TAPS = {"nearest": (2, 1), "bilinear": (2, 2), "binomial": (5, 3), "dct": (8, 4
 def _laplacian_flops(elements: int, num_levels: int, filter: str, factor: Sequence[int]) -> int:
     """Separable filtering, every axis in turn, of all levels but the coarsest."""
     down, up = _TAPS[filter]
-    total, axes = 0.0, sum(f > 1 for f in factor)
+    total, axes, size = 0.0, sum(f > 1 for f in factor), float(elements)
     for _ in range(num_levels - 1):
-        total += elements * (2 * axes * (down / 2 + up) + 1)
-        elements /= math.prod(factor)
+        total += size * (2 * axes * (down / 2 + up) + 1)
+        size /= math.prod(factor)
     return round(total)
 
 
@@ -294,8 +294,8 @@ class _LaplacianBuild(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        grads = [g.contiguous(memory_format=ctx.layout) for g in grads]
-        dx = _ops.laplacian_build_backward(grads, ctx.filter, ctx.factor)
+        levels = [g.contiguous(memory_format=ctx.layout) for g in grads]
+        dx = _ops.laplacian_build_backward(levels, ctx.filter, ctx.factor)
         return dx, None, None, None
 
 
@@ -330,8 +330,8 @@ class _HaarBuild(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        grads = [g.contiguous(memory_format=ctx.layout) for g in grads]
-        return _ops.haar_collapse(grads), None
+        levels = [g.contiguous(memory_format=ctx.layout) for g in grads]
+        return _ops.haar_collapse(levels), None
 
 
 class _HaarCollapse(torch.autograd.Function):
@@ -386,7 +386,7 @@ def _plan(
                     f"{tuple(sizes)}, which comes to {fine} after {level}",
                 )
             fine = halve(fine, axes)
-    return factor, level_sizes(sizes, levels, factor)
+    return factor, [*level_sizes(sizes, levels, factor)]
 
 
 _remembered_plan = functools.lru_cache(maxsize=1024, typed=True)(_plan)

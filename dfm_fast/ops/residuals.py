@@ -21,7 +21,7 @@ dtype of x at most. Bytes at least: x, the weights and y once.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ def separable_residual_ref(
 ) -> Tensor:
     """Defines `separable_residual`."""
     wide = x.to(wide_dtype(x)).contiguous()
-    h = F.silu(separable_conv2d_ref(wide, depthwise1, pointwise1, bias1))
-    y = separable_conv2d_ref(h, depthwise2, pointwise2, bias2, None, wide)
+    h = F.silu(_separable(wide, depthwise1, pointwise1, bias1))
+    y = _separable(h, depthwise2, pointwise2, bias2, None, wide)
     return y.to(x.dtype).contiguous(memory_format=_LAST)
 
 
@@ -57,7 +57,12 @@ def separable_upsample_ref(
     x: Tensor, depthwise: Tensor, pointwise: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Defines `separable_upsample`."""
-    return pixels_of(separable_conv2d_ref(x, depthwise, pointwise, bias))
+    return pixels_of(_separable(x, depthwise, pointwise, bias))
+
+
+def _separable(*args: Any) -> Tensor:
+    """Without statistics it is one tensor."""
+    return cast(Tensor, separable_conv2d_ref(*args))
 
 
 def pixels_of(parts: Tensor) -> Tensor:

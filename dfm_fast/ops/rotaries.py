@@ -82,7 +82,7 @@ def qk_norm_rope_ref(
 
     def one(x: Tensor, weight: Tensor | None) -> Tensor:
         y = _normalise(_wide(x), weight, eps)
-        y = y if cos is None else _rotate(y, cos, sin, interleaved)
+        y = y if cos is None or sin is None else _rotate(y, cos, sin, interleaved)
         return y.to(x.dtype)
 
     return one(q, q_weight), one(k, k_weight)
@@ -99,8 +99,8 @@ def _forward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     args = q, k, q_weight, k_weight, cos, sin
-    y = qk_norm_rope_ref(*args, eps=eps, interleaved=interleaved)
-    return tuple(_contiguous(v) for v in y)
+    q, k = qk_norm_rope_ref(*args, eps=eps, interleaved=interleaved)
+    return _contiguous(q), _contiguous(k)
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def _row_gradients(
     """(dx, dw), where dw is empty if not wanted."""
     dtype, dn, x = x.dtype, _wide(dy), _wide(x)
     none = x.new_empty(0, dtype=torch.float32 if weight is None else weight.dtype)
-    if cos is not None:
+    if cos is not None and sin is not None:
         dn = _rotate(dn, cos, -sin, interleaved)
     if weight is None:
         return _contiguous(dn.to(dtype)), none
@@ -251,7 +251,8 @@ def _table_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Sums over the heads, and over the batch if the table has none."""
     dims = (0, 2) if cos.ndim == 2 else (2,)
-    dcos, dsin = 0, 0
+    dcos: Any = 0
+    dsin: Any = 0
     for dy, x, weight in ((dq, q, q_weight), (dk, k, k_weight)):
         n_a, n_b = _pairs(_normalise(_wide(x), weight, eps), interleaved)
         dy_a, dy_b = _pairs(_wide(dy), interleaved)
@@ -365,7 +366,7 @@ def qk_norm_rope(
         _checks.fail(op, "q_weight", "a weight or rotary tables: something to compute", None)
     args = _rows(q), _rows(k), q_weight, k_weight, cos, sin
     if differentiable(*(v for v in args if v is not None)):
-        learned = cos is not None and (cos.requires_grad or sin.requires_grad)
+        learned = any(v is not None and v.requires_grad for v in (cos, sin))
         return _QKNormRope.apply(*args, eps, interleaved, learned)
     return _ops.qk_norm_rope(*args, eps, interleaved)
 

@@ -140,10 +140,11 @@ def pointwise_backward(
 def _fake_forward(
     x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, *_: Any, with_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, _, h, w = x.shape
+    n, (h, w) = x.shape[0], x.shape[2:]
     y = empty_in(memory_format(x), x, (n, pointwise_weight.shape[0], h, w))
-    size = y.shape[:2] if with_statistics else (0,)
-    return y, *(x.new_empty(size, dtype=wide_dtype(x)) for _ in range(2))
+    size = tuple(y.shape[:2]) if with_statistics else (0,)
+    mean, m2 = (x.new_empty(size, dtype=wide_dtype(x)) for _ in range(2))
+    return y, mean, m2
 
 
 def _fake_pointwise(
@@ -210,7 +211,9 @@ class _SeparableConv2d(torch.autograd.Function):
         da, dpointwise = _pointwise_gradients(
             ctx, dy, x, depthwise, pointwise, norm, geometry, need_du or need[1]
         )
-        dx, ddepthwise, dnorm = None, None, [None, None]
+        dx: Tensor | None = None
+        ddepthwise: Any = None
+        dnorm: list[Any] = [None, None]
         if need_du or need[1]:
             needs = {"need_du": need_du, "need_dweight": need[1]}
             du, ddepthwise, _ = _ops.depthwise_conv2d_backward(
@@ -282,7 +285,7 @@ def _epilogue_gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:
     """Of bias, shift and residual."""
     need_bias, need_shift, need_residual = ctx.needs_input_grad[3:6]
     bias, shift, _ = ctx.dtypes
-    sums = dy.sum((2, 3), dtype=wide_dtype(dy)) if need_bias or need_shift else None
+    sums = dy.sum((2, 3), dtype=wide_dtype(dy)) if need_bias or need_shift else dy
     return [
         sums.sum(0).to(bias) if need_bias else None,
         sums.to(shift) if need_shift else None,

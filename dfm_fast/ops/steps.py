@@ -86,8 +86,8 @@ def _cfg_euler_step(x: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     return _advance(x, [], *rest)
 
 
-def _table(value: Tensor | None) -> Tensor | None:
-    return value.unsqueeze(0) if value is not None and value.ndim == 1 else value
+def _table(value: Tensor) -> Tensor:
+    return value.unsqueeze(0) if value.ndim == 1 else value
 
 
 def _reference(
@@ -102,10 +102,10 @@ def _reference(
 ) -> list[Tensor]:
     columns, mask = _active_columns(active, v_cond)
     table, scale = (cfg_scale, 1.0) if isinstance(cfg_scale, Tensor) else (None, cfg_scale)
-    x_, p_, c_, u_ = (
-        [v[i] for i in columns] if v else [] for v in (x, predicted, v_cond, v_uncond)
-    )
-    y = _advance(x_, p_, c_, u_, _table(dt), _table(table), scale, mask, step, columns)
+    lists: tuple[Sequence[Any] | None, ...] = (x, predicted, v_cond, v_uncond)
+    x_, p_, c_, u_ = ([v[i] for i in columns] if v else [] for v in lists)
+    table = None if table is None else _table(table)
+    y = _advance(x_, p_, c_, u_, _table(dt), table, scale, mask, step, columns)
     return _merge(x, y, columns)
 
 
@@ -212,7 +212,7 @@ class _Step(torch.autograd.Function):
             dcond.append(h * dy * w if guided else h * dy)
             if guided:
                 duncond.append(h * dy * (1 - w))
-                if dscale is not None:
+                if dscale is not None and uncond is not None:
                     slope = (dy * (cond.to(wide) - uncond.to(wide))).sum(dtype=torch.float64) * h
                     _scatter(dscale, step, column, slope)
         given = [d[0] for d in dx] + ([d[1] for d in dx] if heun else []) + dcond + duncond
@@ -350,7 +350,8 @@ def _run(
 
 def _pick(op: str, lists: Sequence[Any], columns: Sequence[int]) -> list[list[Tensor]]:
     """The chosen levels of each list, in the memory format of x's."""
-    x, groups = lists[0], []
+    x: Sequence[Tensor] = lists[0]
+    groups: list[list[Tensor]] = []
     for given in lists:
         groups.append([])
         for i in columns if given is not None else ():

@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES, TensorStorageMetadata
 
+from dfm_fast.training.checkpoint_files import Planner, Reader
 from dfm_fast.training.distributed import World
 from dfm_fast.training.outputs import RunError
 
@@ -107,7 +109,7 @@ def load(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     """
     check_fits(path, state)
     with _alone_is_fine(), _named(path):
-        dcp.load(state, checkpoint_id=path)
+        dcp.load(state, storage_reader=Reader(path), planner=Planner())
     return state
 
 
@@ -132,22 +134,39 @@ def _named(path: Path) -> Iterator[None]:
     # Pickle raises all sorts of errors for bad bytes; CheckpointException is no Exception.
     except (Exception, dcp.CheckpointException) as error:
         older = [p for p in Checkpoints(path.parent).all() if step_of(p) < step_of(path)]
-        rest = f"; the one before, {older[-1]}, is used where this one is moved away" * bool(older)
+        rest = (
+            f"; the one before, {older[-1]}, is used where this one is moved away" if older else ""
+        )
         raise ValueError(f"{path}: damaged checkpoint: {reason(error)}{rest}") from error
 
 
-def check_fits(path: Path, state: Mapping[str, Any]) -> None:
+def _index(path: Path) -> dict[str, STORAGE_TYPES]:
+    """What is stored, by the keys that torch.distributed.checkpoint has made."""
     with _named(path):
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    wrong = []
+        return Reader(path).read_metadata().state_dict_metadata
+
+
+def check_fits(path: Path, state: Mapping[str, Any]) -> None:
+    saved, wrong = _index(path), []
     for name, own in _flat(state).items():
         there = saved.get(name)
         if there is None:
             wrong.append(f"{name}: missing")
-        elif isinstance(there, TensorStorageMetadata) and there.size != own.shape:
+        elif isinstance(there, TensorStorageMetadata) != isinstance(own, Tensor):
+            wrong.append(f"{name}: expected {type(own).__name__}, got {type(there).__name__}")
+        elif isinstance(own, Tensor) and there.size != own.shape:
             wrong.append(f"{name}: expected shape {list(own.shape)}, got {list(there.size)}")
     if wrong:
         raise ValueError(f"checkpoint {path} does not fit the model: " + "; ".join(sorted(wrong)))
+
+
+def shapes_in(path: Path, part: str) -> dict[str, Tensor]:
+    """Tensors without memory like those of a part of a checkpoint, such as "ema"."""
+    return {
+        name: torch.empty(v.size, dtype=v.properties.dtype, device="meta")
+        for name, v in _index(path).items()
+        if name.startswith(f"{part}.") and isinstance(v, TensorStorageMetadata)
+    }
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

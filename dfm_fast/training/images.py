@@ -160,7 +160,7 @@ def unusable(file: str | os.PathLike[str] | IO[bytes], size: int) -> str | None:
         with Image.open(file) as image:
             return too_small(image.size, size)
     except Exception as error:  # Pillow's readers raise all sorts of it for bad bytes
-        return f"unreadable ({_short(error)})"
+        return str(unreadable(error))
 
 
 def too_small(sides: tuple[int, int], size: int) -> str | None:
@@ -185,7 +185,7 @@ def read_picture(file: str | os.PathLike[str] | IO[bytes], size: int) -> Tensor:
     except (Unusable, MemoryError):
         raise
     except Exception as error:
-        raise Unusable(f"unreadable ({_short(error)})") from error
+        raise unreadable(error) from error
 
 
 def plain(image: Image) -> Image:
@@ -222,5 +222,7 @@ def to_pixels(x: Tensor) -> np.ndarray:
     return ((x + 1) * 127.5).round().clamp(0, 255).byte().movedim(-3, -1).numpy()
 
 
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+def unreadable(error: Exception) -> Unusable:
+    """Why, in one short line."""
+    told = str(error).splitlines()[0][:100] if str(error) else ""
+    return Unusable(f"unreadable ({type(error).__name__}: {told})")

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 
 from dfm_fast import _checks
+from dfm_fast.models._files import arguments_of, read_json
 from dfm_fast.models._pretrained import write_bytes
+from dfm_fast.training.config import from_json
 from dfm_fast.training.datasets import DataConfig, Dataset, Item, require, root_of
-from dfm_fast.training.outputs import read_json
 
 NAME = "latents.json"
 
@@ -57,7 +58,22 @@ class LatentInfo:
             expected = "a folder written by dfm-fast encode"
             raise FileNotFoundError(f"open_dataset: root: expected {expected}, got {folder}")
         values = read_json(folder / NAME)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        with arguments_of(folder / NAME):
+            info = from_json(cls, values)
+            info.check()
+        return info
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError where fields are not what the class says."""
+        op = type(self).__name__
+        for n in self.shape:
+            _checks.integer(op, "shape", n, 1)
+        _checks.integer(op, "samples", self.samples, 0)
+        _checks.integer(op, "shard_size", self.shard_size, 1)
+        if not all(isinstance(name, str) for name in self.class_names):
+            _checks.fail(op, "class_names", "names", list(self.class_names), TypeError)
+        if not all(isinstance(v, int | float) for v in (*self.scale, *self.shift)):
+            _checks.fail(op, "scale and shift", "numbers", (self.scale, self.shift), TypeError)
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -73,7 +89,8 @@ class Latents(Dataset):
     """All shards of a folder.
 
     Raises:
-        FileNotFoundError: no such folder, or shards missing.
+        FileNotFoundError: no such folder, or shards missing. ValueError: a damaged file, or one
+            that holds something else; named.
     """
 
     def __init__(self, folder: str | os.PathLike[str], labels: bool = True) -> None:
@@ -81,15 +98,15 @@ class Latents(Dataset):
         self.info = info = LatentInfo.read(self.folder)
         super().__init__(info.class_names if labels else ())
         self.shape = info.shape
-        paths = [shard_path(self.folder, i) for i in range(info.shards)]
-        if missing := [path.name for path in paths if not path.is_file()]:
+        # The first that is missing ends the search: the number is only what a file claims.
+        paths = (shard_path(self.folder, i) for i in range(info.shards))
+        if missing := next((path.name for path in paths if not path.is_file()), None):
             raise FileNotFoundError(
-                f"open_dataset: root: expected {len(paths)} shards, got {len(missing)} fewer in "
-                f"{self.folder} (first: {missing[0]}); dfm-fast encode again goes on with them"
+                f"open_dataset: root: expected {info.shards} shards, got {self.folder} without "
+                f"{missing}; dfm-fast encode again goes on with them"
             )
         self._files: dict[int, Any] = {}
-        self.paths = paths
-        self.labels = [self._file(i).get_tensor("labels") for i in range(len(paths))]
+        self.labels = [self._labels(i) for i in range(info.shards)]
         self.ends = np.cumsum([len(labels) for labels in self.labels]).tolist()
         if not self.ends or not self.ends[-1]:
             _checks.fail("open_dataset", "root", "latents", f"none in {self.folder}")
@@ -105,15 +122,32 @@ class Latents(Dataset):
         x = self._file(shard).get_slice("latents")[row : row + 1][0]
         return x.float(), int(self.labels[shard][row]) if self.num_classes else 0
 
+    def _labels(self, shard: int) -> torch.Tensor:
+        """[n] of a shard, which holds what the folder's file says."""
+        path, file = shard_path(self.folder, shard), self._file(shard)
+        expected = f"latents [n, {', '.join(map(str, self.shape))}] and labels [n]"
+        if not {"latents", "labels"} <= set(file.keys()):
+            _checks.fail("open_dataset", "root", expected, f"{path} with {sorted(file.keys())}")
+        labels, shape = file.get_tensor("labels"), file.get_slice("latents").get_shape()
+        if labels.dtype != torch.int64 or shape != [*labels.shape, *self.shape]:
+            got = f"{path} with latents {shape} and labels {list(labels.shape)}, {labels.dtype}"
+            _checks.fail("open_dataset", "root", expected, got)
+        classes = len(self.info.class_names)
+        if classes and len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+            got = f"{path} with {labels.min()} to {labels.max()}"
+            _checks.fail("open_dataset", "root", f"labels of {classes} classes", got)
+        return labels
+
     def _file(self, shard: int) -> Any:
         from safetensors import SafetensorError, safe_open
 
+        path = shard_path(self.folder, shard)
         if shard not in self._files:
             try:
-                self._files[shard] = safe_open(self.paths[shard], "pt")
+                self._files[shard] = safe_open(path, "pt")
             except SafetensorError as error:
                 raise ValueError(
-                    f"open_dataset: root: expected safetensors, got {self.paths[shard]}, damaged "
+                    f"open_dataset: root: expected safetensors, got {path}, damaged "
                     f"({error}); without it dfm-fast encode makes it again"
                 ) from error
         return self._files[shard]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from dfm_fast import _checks
+from dfm_fast.models._files import read_json as read_json
 from dfm_fast.training.distributed import World
 
 LOCK = ".lock"
@@ -95,14 +94,3 @@ def _same_file(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object; ValueError that names the file where it holds none."""
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got a damaged file: {error}") from error
-    if not isinstance(values, dict):
-        _checks.fail(str(path), "content", "a JSON object", type(values).__name__)
-    return values

@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 from dfm_fast import _checks
 from dfm_fast.flow import DecomposableFlow, Decomposition, Haar, Laplacian
 from dfm_fast.models import DFMTransformer
+from dfm_fast.models._files import arguments_of, read_json
 from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.training.config import SIZES, FlowConfig, TrainConfig, from_json, to_json
 from dfm_fast.training.orders import draw
-from dfm_fast.training.outputs import read_json
 
 NAME = "recipe.json"
 MEASURED = 1024  # samples that deviations are measured on
@@ -77,7 +77,25 @@ class Recipe:
 
     @classmethod
     def read(cls, folder: Path) -> Recipe:
-        return from_json(cls, read_json(folder / NAME))
+        """Raises ValueError, which names the file, where it holds no recipe."""
+        values = read_json(folder / NAME)
+        with arguments_of(folder / NAME):
+            recipe = from_json(cls, values)
+            recipe.check()
+        return recipe
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError where fields are not what the class says."""
+        op = type(self).__name__
+        for name, kind in (("model", dict), ("data", str), ("shape", tuple)):
+            if not isinstance(getattr(self, name), kind):
+                expected, got = kind.__name__, type(getattr(self, name)).__name__
+                _checks.fail(op, name, f"a {expected}", got, TypeError)
+        for n in self.shape:
+            _checks.integer(op, "shape", n, 1)
+        _checks.integer(op, "num_classes", self.num_classes, 0)
+        if not all(isinstance(name, str) for name in self.class_names):
+            _checks.fail(op, "class_names", "names", list(self.class_names), TypeError)
 
     def check_same(self, saved: Recipe, where: Path) -> None:
         """Raise one ValueError that names what a checkpoint was trained with and this run is not.
@@ -124,7 +142,8 @@ class ModelRecipe:
 
     def check_same(self, where: Path) -> None:
         """Raise one ValueError that names what a checkpoint has and this run has not."""
-        saved = read_json(where / NAME)["model"]
+        with arguments_of(where / NAME):
+            saved = dict(read_json(where / NAME)["model"])
         now = json.loads(json.dumps(self.model))  # lists, not tuples
         names = sorted((saved.keys() | now.keys()) - set(MEMORY))
         pairs = [(name, saved.get(name), now.get(name)) for name in names]

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dfm_fast import _checks
 from dfm_fast.models import DFMTransformer, SnapGenDecoder, expand_to_dfm
+from dfm_fast.models._files import on_meta
 from dfm_fast.models._pretrained import CONFIG, WEIGHTS
 from dfm_fast.training import recipes
-from dfm_fast.training.checkpoints import Checkpoints, load, whole
+from dfm_fast.training.checkpoints import Checkpoints, check_fits, load, shapes_in, whole
 from dfm_fast.training.outputs import read_json
 from dfm_fast.training.recipes import Recipe
 
@@ -38,20 +39,18 @@ def open_model(
             got = f"a file (its folder, {path.parent}, may be meant)"
         expected = "a training folder, a checkpoint or an exported model"
         raise FileNotFoundError(f"{path}: expected {expected}, got {got}")
-    recipe = Recipe.read(checkpoint)
-    model = recipe.build_model()
-    load(checkpoint, {"ema" if averaged else "model": dict(model.state_dict())})
+    recipe, part = Recipe.read(checkpoint), "ema" if averaged else "model"
+    shapes = shapes_in(checkpoint, part)
+    model = on_meta(checkpoint / recipes.NAME, recipe.build_model, shapes)
+    check_fits(checkpoint, {part: dict(model.state_dict())})
+    model.to_empty(device="cpu")
+    load(checkpoint, {part: dict(model.state_dict())})
+    model.reset_buffers()
     return recipe, model.to(device).eval()
 
 
 def _exported(folder: Path, device: torch.device | str) -> tuple[Recipe, DFMTransformer]:
-    from safetensors import SafetensorError
-
-    read_json(folder / CONFIG)  # damaged, it is named
-    try:
-        model = DFMTransformer.from_pretrained(folder, device=device)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS}: damaged file: {error}") from error
+    model = DFMTransformer.from_pretrained(folder, device=device)
     own = (folder / recipes.NAME).exists()
     return Recipe.read(folder) if own else recipes.implied(model.config), model
 

@@ -29,6 +29,7 @@ from dfm_fast.training.datasets import (
 from dfm_fast.training.images import SUFFIXES, Substituting, Unusable, caption, read_picture
 
 LABELS = ("cls", "json")  # an integer; or an object with one under "label"
+LARGEST = 1 << 20  # bytes of a label's file; labels, of which each has a class
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _indexed(shard: str, captions: bool) -> tuple[list[Sample], list[tuple[str, 
                     samples.append(_sample(shard, key, members, tar, captions))
                 except Unusable as error:
                     left_out.append((f"{shard}: {key}", str(error)))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         left_out.append((shard, f"unreadable ({error})"))
     return samples, left_out
 
@@ -121,10 +122,14 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
     """(key, extension -> file) of neighbours that share a key."""
     from webdataset.tariterators import base_plus_ext
 
-    last, members = None, {}
+    last, at, members = None, -1, {}
     for member in tar:
+        # tarfile goes where a header sends it: with a negative size, back to itself for ever.
+        if member.offset <= at or member.size < 0:
+            raise tarfile.ReadError(f"negative size at {member.offset}")
+        at = member.offset
         key, extension = base_plus_ext(member.name)
-        if not member.isfile() or key is None:
+        if not member.isfile() or member.issparse() or key is None:
             continue
         if key != last and members:
             yield last, members
@@ -168,13 +173,13 @@ def _caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str:
 
 
 def _label(extension: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
-    data = tar.extractfile(member).read()
+    data = tar.extractfile(member).read(LARGEST)
     try:
         value = json.loads(data)
         value = value.get("label") if extension == "json" else value
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         value = repr(data[:20])
-    if value is not None and (not isinstance(value, int) or value < 0):
+    if value is not None and (not isinstance(value, int) or not 0 <= value < LARGEST):
         raise Unusable(f"label: expected an integer from 0 on, got {value}")
     return value
 

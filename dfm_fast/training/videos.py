@@ -23,7 +23,14 @@ from dfm_fast.training.datasets import (
     report_skipped,
     require,
 )
-from dfm_fast.training.images import Substituting, Unusable, squared, to_pixels, too_small
+from dfm_fast.training.images import (
+    Substituting,
+    Unusable,
+    squared,
+    to_pixels,
+    too_small,
+    unreadable,
+)
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 
@@ -108,8 +115,8 @@ def _times(path: Path, size: int, frames: int) -> tuple[int, ...]:
             stream = container.streams.video[0]
             sides = stream.codec_context.width, stream.codec_context.height
             times = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
-    except (av.FFmpegError, IndexError) as error:
-        raise Unusable(f"unreadable ({type(error).__name__}: {error})") from error
+    except Exception as error:  # of FFmpeg, and of PyAV where a stream is not what it says
+        raise unreadable(error) from error
     if reason := too_small(sides, size):
         raise Unusable(reason)
     if len(times) < frames:
@@ -133,8 +140,8 @@ def _frames(path: Path, times: Sequence[int], size: int) -> Iterator[Tensor]:
                     wanted.pop(0)
                 if not wanted:
                     return
-    except av.FFmpegError as error:
-        raise Unusable(f"unreadable ({type(error).__name__}: {error})") from error
+    except Exception as error:
+        raise unreadable(error) from error
     raise Unusable(f"{len(wanted)} frames missing at its end")
 
 
