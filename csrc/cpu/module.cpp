@@ -1,5 +1,5 @@
-// The Python module: importing it registers the operators of the other sources. Python's limited API,
-// so that one build serves every Python from 3.11 on.
+// The Python module: importing it registers the operators of the other sources. Python's limited
+// API, so that one build serves every Python from 3.11 on.
 #include <Python.h>
 
 #if defined(__AVX512F__)
