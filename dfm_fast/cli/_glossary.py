@@ -26,16 +26,16 @@ FAMILIES = {
         "Separable convolutions",
         "A filter per channel, then a product that mixes channels: a cheap convolution.",
     ),
-    "residuals": (
-        "Residual blocks of separable convolutions",
-        "Two separable convolutions and the addition around them, together.",
+    "decoders": (
+        "SnapGen's decoder",
+        "Turn a UNet's result into pixels: the whole decoder, and its residual blocks.",
     ),
     "upsamples": ("Upsampling", "Double a picture's size, then convolve it."),
     "attentions": ("Attention", "Let every token look at all others; its keys may be shared."),
     "layers": ("Layers", "Whole layers of a network, with their weights."),
     "blocks": ("Blocks", "A whole block of a diffusion transformer: attention and feed-forward."),
     "models": ("DFM transformer", "The whole model: a training step, and drawing a picture."),
-    "snapgen": ("SnapGen", "The whole UNet, and the decoder that turns its result into pixels."),
+    "snapgen": ("SnapGen", "The whole UNet, in one pass."),
     "acceleration": ("accelerate()", "Somebody else's model, with its layers replaced in place."),
     "distillation": ("Distillation", "A step of training a small model to imitate a large one."),
 }
