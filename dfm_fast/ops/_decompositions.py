@@ -36,7 +36,7 @@ def _none(x: Tensor, count: int = 2) -> tuple[Tensor, ...]:
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return F.rms_norm(x, x.shape[-1:], weight, eps), *_none(x, 1)
+    return F.rms_norm(x, x.shape[-1:], weight, eps), x.new_empty(0)
 
 
 def _per_token(m: Tensor, x: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def _qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     def one(x: Tensor, weight: Tensor | None) -> Tensor:
         x = x if weight is None else F.rms_norm(x, x.shape[-1:], weight, eps)
-        return x if cos is None else _rotate(x, cos, sin, interleaved)
+        return x if cos is None or sin is None else _rotate(x, cos, sin, interleaved)
 
     return one(q, q_weight), one(k, k_weight)
 
