@@ -183,4 +183,6 @@ class UpsampleConv2d(nn.Conv2d):
 
 def _narrow(weight: Tensor, x: Tensor) -> Tensor:
     """Under autocast in the dtype of x, as torch's own convolutions have it."""
+    if weight.dtype == x.dtype:  # and torch does not ask a meta tensor for its autocast
+        return weight
     return weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else weight

@@ -89,7 +89,7 @@ def text(profile: Profile, by: str, limit: int) -> str:
 
 def html(profile: Profile, by: str, limit: int) -> str:
     """Table and sentences, as notebooks show them."""
-    from dfm_fast.cli.report import table as html_table
+    from dfm_fast.cli._page import table as html_table
 
     sentences = "".join(
         f"<p>{escaping.escape(line)}</p>" for line in profile.summary().splitlines()
