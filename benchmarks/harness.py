@@ -20,6 +20,7 @@ a graph that is kept, for everybody; a training row both.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import math
 import statistics
@@ -54,6 +55,7 @@ from dfm_fast.profiling.comparisons import LOOSE
 torch._functorch.config.donated_buffer = False
 
 Say = Callable[..., None]  # say(text, end=): progress, as print takes it
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 NOT_RIVALS = ("ours", "copy", "product", "eager", "compiled", "float32")
 
 
@@ -441,10 +443,12 @@ def on_gpu(
 
 
 def keep_freed_memory() -> None:
-    """glibc gives blocks back to the system, to be zeroed page by page when they are wanted again,
-    above a limit that it raises to the largest one freed so far, 32 MiB at most: else the rows of
-    one run differ by what ran before them."""
-    torch.empty(31 << 20, dtype=torch.uint8)
+    """glibc gives large blocks back to the system, to be zeroed page by page when they are wanted
+    again: rows would differ by what ran before them, and who writes more maps would pay for it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def measure(
