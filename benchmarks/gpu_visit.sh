@@ -1,24 +1,21 @@
 #!/usr/bin/env bash
 # One visit to a machine with a GPU, in one call of at most 9 minutes:
-#   bash benchmarks/gpu_visit.sh OUT_DIR [quick|full|training]
-# Installs, tests on the GPU, checks memory, measures the ceilings, runs the benchmarks and makes the
-# report.
+#   bash benchmarks/gpu_visit.sh OUT_DIR [operators|models]
+# Installs, measures the ceilings, runs tests on the GPU beside the benchmarks (`benchmarks.turns`:
+# rows are compiled side by side and timed one at a time, all others stopped), and makes the report.
+# "operators": the rows of every operator that have a goal there. "models": training and sampling of
+# DFM-XL/2 and SnapGen's networks, in torch's default mode, as max-autotune takes minutes each.
 # A step that fails or runs out of time stops nothing; the summary at the end says which did.
-# "training" is a visit for the models: their rows, compiled side by side in torch's default mode and
-# timed in turns, and a small DFM trained meanwhile on photographs; in place of tests, memcheck,
-# photographs and the other rows.
 # With no GPU (or --dry-run as third argument) it runs the same steps on the CPU, cut short.
-# SKIP="tests memcheck" leaves steps out; with SKIP=benchmarks and then SKIP=tests a full set of rows
-# has two visits' time. TESTS and ROWS are pytest's -k of them, SECONDS_OF_ROW the timing of each,
-# OPTIONS more of the benchmarks', such as --no-compile: a compiled form takes 2 to 16 s, one of a model
-# minutes.
+# SKIP="tests memcheck" leaves steps out. TESTS is pytest's -k; ROWS, of lines, what is passed to
+# benchmarks.turns; BESIDE one more command beside them; SECONDS_OF_ROW the timing of each.
+# Kernels that TRITON_CACHE_DIR holds are not compiled again: see `benchmarks.ahead`.
 # DFM_FAST_COMMIT names the commit where the folder is no git repository.
 set -uo pipefail
 
-out=${1:?usage: gpu_visit.sh OUT_DIR [quick|full|training] [--dry-run]}
-rows=${2:-quick}
+out=${1:?usage: gpu_visit.sh OUT_DIR [operators|models] [--dry-run]}
+rows=${2:-operators}
 mode=${3:-}
-[ "$rows" = training ] && SKIP="tests memcheck photographs ${SKIP:-}"
 cd "$(dirname "$0")/.." || exit 2
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 python=${PYTHON:-python3}
@@ -120,61 +117,63 @@ else
 fi
 [ -d /tmp/site ] && export PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
 step import 60 "$python" -c 'import dfm_fast; print(dfm_fast.__version__)'
+[ "$gpu" = 1 ] && build &
+step ceilings 40 bash -c ceilings
+
+default="-- --compile-mode default"
+if [ "$rows" = models ]; then
+    asked="dfm_xl_512 and training $default
+        dfm_xl_512 and steps_30 $default
+        snapgen_1024 and cached and not snapgen_1024_8 $default
+        snapgen_1024_8 $default
+        bench_decoders and pixels_1024 $default"
+else
+    asked="bench_norms and dit_xl_training
+        bench_group_norms and bfloat16 and channels_last and (unet_256_128 or unet_512_64 or maps_past_l2)
+        bench_group_norms and bfloat16 and contiguous and (unet_256_128 or maps_past_l2)
+        bench_convolutions and bfloat16 and maps_past_l2
+        bench_convolutions and 3x3 and bfloat16 and forward and (unet_256_128 or unet_1792_32)
+        bench_rotaries and bfloat16
+        bench_activations and bfloat16 and large and not feed and not gated_linear
+        bench_activations and bfloat16 and large and (feed or gated_linear) $default
+        bench_noises and (large_latents or front_end)
+        bench_steps
+        bench_attentions and bfloat16
+        bench_separables and block and channels_last and large and not one_kernel $default
+        bench_pyramids and bfloat16 and large_latents
+        bench_pyramids and binomial and photos_512 and float32 and contiguous
+        bench_upsamples and bfloat16 and (large_up_512 or up_512_32) $default
+        bench_blocks and bfloat16 $default"
+fi
+selected="cuda and not cuda_sources"
+tests="-m pytest tests -q --tb=short -p no:cacheprovider --continue-on-collection-errors"
 if [ "$gpu" = 1 ]; then
-    build &
-    tests=(-m pytest tests -q --tb=short -p no:cacheprovider --continue-on-collection-errors)
-    "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 14 --dist worksteal)
-    selected="(cuda or tf32_is_allowed or replay_with or few_programs) and not cuda_sources"
-    export OMP_NUM_THREADS=1
-    step tests 170 "$python" "${tests[@]}" -k "${TESTS:-$selected}"
-    cp "$work/tests.log" "$out/tests.log" 2>/dev/null
+    "$python" -c 'import xdist' 2>/dev/null && tests+=" -n ${WORKERS:-8} --dist worksteal"
+    options=(--seconds "${SECONDS_OF_ROW:-0.3}")
     step build 120 bash -c built
-    step cuda-tests 60 "$python" "${tests[@]}" -k "cuda and (laplacian or haar) and not cuda_sources"
-    cat "$work/cuda-tests.log" >>"$out/tests.log" 2>/dev/null
-    unset OMP_NUM_THREADS
 else
     step smoke 60 "$python" -m benchmarks.smoke "$device"
-    step tests 60 "$python" -m pytest tests/test_harness.py tests/test_report.py -q -p no:cacheprovider
-    cp "$work/tests.log" "$out/tests.log" 2>/dev/null
+    asked="bench_pyramids and haar_build
+        dfm_s_256 and forward and not sampling $default"
+    selected="test_report"
+    options=(--seconds 0.1 --device cpu)
 fi
+limit="timeout --foreground --signal=INT --kill-after=15 $((deadline - SECONDS - 60))"
+beside=()
+case " ${SKIP:-} " in
+    *" tests "*) ;;
+    *) beside=(--beside "$limit env OMP_NUM_THREADS=1 $python $tests -k '${TESTS:-$selected}'") ;;
+esac
+[ -z "${BESIDE:-}" ] || beside+=(--beside "$BESIDE")
+[ -z "${ROWS:-}" ] || asked=$ROWS
+mapfile -t asked < <(sed 's/^ *//; /^$/d' <<<"$asked")
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$work/inductor} TORCHINDUCTOR_COMPILE_THREADS=2
+step benchmarks $((deadline - SECONDS - 25)) "$python" -m benchmarks.turns "${asked[@]}" \
+    --results "$work/results" "${beside[@]}" "${options[@]}"
 if [ "$gpu" = 1 ] && command -v compute-sanitizer >/dev/null; then
     step memcheck 75 bash -c memcheck
 else
     note memcheck "skipped: no compute-sanitizer or no GPU"
-fi
-step ceilings 40 bash -c ceilings
-options=(--benchmark-only --results "$work/results" -p no:cacheprovider)
-[ "$rows" = quick ] || options+=(--full)
-[ -z "${OPTIONS:-}" ] || options+=($OPTIONS)
-if [ "$gpu" = 1 ]; then
-    [ -z "${ROWS:-}" ] || options+=(-k "$ROWS")
-    options+=(--seconds "${SECONDS_OF_ROW:-0.5}")
-else
-    options+=(--device cpu --seconds 0.1)
-    options+=(-k "haar_build or video or (dfm_s_256 and forward and not sampling)")
-fi
-step photographs 40 "$python" -m benchmarks.photographs --out "$work/results/photographs" \
-    --device "$device"
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}
-if [ "$rows" = training ]; then
-    models=("dfm_xl_512 and training" "dfm_xl_512 and steps_30" "snapgen_1024 and cached and not _8")
-    compared=(photos --steps 2000)
-    more=(--seconds 0.5)
-    if [ "$gpu" = 0 ]; then
-        models=("dfm_s_256 and forward and not sampling")
-        compared=(digits --steps 2 --batch 8 --samples 32)
-        more=(--seconds 0.1 --device cpu)
-    fi
-    step comparison 150 "$python" -m benchmarks.dfm_against_flow_matching "${compared[@]}" \
-        --seeds 1 --points 1 --device "$device" --out "$work/comparison" &
-    TORCHINDUCTOR_COMPILE_THREADS=4 step benchmarks $((deadline - SECONDS - 25)) \
-        "$python" -m benchmarks.turns "${models[@]}" --until 170 --compile-mode default \
-        --results "$work/results" "${more[@]}"
-    wait
-    cp "$work"/comparison/*.json "$out/" 2>/dev/null
-else
-    # They write their results row by row: what the time limit cuts off is the last rows.
-    step benchmarks $((deadline - SECONDS - 25)) "$python" -m pytest benchmarks/ "${options[@]}"
 fi
 cp "$work/benchmarks.log" "$out/benchmarks.log" 2>/dev/null
 step report 25 "$python" -c 'import sys; from dfm_fast.cli import main; sys.exit(main(sys.argv[1:]))' \

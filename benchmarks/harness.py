@@ -429,14 +429,16 @@ def memory(record: dict[str, Any], providers: dict[str, Provider], device: str) 
 
 
 def on_gpu(
-    record: dict[str, Any], providers: dict[str, Provider], samplers: dict[str, Sampler]
+    record: dict[str, Any],
+    providers: dict[str, Provider],
+    samplers: dict[str, Sampler],
+    calls: dict[str, float],
 ) -> None:
-    """Add what only a GPU shows."""
+    """Add what only a GPU shows; calls: milliseconds of a plain call of each."""
     for name, entry in record["providers"].items():
         source = f"compiled {entry['form']}" if name == "compiled" else name
-        call = providers[source].call
-        entry["call_ms"] = plain_call_ms(call)
-        entry["launches"] = count_launches(call)
+        entry["call_ms"] = calls[source]
+        entry["launches"] = count_launches(providers[source].call)
         if getattr(samplers[source], "is_plain_call", False):
             plain = "timed as a plain call: it cannot be captured as a CUDA graph"
             entry["note"] = "; ".join(filter(None, (entry.get("note"), plain)))
@@ -470,10 +472,13 @@ def measure(
         samplers |= {
             n: settled(samplers[n]) for n, provider in providers.items() if provider.foreign
         }
+        calls: dict[str, float] = {}
         with turn():
             before = cpu_seconds()
             times = interleave(samplers, seconds)
             others = crowd(before, cpu_seconds())
+            if device != "cpu":
+                calls = {name: plain_call_ms(provider.call) for name, provider in providers.items()}
         record = figures(row, times, copied, missing, others, operations, multiplied)
         for name, entry in record["providers"].items():
             source = f"compiled {entry['form']}" if name == "compiled" else name
@@ -481,6 +486,6 @@ def measure(
                 entry["note"] = note
         memory(record, providers, device)
         if device != "cpu":
-            on_gpu(record, providers, samplers)
+            on_gpu(record, providers, samplers, calls)
     record["goals"] = judge(row.id, torch.device(device).type, record)
     return record, providers["ours"].call

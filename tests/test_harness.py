@@ -3,11 +3,11 @@
 import dataclasses
 import getpass
 import importlib
+import itertools
 import json
 import math
-import os
+import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -381,34 +381,52 @@ def test_who_was_compiled_says_in_which_mode(monkeypatch):
 # --- Turns ----------------------------------------------------------------------------------------
 
 TIMED = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from benchmarks.turns import turn
-time.sleep(float(sys.argv[1]))
+kind, out = sys.argv[1:]
+if kind == "busy":
+    while True:
+        with Path(out).open("a") as file:
+            file.write(f"{time.time()} {time.time()}\\n")
+        time.sleep(0.01)
+time.sleep(0.5)
 for _ in range(2):
     with turn():
         start = time.time()
-        time.sleep(0.3)
-        Path(sys.argv[2]).open("a").write(f"{start} {time.time()}\\n")
+        if kind == "dies":
+            os._exit(3)
+        time.sleep(0.4)
+        with Path(out).open("a") as file:
+            file.write(f"{start} {time.time()}\\n")
 """
 
 
-def test_rows_are_timed_one_after_the_other_when_all_are_ready(tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), turns.FOLDER: str(tmp_path / "turns")}
-    env |= {turns.COUNT: "2", turns.UNTIL: str(time.time() + 60)}
+def test_who_is_timed_stops_all_others(tmp_path, monkeypatch):
+    """Also when one dies whose turn it is."""
     (tmp_path / "turns").mkdir()
-    start = time.time()
-    command = [sys.executable, "-c", TIMED]
+    monkeypatch.setenv(turns.FOLDER, str(tmp_path / "turns"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    times = [tmp_path / kind for kind in ("dies", "busy", "a", "b")]
     processes = [
-        subprocess.Popen([*command, str(wait), str(tmp_path / f"{wait}.txt")], env=env)
-        for wait in (0, 2)
+        turns.start([sys.executable, "-c", TIMED, path.name, str(path)], tmp_path / "log")
+        for path in times
     ]
-    assert [p.wait(60) for p in processes] == [0, 0]
-    files = (tmp_path / "0.txt", tmp_path / "2.txt")
-    first, second = sorted([float(t) for t in f.read_text().split()] for f in files)
-    assert first[0] >= start + 2
-    assert len(first) == len(second) == 4
-    assert second[0] >= first[-1]
+    try:
+        assert processes[0].wait(60) == 3
+        turns.release(tmp_path / "turns")
+        assert [p.wait(60) for p in processes[2:]] == [0, 0]
+        last = time.time()
+        while float(times[1].read_text().split()[-2]) < last:  # those that were stopped go on
+            time.sleep(0.05)
+    finally:
+        turns.send(signal.SIGKILL, [p.pid for p in processes])
+    busy, a, b = ([float(t) for t in path.read_text().split()] for path in times[1:])
+    spans = sorted((*pair,) for t in (a, b) for pair in zip(t[::2], t[1::2], strict=True))
+    assert len(spans) == 4
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert not [t for t in busy for start, end in spans if start < t < end]
+    assert [t for t in busy if t > spans[-1][1]]
 
 
 def test_rows_of_turns_are_merged_by_family(tmp_path):
