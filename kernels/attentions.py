@@ -113,7 +113,7 @@ def _forward_kernel(
         i = tl.arange(0, D_PAD)[None, :]
         mask = (t < T)[:, None] if D == D_PAD else (t < T)[:, None] & (i < D)
         tl.store(y_ptr + out[:, None] * D + i, y.to(y_ptr.dtype.element_ty), mask)
-        tl.store(lse_ptr + out, most + tl.log2(sum), t < T)
+        tl.store(lse_ptr + out, (most + tl.log2(sum)) * 0.6931471805599453, t < T)
 
 
 def _shape(S: int, d: int, group: int, arch: int) -> dict[str, Any]:
@@ -169,16 +169,17 @@ def _takes(q: Tensor, k: Tensor) -> bool:
 
 
 def multi_query_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, save: bool
 ) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 or k.shape[1] == 0:
-        lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+        lse = q.new_full(q.shape[:3] if save else (0,), -math.inf, dtype=torch.float32)
         return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
     if q.dtype == torch.float64:  # no fused backend has it
-        return attentions._forward(q, k, v, mask, scale)
+        return attentions._forward(q, k, v, mask, scale, save)
     if q.device.type == "cpu" or _takes(q, k):  # the interpreter's
-        return _triton_forward(q, k, v, mask, scale)
-    return _sdpa.forward(None, q, k, v, mask, scale, k.shape[2] == 1)
+        y, lse = _triton_forward(q, k, v, mask, scale)
+        return y, lse if save else lse.new_empty(0)
+    return _sdpa.forward(None, q, k, v, mask, scale, k.shape[2] == 1, save)
 
 
 def multi_query_attention_backward(

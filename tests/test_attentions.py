@@ -216,7 +216,8 @@ def test_sdpa_backends_by_shape(backend, view, masked):
     q = torch.empty(2, 33, 6, 20, device="meta", dtype=torch.float16)
     k = torch.empty(2, 7, 1 if view else 3, 20, device="meta", dtype=torch.float16)
     mask = torch.empty(2, 7, device="meta", dtype=torch.bool) if masked else None
-    y, lse = _sdpa.forward(backend, q, k, k, mask, 0.5, view)
+    assert _sdpa.forward(backend, q, k, k, mask, 0.5, view, False)[1].shape == (0,)
+    y, lse = _sdpa.forward(backend, q, k, k, mask, 0.5, view, True)
     assert (y.shape, lse.shape) == (q.shape, q.shape[:3])
     assert lse.dtype == torch.float32
     grads = _sdpa.backward(backend, y, q, k, k, mask, y, lse, 0.5, view)
@@ -235,10 +236,25 @@ def test_sdpa_forms_by_value(view, masked):
         mask = randn(2, 7, seed=3) < 0.5
         mask[0] = False
     dy = randn(*q.shape, seed=4)
-    y, lse = _sdpa.forward("cpu", q, k, v, mask, 0.5, view)
+    y, lse = _sdpa.forward("cpu", q, k, v, mask, 0.5, view, True)
     args = (q, k, v) if mask is None else (q, k, v, mask)
     torch.testing.assert_close(y, multi_query_attention_ref(*args, scale=0.5))
     got = _sdpa.backward("cpu", dy, q, k, v, mask, y, lse, 0.5, view)
     want = grads(multi_query_attention_ref, args, {"scale": 0.5}, [dy])
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_only_a_gradient_needs_is_not_computed_without_one(device):
+    q, k, v = (torch.randn(2, n, h, 16, device=device) for n, h in ((9, 4), (7, 1), (7, 1)))
+    raw = torch.ops.dfm_fast.multi_query_attention
+    y, lse = raw(q, k, v, None, 0.25, True)
+    alone, nothing = raw(q, k, v, None, 0.25, False)
+    assert lse.shape == (2, 9, 4)
+    assert nothing.numel() == 0
+    assert torch.equal(alone, y)
+    for needed in (False, True):
+        with Recorder() as recorder:
+            dfm_fast.multi_query_attention(q.requires_grad_(needed), k, v)
+        assert recorder.arguments[-1] is needed

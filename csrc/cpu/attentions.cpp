@@ -103,7 +103,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Keys& keys
   Sizes n(q, k);
   Rows<const T> q_rows(q);
   Rows<T> y_rows(y);
-  A* lse_rows = mutable_data<A>(lse);
+  A* lse_rows = lse.numel() ? mutable_data<A>(lse) : nullptr;
   Packing<A> packing(n, false, true, false);
   each_item<T>(
       n, keys, k, v, packing, n.blocks(),
@@ -123,6 +123,7 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Keys& keys
                 Vec<A> sums = load(s.y.at(i, j / kPanel<A>) + j % kPanel<A>);
                 store(to + j, count ? sums * scale : Vec<A>{}, width);
               });
+              if (!lse_rows) continue;
               int64_t row = (to - y_rows.data) / n.d;
               lse_rows[row] = count ? rows[i].most + std::log2(rows[i].sum)
                                     : -std::numeric_limits<A>::infinity();
@@ -297,10 +298,11 @@ std::tuple<Tensor, Tensor> multi_query_attention_cpu(const Tensor& q,  // [B, T,
                                                      const Tensor& k,  // [B, S, Hkv, d]
                                                      const Tensor& v,
                                                      const Optional& mask,  // [B, S]
-                                                     double scale) {
+                                                     double scale, bool save) {
   check_given(q, k, v, mask);
   Tensor y = empty_like(q);
-  Tensor lse = at::empty(q.sizes().slice(0, 3), q.options().dtype(accumulation(q)));
+  auto sizes = save ? q.sizes().slice(0, 3).vec() : std::vector<int64_t>{0};
+  Tensor lse = at::empty(sizes, q.options().dtype(accumulation(q)));
   if (q.numel() == 0) return {y, lse};
   Keys keys(Sizes(q, k), mask);
   dispatch(q.scalar_type(), "multi_query_attention", [&](auto zero) {

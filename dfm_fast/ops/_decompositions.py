@@ -196,7 +196,7 @@ def _qk_norm_rope(
 
 
 def _multi_query_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, save: bool
 ) -> tuple[Tensor, Tensor]:
     """[B, T, H, d] as [B, Hkv, T heads of one, d]: with one key head no copy."""
     mask, v = _without_keys(mask, v)

@@ -13,7 +13,6 @@ unless they alone fill the device.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _aten = torch.ops.aten
-_LOG2_E = math.log2(math.e)
 
 
 # --- Forms ----------------------------------------------------------------------------------------
@@ -82,21 +80,20 @@ def _summed(dx: Tensor, like: Tensor) -> Tensor:
     """[B, H, S, d], gradients of what was expanded -> [B, S, Hkv, d], contiguous."""
     heads = like.shape[2]
     if dx.shape[1] != heads:
-        wide = torch.promote_types(dx.dtype, torch.float32)
-        dx = dx.unflatten(1, (heads, -1)).sum(2, dtype=wide).to(dx.dtype)
+        dx = dx.unflatten(1, (heads, -1)).sum(2)  # in float32 inside
     return _contiguous(dx.transpose(1, 2))
 
 
 # --- Backends -------------------------------------------------------------------------------------
 #
-# Each is (forward, backward): forward(heads, scale) -> y [B, H, T, d], lse [B, H, T] in float32 (to
-# base e); backward(dy, heads, y, lse, scale) -> dq, dk, dv. "cpu" shows on a CPU that the forms are
-# right.
+# Each is (forward, backward): forward(heads, scale, save) -> y [B, H, T, d], lse [B, H, T] in
+# float32 (to base e; any tensor where it is not saved); backward(dy, heads, y, lse, scale) -> dq,
+# dk, dv. "cpu" shows on a CPU that the forms are right.
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def _cpu(h: Heads, scale: float) -> tuple[Tensor, Tensor]:
+def _cpu(h: Heads, scale: float, save: bool) -> tuple[Tensor, Tensor]:
     options: dict[str, Any] = {"attn_mask": h.bias, "scale": scale}
     return _aten._scaled_dot_product_flash_attention_for_cpu(*h[:3], **options)
 
@@ -111,7 +108,7 @@ def _none(like: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=like.device)
 
 
-def _flash(h: Heads, scale: float) -> tuple[Tensor, Tensor]:
+def _flash(h: Heads, scale: float, save: bool) -> tuple[Tensor, Tensor]:
     y, lse, *_ = _aten._scaled_dot_product_flash_attention(*h[:3], 0.0, False, scale=scale)
     return y, lse
 
@@ -123,8 +120,8 @@ def _flash_backward(dy: Tensor, h: Heads, y: Tensor, lse: Tensor, scale: float) 
     return backward(dy, *h[:3], y, lse, *rest, scale=scale)
 
 
-def _efficient(h: Heads, scale: float) -> tuple[Tensor, Tensor]:
-    y, lse, *_ = _aten._scaled_dot_product_efficient_attention(*h, True, scale=scale)
+def _efficient(h: Heads, scale: float, save: bool) -> tuple[Tensor, Tensor]:
+    y, lse, *_ = _aten._scaled_dot_product_efficient_attention(*h, save, scale=scale)
     return y, lse[:, :, : h.q.shape[2]]
 
 
@@ -135,9 +132,9 @@ def _efficient_backward(dy: Tensor, h: Heads, y: Tensor, lse: Tensor, scale: flo
     return backward(dy, *h, y, lse, *rest, scale=scale)[:3]
 
 
-def _cudnn(h: Heads, scale: float) -> tuple[Tensor, Tensor]:
-    y, lse, *_ = _aten._scaled_dot_product_cudnn_attention(*h, True, scale=scale)
-    return y, lse.view(h.q.shape[:3])
+def _cudnn(h: Heads, scale: float, save: bool) -> tuple[Tensor, Tensor]:
+    y, lse, *_ = _aten._scaled_dot_product_cudnn_attention(*h, save, scale=scale)
+    return y, lse.view(h.q.shape[:3]) if save else lse
 
 
 def _cudnn_backward(dy: Tensor, h: Heads, y: Tensor, lse: Tensor, scale: float) -> Gradients:
@@ -204,14 +201,16 @@ def forward(
     mask: Tensor | None,  # [B, S]
     scale: float,
     view: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y [B, T, H, d], lse [B, T, H] to base 2), contiguous."""
+    """(y [B, T, H, d], lse [B, T, H] to base e, or [0] where it is not saved), contiguous."""
     d = q.shape[-1]
     if backend != "cpu":
         q, k, v = _to_eights(q, k, v)
     h = heads_of(q, k, v, mask, view)
-    y, lse = BACKENDS[backend or choose(h)][0](h, scale)
-    return restored(y[..., :d], q, view), restored(lse * _LOG2_E, q, view)
+    y, lse = BACKENDS[backend or choose(h)][0](h, scale, save)
+    lse = restored(lse, q, view) if save else y.new_empty(0, dtype=torch.float32)
+    return restored(y[..., :d], q, view), lse
 
 
 def backward(
@@ -230,7 +229,7 @@ def backward(
     d = q.shape[-1]
     if backend != "cpu":
         dy, q, k, v, y = _to_eights(dy, q, k, v, y)
-    dy, y, lse = (seen(x, view) for x in (dy, y, lse / _LOG2_E))
+    dy, y, lse = (seen(x, view) for x in (dy, y, lse))
     h = heads_of(q, k, v, mask, view)
     dq, dk, dv = BACKENDS[backend or choose(h)][1](dy, h, y, lse.contiguous(), scale)
     dq = restored(dq[..., :d], q, view)

@@ -9,8 +9,8 @@ attends to all keys, or to those of `mask` [B, S]; where a sample has none, y an
 
 As all heads attend to the same keys, one key head is attention of T H queries in one head, and all
 operators here see q so, without a copy. Scores are never in memory: with
-lse_th = log2 sum_s exp(scale q_th . k_sg), kept for backward beside q, k, v and y, in float32
-(float64 for float64), and D_th = dy_th . y_th,
+lse_th = log sum_s exp(scale q_th . k_sg), kept for backward beside q, k, v and y, in float32
+(float64 for float64; to base 2 on a CPU), and D_th = dy_th . y_th,
 
     dv_s = sum_th p_ths dy_th
     g_ths = p_ths (dy_th . v_s - D_th)
@@ -75,12 +75,13 @@ def multi_query_attention_ref(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, save: bool
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
-    y = multi_query_attention_ref(q, k, v, mask, scale=scale)
-    scores = _scores(q.to(wide), k.to(wide), mask, scale)
-    return y.contiguous(), scores.logsumexp(-1).flatten(2) / math.log(2)
+    y = multi_query_attention_ref(q, k, v, mask, scale=scale).contiguous()
+    if not save:
+        return y, y.new_empty(0, dtype=wide)
+    return y, _scores(q.to(wide), k.to(wide), mask, scale).logsumexp(-1).flatten(2)
 
 
 def _backward(
@@ -116,8 +117,9 @@ def _empty(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, save: bool) -> Any:
+    sizes = q.shape[:3] if save else (0,)
+    return _empty(q), q.new_empty(sizes, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _fake_backward(dy: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -130,7 +132,7 @@ def _flops(q: Any, k: Any, *_: Any) -> int:
 
 _GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? mask"
 define(
-    f"multi_query_attention({_GIVEN}, float scale) -> (Tensor, Tensor)",
+    f"multi_query_attention({_GIVEN}, float scale, bool save) -> (Tensor, Tensor)",
     reference=_forward,
     fake=_fake,
     kernel="attentions:multi_query_attention",
@@ -151,7 +153,7 @@ define(
 class _MultiQueryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, scale):
-        y, lse = _ops.multi_query_attention(q, k, v, mask, scale)
+        y, lse = _ops.multi_query_attention(q, k, v, mask, scale, True)
         ctx.save_for_backward(q, k, v, mask, y, lse)
         ctx.scale = scale
         return y
@@ -234,4 +236,4 @@ def multi_query_attention(
     args = *(_rows(x) for x in (q, k, v)), mask, _scale(q, scale)
     if differentiable(q, k, v):
         return _MultiQueryAttention.apply(*args)
-    return _ops.multi_query_attention(*args)[0]
+    return _ops.multi_query_attention(*args, False)[0]
