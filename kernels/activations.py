@@ -2,7 +2,8 @@
 
 Element-wise kernels count vectors of the output, row after row, so that no lane is idle whatever D
 is and one row fills as much of the GPU as it can. The backward of gelu_tanh with a bias has blocks
-of rows instead: each leaves its partial sum of dbias, and a second kernel adds those in order.
+of rows instead: each leaves its partial sum of dbias, and a second kernel adds those in order. So
+does the sum of rows that is the gradient of a linear layer's bias.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from dfm_fast.kernels.functions import exp_of_negative, sigmoid
 from dfm_fast.kernels.launching import cdiv, on_device
 
 BLOCK = 1024  # elements of a program
-COLUMNS = 256  # of a program of the summing kernels, at most
+COLUMNS = 256  # of a program of the summing kernels
+SUMMED = 128, 32  # partial sums and columns of a program that adds those, at a time
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
 
 # --- Kernels --------------------------------------------------------------------------------------
@@ -143,32 +145,38 @@ def _gelu_tanh_kernel(
 
 
 @triton.jit
-def _gelu_tanh_dbias_kernel(
-    x_ptr, bias_ptr, dy_ptr, dx_ptr, partial_ptr, rows, D, x_stride, dy_stride, ACC: tl.constexpr,
-    ROWS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, VEC: tl.constexpr,
-    WIDE: tl.constexpr,
+def _sums_kernel(
+    x_ptr, bias_ptr, dy_ptr, dx_ptr, y_ptr, partial_ptr, rows, D, x_stride, dy_stride,
+    ACC: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dx of ROWS rows, GROUP at a time, and their sum."""
+    """dx of ROWS rows, GROUP at a time, their sum, and y where it is asked for; of no x, for which
+    dx is dy, the sum alone."""
     first = tl.program_id(0) * ROWS
     column = tl.program_id(1) * (COLUMNS // VEC) + tl.arange(0, COLUMNS // VEC)[None, :, None]
     lane = tl.arange(0, VEC)[None, None, :]
     inside = column < D
-    bias = tl.load(bias_ptr + column * VEC + lane, inside).to(ACC)
-    total = tl.zeros((COLUMNS // VEC, VEC), ACC)
+    total = tl.zeros((GROUP, COLUMNS // VEC, VEC), ACC)
     for start in range(0, ROWS, GROUP):
         row = first + start + tl.arange(0, GROUP)[:, None, None]
         mask = inside & (row < rows)
         if WIDE:
             row = row.to(tl.int64)
-        x = tl.load(x_ptr + (row * x_stride + column) * VEC + lane, mask, other=0).to(ACC)
-        dy = tl.load(dy_ptr + (row * dy_stride + column) * VEC + lane, mask, other=0).to(ACC)
-        _, slope = _slope(x + bias, 1, x_ptr.dtype.element_ty.primitive_bitwidth == 16)
-        dx = dy * slope
-        to = dx_ptr + (row * D + column) * VEC + lane
-        tl.store(to, dx.to(dx_ptr.dtype.element_ty), mask)
-        total += tl.sum(dx, 0)
+        dx = tl.load(dy_ptr + (row * dy_stride + column) * VEC + lane, mask, other=0).to(ACC)
+        if x_ptr is not None:
+            dtype = dx_ptr.dtype.element_ty
+            x = tl.load(x_ptr + (row * x_stride + column) * VEC + lane, mask, other=0).to(ACC)
+            if bias_ptr is not None:
+                x += tl.load(bias_ptr + column * VEC + lane, inside).to(ACC)
+            value, slope = _slope(x, 1, dtype.primitive_bitwidth == 16)
+            dx *= slope
+            to = (row * D + column) * VEC + lane
+            tl.store(dx_ptr + to, dx.to(dtype), mask)
+            if y_ptr is not None:
+                tl.store(y_ptr + to, value.to(dtype), mask)
+        total += dx
     to = partial_ptr + (tl.program_id(0).to(tl.int64) * D + column) * VEC + lane
-    tl.store(to, total[None, :, :], inside)
+    tl.store(to, tl.sum(total, 0)[None, :, :], inside)
 
 
 @triton.jit
@@ -197,10 +205,39 @@ def _acc(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def _blocks(acc: tl.dtype) -> dict[str, int]:
-    """Rows of a partial sum, and how many at a time. (In a loop float64 spills.)"""
-    rows, group = (4, 4) if acc == tl.float64 else (32, 8)
+def _blocks(acc: tl.dtype, alone: bool = False) -> dict[str, int]:
+    """Rows of a partial sum, and how many at a time: more of what is summed alone. (In a loop
+    float64 spills.)"""
+    rows, group = (4, 4) if acc == tl.float64 else (64, 16) if alone else (32, 4)
     return {"ROWS": rows, "GROUP": group, "COLUMNS": COLUMNS}
+
+
+def _sums(
+    dy: Tensor,
+    x: Tensor | None = None,
+    bias: Tensor | None = None,
+    dx: Tensor | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """Of the rows of dx, which is written, and y too; of dy where there is no x."""
+    D = dy.shape[-1]
+    rows, out = dy.numel() // D if D else 0, dy.new_empty(D)
+    if not rows:
+        return out.zero_()
+    given = [t for t in (dy, x) if t is not None]
+    vec, acc = _vec(dy, D, *given[1:], *([] if bias is None else [bias])), _acc(dy)
+    constants = _blocks(acc, x is None)
+    blocks = cdiv(rows, constants["ROWS"])
+    partial = dy.new_empty(blocks, D, dtype=torch.promote_types(dy.dtype, torch.float32))
+    with on_device(dy):
+        _sums_kernel[(blocks, cdiv(D, COLUMNS))](
+            x, bias, dy, dx, y, partial, rows, D // vec, 0 if x is None else _stride(x) // vec,
+            _stride(dy) // vec, **constants, ACC=acc, VEC=vec, WIDE=_wide(*given),
+        )  # fmt: skip
+        _sum_rows_kernel[(cdiv(D, SUMMED[1]),)](
+            partial, out, blocks, D, ROWS=SUMMED[0], COLUMNS=SUMMED[1], num_warps=8
+        )
+    return out
 
 
 def _vec(x: Tensor, D: int, *others: Tensor) -> int:
@@ -267,9 +304,12 @@ def gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:
     return _launch_gelu_tanh(x, None if bias is None else bias.contiguous(), None)
 
 
-def gelu_tanh_again(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_tanh_again(dy: Tensor, x: Tensor, need_dbias: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape)
-    return _launch_gelu_tanh(x, None, dy, y), y
+    if not need_dbias:
+        return _launch_gelu_tanh(x, None, dy, y), y, x.new_empty(0)
+    dx = x.new_empty(x.shape)
+    return dx, y, _sums(dy, x, None, dx, y)
 
 
 def gelu_tanh_backward(
@@ -278,21 +318,12 @@ def gelu_tanh_backward(
     bias = None if bias is None else bias.contiguous()
     if not need_dbias:
         return _launch_gelu_tanh(x, bias, dy), x.new_empty(0)
-    D = x.shape[-1]
-    dx, dbias, rows = x.new_empty(x.shape), x.new_empty(D), math.prod(x.shape[:-1])
-    if dx.numel() == 0:
-        return dx, dbias.zero_()
-    vec, acc = _vec(x, D, dy, bias), _acc(x)
-    constants = _blocks(acc)
-    blocks = cdiv(rows, constants["ROWS"])
-    partial = x.new_empty(blocks, D, dtype=torch.promote_types(x.dtype, torch.float32))
-    with on_device(x):
-        _gelu_tanh_dbias_kernel[(blocks, cdiv(D, COLUMNS))](
-            x, bias, dy, dx, partial, rows, D // vec, _stride(x) // vec, _stride(dy) // vec,
-            **constants, ACC=acc, VEC=vec, WIDE=_wide(x, dy, dx),
-        )  # fmt: skip
-        _sum_rows_kernel[(cdiv(D, 64),)](partial, dbias, blocks, D, ROWS=16, COLUMNS=64)
-    return dx, dbias
+    dx = x.new_empty(x.shape)
+    return dx, _sums(dy, x, bias, dx)
+
+
+def sum_of_rows(x: Tensor) -> Tensor:
+    return _sums(x)
 
 
 # --- Ahead of time --------------------------------------------------------------------------------
@@ -319,13 +350,18 @@ def specialisations() -> Iterator[Specialisation]:
                     load_bits=128,
                 )  # fmt: skip
         sums = {"partial_ptr": "*fp64" if dtype == "fp64" else "*fp32"}
-        rows = {**_blocks(acc), "ACC": acc, "VEC": vec}
-        tensors = dict.fromkeys(("x_ptr", "bias_ptr", "dy_ptr", "dx_ptr"), "*")
+        dx = dict.fromkeys(("x_ptr", "dx_ptr"), "*")
+        for name, given in (
+            ("gelu_tanh_backward dbias", {**dx, "bias_ptr": "*"}),
+            ("gelu_tanh_again dbias", {**dx, "y_ptr": "*"}),
+            ("sum_of_rows", {}),
+        ):
+            rows = {**_blocks(acc, not given), "ACC": acc, "VEC": vec}
+            yield Specialisation(
+                name, _sums_kernel, dtype, _SIZES | given | {"dy_ptr": "*"} | sums,
+                rows | {"WIDE": False}, load_bits=128,
+            )  # fmt: skip
         yield Specialisation(
-            "gelu_tanh_backward dbias", _gelu_tanh_dbias_kernel, dtype, _SIZES | tensors | sums,
-            rows | {"WIDE": False}, load_bits=128,
-        )  # fmt: skip
-        yield Specialisation(
-            "gelu_tanh_backward sum", _sum_rows_kernel, dtype, _SIZES | sums | {"sum_ptr": "*"},
-            {"ROWS": 16, "COLUMNS": 64},
+            "sum_of_rows second", _sum_rows_kernel, dtype, _SIZES | sums | {"sum_ptr": "*"},
+            {"ROWS": SUMMED[0], "COLUMNS": SUMMED[1]}, warps=8,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """Activations and feed-forward layers, beyond the shared suite."""
 
 import contextlib
+import copy
 import itertools
 import math
 import pickle
@@ -416,12 +417,55 @@ def test_gradient_and_value_of_one_read(activation, device):
             got = ops.glu_again(dy, x, activation)
             want = ops.glu_backward(dy, x, activation), ops.glu(x, activation)
         else:
-            got = ops.gelu_tanh_again(dy, x)
-            want = ops.gelu_tanh_backward(dy, x, None, False)[0], ops.gelu_tanh(x, None)
+            dx, y, nothing = ops.gelu_tanh_again(dy, x, False)
+            assert nothing.numel() == 0
+            for a, b in zip((dx, y), ops.gelu_tanh_again(dy, x, True), strict=False):
+                torch.testing.assert_close(a, b)
+            zero = x.new_zeros(48)
+            got = ops.gelu_tanh_again(dy, x, True)
+            dx, dbias = ops.gelu_tanh_backward(dy, x, zero, True)
+            want = dx, ops.gelu_tanh(x, None), dbias
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
             if INTERPRET or device != "cpu":
                 assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="where Triton serves")
+@pytest.mark.parametrize("activation", ["gelu-approximate", "geglu"])
+def test_biases_of_many_rows(activation):
+    """Their gradients are sums of ours, the first layer's of the pass that has its terms."""
+    device = "cpu" if INTERPRET else "cuda"
+    layer = FeedForward(16, inner_dim=24, activation_fn=activation).to(device)
+    x, dy = (torch.randn(2, 517, 16, device=device) for _ in range(2))
+    given = [x.requires_grad_(), *layer.parameters()]
+    with torch.profiler.profile() as profile:
+        got = torch.autograd.grad(layer(x), given, dy)
+    sums = [e.name for e in profile.events() if e.name == "dfm_fast::sum_of_rows"]
+    assert len(sums) == (1 if activation == "gelu-approximate" else 2)
+
+    def layer_by_layer(layer, x, dy):
+        h = F.linear(x, layer.net[0].proj.weight, layer.net[0].proj.bias)
+        y = F.linear(layer.net[0].activation.function(h), layer.net[2].weight, layer.net[2].bias)
+        return torch.autograd.grad(y, [x, *layer.parameters()], dy)
+
+    plain = layer_by_layer(layer, x, dy)
+    wide = copy.deepcopy(layer).double().cpu(), x.detach().cpu().double(), dy.cpu().double()
+    exact = layer_by_layer(wide[0], wide[1].requires_grad_(), wide[2])
+    for g, r, w in zip(got, plain, exact, strict=True):
+        assert_within_budget(g, r, w, cap=64.0, what=activation)
+
+
+@pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(), reason="where Triton serves")
+@pytest.mark.parametrize("shape", [(1024, 8), (3, 700, 24), (1100, 7), (2049, 520)], ids=str)
+def test_sum_of_rows(shape):
+    device = "cpu" if INTERPRET else "cuda"
+    for dtype in dtypes(device):
+        x = torch.randn(shape, device=device).to(dtype)
+        for rows in (x, torch.randn(*shape[:-1], 64 + shape[-1]).to(x)[..., : shape[-1]]):
+            got = torch.ops.dfm_fast.sum_of_rows(rows)
+            exact, theirs = (r.flatten(0, -2).sum(0) for r in (rows.cpu().double(), rows))
+            assert_within_budget(got, theirs, exact, cap=64.0, what=f"{shape} {dtype}")
 
 
 def test_activated_linear_says_what_is_wrong():

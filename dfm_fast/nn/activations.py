@@ -15,7 +15,14 @@ from torch.autograd.function import once_differentiable
 from dfm_fast import _checks
 from dfm_fast._library import INTERPRET, differentiable
 from dfm_fast.kernels import tuning
-from dfm_fast.nn._linears import FEWEST_ROWS, LONGEST_SUM, linear, serves
+from dfm_fast.nn._linears import (
+    FEWEST_ROWS,
+    LONGEST_SUM,
+    linear,
+    serves,
+    sum_of_rows,
+    sums_serve,
+)
 from dfm_fast.ops import geglu, gelu_tanh, swiglu
 
 _ops, _aten = torch.ops.dfm_fast, torch.ops.aten
@@ -27,8 +34,9 @@ class _Activation(NamedTuple):
     onednn: tuple[str, str] | None  # the gate's name and form as an epilogue, where there is one
     gradient: Callable[[Tensor, Tensor], Tensor] | None  # of dy and x, where it is one operator
     glu: str = ""  # its name in `_ops.glu`, where there are two halves
-    # Of dy and x: (gradient, value), from one read on a GPU.
-    again: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    # Of dy, x and whether it is wanted: (gradient, value, sum of the gradient's rows), from one
+    # read on a GPU.
+    again: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor | None]] | None = None
 
 
 # Modules hold their activation: all of it has a name, so that they can be pickled.
@@ -38,8 +46,11 @@ def _glu_gradient(activation: str, dy: Tensor, x: Tensor) -> Tensor:
     return _ops.glu_backward(dy, x, activation)
 
 
-def _glu_again(activation: str, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return _ops.glu_again(dy, x, activation)
+def _glu_again(
+    activation: str, dy: Tensor, x: Tensor, summed: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dx, y = _ops.glu_again(dy, x, activation)
+    return dx, y, sum_of_rows(dx) if summed else None
 
 
 def _gelu_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -50,8 +61,8 @@ def _gelu_tanh_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return _ops.gelu_tanh_backward(dy, x, None, False)[0]
 
 
-def _gelu_tanh_again(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return _ops.gelu_tanh_again(dy, x)
+def _gelu_tanh_again(dy: Tensor, x: Tensor, summed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _ops.gelu_tanh_again(dy, x, summed)
 
 
 def _silu_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -86,10 +97,11 @@ _ACTIVATIONS = {
 
 class _LinearOfActivation(torch.autograd.Function):
     """linear(f(h)): keeps h, where f's own backward and the linear layer's would keep f(h) too. On
-    a CPU f(h) and its gradient, as large as h, come in blocks of rows and are never there whole."""
+    a CPU f(h) and its gradient, as large as h, come in blocks of rows and are never there whole. On
+    a GPU `added` may be the bias that h has in it, whose gradient is the sum of h's."""
 
     @staticmethod
-    def forward(ctx, h, weight, bias, activation):
+    def forward(ctx, h, weight, bias, activation, added):
         ctx.save_for_backward(h, weight)
         ctx.activation, ctx.bias = activation, None if bias is None else bias.dtype
         rows = h.flatten(0, -2)
@@ -101,20 +113,27 @@ class _LinearOfActivation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         h, weight = ctx.saved_tensors
-        need_dh, need_dweight, need_dbias = ctx.needs_input_grad[:3]
+        need_dh, need_dweight, need_dbias, _, need_dadded = ctx.needs_input_grad
         rows, dh, dweight, dbias = dy.flatten(0, -2), None, None, None
         hidden, again = h.flatten(0, -2), ctx.activation.again
         if need_dbias:
-            dbias = rows.sum(0).to(ctx.bias)
-        if need_dh and need_dweight and again is not None and (h.is_cuda or INTERPRET):
-            dh, value = again((rows @ weight.to(rows.dtype)).to(h.dtype), hidden)
-            dweight = (rows.t() @ value.to(rows.dtype)).to(weight.dtype)
-            return dh.view(h.shape), dweight, dbias, None
+            dbias = sum_of_rows(rows).to(ctx.bias)
+        if need_dadded or (need_dh and need_dweight and _at_once(h, ctx.activation)):
+            dvalue = (rows @ weight.to(rows.dtype)).to(h.dtype)
+            dh, value, dadded = again(dvalue, hidden, need_dadded)
+            if need_dweight:
+                dweight = (rows.t() @ value.to(rows.dtype)).to(weight.dtype)
+            return dh.view(h.shape), dweight, dbias, None, dadded if need_dadded else None
         if need_dweight:
             dweight = _weight_gradient(rows, hidden, ctx.activation).to(weight.dtype)
         if need_dh:
             dh = _hidden_gradient(rows, weight, hidden, ctx.activation).view(h.shape)
-        return dh, dweight, dbias, None
+        return dh, dweight, dbias, None, None
+
+
+def _at_once(h: Tensor, activation: _Activation) -> bool:
+    """Whether one read of h gives its gradient and the activation again."""
+    return activation.again is not None and (h.is_cuda or INTERPRET)
 
 
 # Elements of a block on a CPU, which its second-level cache holds; a GPU takes all at once.
@@ -173,7 +192,7 @@ def activated_linear(
         _checks.fail(op, "activation", "one with a gradient of its own", repr(activation))
     if torch.compiler.is_compiling():
         return F.linear(f.function(h), weight, bias)
-    return _LinearOfActivation.apply(h, weight, bias, f)
+    return _LinearOfActivation.apply(h, weight, bias, f, None)
 
 
 class _ActivatedLinear(nn.Module):
@@ -276,8 +295,11 @@ def feed_forward(
         if _epilogues_serve(x, first, dropout, last):
             return _inference(x.flatten(0, -2), first, last).unflatten(0, x.shape[:-1])
         if _recomputes(x, first, dropout, last):
-            h = linear(x, first.proj.weight, first.proj.bias)
-            return _LinearOfActivation.apply(h, last.weight, last.bias, first.activation)
+            (w, b), f = (first.proj.weight, first.proj.bias), first.activation
+            if b is not None and b.requires_grad and _at_once(x, f) and sums_serve(x, w, b):
+                h = linear(x, w, b.detach())
+                return _LinearOfActivation.apply(h, last.weight, last.bias, f, b)
+            return _LinearOfActivation.apply(linear(x, w, b), last.weight, last.bias, f, None)
     return last(dropout(first(x)))
 
 

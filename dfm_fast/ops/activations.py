@@ -93,6 +93,15 @@ def _gelu_tanh_backward(
     return dx.to(x.dtype), dbias.to(x.dtype)
 
 
+def _gelu_tanh_again(dy: Tensor, x: Tensor, need_dbias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dbias = _gelu_tanh_backward(dy, x, None, need_dbias)
+    return dx, _gelu_tanh(x, None), dbias
+
+
+def _sum_of_rows(x: Tensor) -> Tensor:
+    return _wide(x)[0].flatten(0, -2).sum(0).to(x.dtype)
+
+
 def geglu_ref(x: Tensor, *, approximate: str = "none") -> Tensor:
     """Defines `geglu`."""
     return _glu(x, _GELU[approximate])
@@ -123,6 +132,11 @@ def _gelu_tanh_backward_fake(
     return x.new_empty(x.shape), x.new_empty(x.shape[-1] if need_dbias else 0)
 
 
+def _gelu_tanh_again_fake(dy: Tensor, x: Tensor, need_dbias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dbias = _gelu_tanh_backward_fake(dy, x, None, need_dbias)
+    return dx, x.new_empty(x.shape), dbias
+
+
 # FLOPs: an exponential or erf counts as ten, a division as one.
 define(
     "glu(Tensor x, str activation) -> Tensor",
@@ -138,7 +152,8 @@ define(
     kernel="activations:glu_backward",
     flops=lambda dy, x, *_: 15 * math.prod(x),
 )
-# For `nn.FeedForward` on a GPU, in training, (dx, y): backward needs what it did not keep, too.
+# For `nn.FeedForward` on a GPU, in training, (dx, y) and the sum of dx's rows, which is the
+# gradient of the bias of a linear layer that gave x: backward needs what it did not keep, too.
 define(
     "glu_again(Tensor dy, Tensor x, str activation) -> (Tensor, Tensor)",
     reference=lambda dy, x, activation: (_glu_backward(dy, x, activation), _glu(x, activation)),
@@ -147,11 +162,19 @@ define(
     flops=lambda dy, x, *_: 16 * math.prod(x),
 )
 define(
-    "gelu_tanh_again(Tensor dy, Tensor x) -> (Tensor, Tensor)",
-    reference=lambda dy, x: (_gelu_tanh_backward(dy, x, None, False)[0], _gelu_tanh(x, None)),
-    fake=lambda dy, x: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    "gelu_tanh_again(Tensor dy, Tensor x, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+    reference=_gelu_tanh_again,
+    fake=_gelu_tanh_again_fake,
     kernel="activations:gelu_tanh_again",
-    flops=lambda dy, x: 29 * math.prod(x),
+    flops=lambda dy, x, *_: 30 * math.prod(x),
+)
+# The gradient of a linear layer's bias: x [..., D] -> [D].
+define(
+    "sum_of_rows(Tensor x) -> Tensor",
+    reference=_sum_of_rows,
+    fake=lambda x: x.new_empty(x.shape[-1]),
+    kernel="activations:sum_of_rows",
+    flops=lambda x: math.prod(x),
 )
 # For `nn.FeedForward` on a GPU, in inference: x [M, K], its rows at one stride, weight [2D, K].
 define(
