@@ -1,4 +1,7 @@
-"""What results carry along: machine, versions, commit. Nothing that names a host or a person."""
+"""What results carry along: machine, versions, commit. Nothing that names a host or a person.
+
+python -m benchmarks.records NEW OLD    the rows of NEW into the results in OLD
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +133,21 @@ def finish(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "copy_gb_s": max(copies, default=None)}
 
 
+def joined(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """New rows, and those of the old results that were not measured again: these say of which
+    commit and day they are."""
+    ids = {row["id"] for row in new["rows"]}
+    when = {name: old[name] for name in ("commit", "date")}
+    kept = [{**when, **row} for row in old["rows"] if row["id"] not in ids]
+    return finish({**new, "rows": [*new["rows"], *kept]})
+
+
+def main(new: Path, old: Path) -> None:
+    for path in sorted(new.glob("*.json")):
+        record, at = json.loads(path.read_text()), old / path.name
+        write_json(at, joined(record, json.loads(at.read_text())) if at.exists() else record)
+
+
 def rounded(value: Any) -> Any:
     """Floats with 5 significant digits: more is noise, and makes differences hard to read."""
     if isinstance(value, float):
@@ -149,3 +168,7 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -441,3 +441,19 @@ def test_rows_of_turns_are_merged_by_family(tmp_path):
     assert [row["id"] for row in found["norms"]["rows"]] == [1, 2]
     assert found["norms"]["copy_gb_s"] == 20
     assert [row["id"] for row in found["models"]["rows"]] == [3]
+
+
+def test_rows_of_an_earlier_visit_stay_until_they_are_measured_again(tmp_path):
+    def results(commit, **copies):
+        rows = [{"id": k, "providers": {"copy": {"gb_s": v}}} for k, v in copies.items()]
+        return {"commit": commit, "date": f"day of {commit}", "rows": rows}
+
+    for commit, copies in (("a", {"x": 1, "y": 2}), ("b", {"y": 3, "z": 4}), ("c", {"z": 5})):
+        records.write_json(tmp_path / commit / "norms.json", results(commit, **copies))
+        records.main(tmp_path / commit, tmp_path)
+    found = json.loads((tmp_path / "norms.json").read_text())
+    copies = {row["id"]: row["providers"]["copy"]["gb_s"] for row in found["rows"]}
+    assert copies == {"z": 5, "y": 3, "x": 1}
+    commits = {row["id"]: row.get("commit", found["commit"]) for row in found["rows"]}
+    assert commits == {"z": "c", "y": "b", "x": "a"}
+    assert found["copy_gb_s"] == 5

@@ -165,7 +165,7 @@ def cases(record: dict[str, Any]) -> str:
 
 
 def remarks(record: dict[str, Any]) -> list[str]:
-    """Rivals that differ or did not run, and rows measured on a busy machine."""
+    """Rivals that differ or did not run, rows measured on a busy machine, or before the others."""
     found: dict[str, None] = {}
     for row in record["rows"]:
         for name, entry in row["providers"].items():
@@ -173,6 +173,11 @@ def remarks(record: dict[str, Any]) -> list[str]:
                 found[f"{name}: {entry['note']}"] = None
         for name, why in row["missing"].items():
             found[f"no {name}: {why}"] = None
+    earlier: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        if "commit" in row:
+            when = f"measured on {row['date'][:10]} at commit {row['commit'][:12]}"
+            earlier.setdefault(when, []).append(f"{label(row)} {dtype(row)}")
     shaky = [f"{label(row)} {dtype(row)}" for row in record["rows"] if not row["steady"]]
     busy = [f"measured on a busy machine, repeat: {', '.join(shaky)}"] if shaky else []
-    return [*busy, *found]
+    return [*busy, *(f"{when}: {', '.join(rows)}" for when, rows in earlier.items()), *found]
