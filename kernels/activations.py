@@ -283,9 +283,13 @@ def glu_again(dy: Tensor, x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def _launch_gelu_tanh(
-    x: Tensor, bias: Tensor | None, dy: Tensor | None, y: Tensor | None = None
+    x: Tensor,
+    bias: Tensor | None,
+    dy: Tensor | None,
+    y: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.shape) if out is None else out
     if out.numel() == 0:
         return out
     given = [x] if dy is None else [x, dy]
@@ -304,12 +308,12 @@ def gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:
     return _launch_gelu_tanh(x, None if bias is None else bias.contiguous(), None)
 
 
-def gelu_tanh_again(dy: Tensor, x: Tensor, need_dbias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_tanh_again(dy: Tensor, x: Tensor, need_dbias: bool) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape)
-    if not need_dbias:
-        return _launch_gelu_tanh(x, None, dy, y), y, x.new_empty(0)
-    dx = x.new_empty(x.shape)
-    return dx, y, _sums(dy, x, None, dx, y)
+    if need_dbias:
+        return y, _sums(dy, x, None, dy, y)
+    _launch_gelu_tanh(x, None, dy, y, dy)
+    return y, x.new_empty(0)
 
 
 def gelu_tanh_backward(

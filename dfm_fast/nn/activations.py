@@ -34,8 +34,8 @@ class _Activation(NamedTuple):
     onednn: tuple[str, str] | None  # the gate's name and form as an epilogue, where there is one
     gradient: Callable[[Tensor, Tensor], Tensor] | None  # of dy and x, where it is one operator
     glu: str = ""  # its name in `_ops.glu`, where there are two halves
-    # Of dy, x and whether it is wanted: (gradient, value, sum of the gradient's rows), from one
-    # read on a GPU.
+    # Of dy, which it may overwrite, x and whether it is wanted: (gradient, value, sum of the
+    # gradient's rows), from one read on a GPU.
     again: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor | None]] | None = None
 
 
@@ -62,7 +62,7 @@ def _gelu_tanh_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _gelu_tanh_again(dy: Tensor, x: Tensor, summed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _ops.gelu_tanh_again(dy, x, summed)
+    return dy, *_ops.gelu_tanh_again(dy, x, summed)
 
 
 def _silu_gradient(dy: Tensor, x: Tensor) -> Tensor:

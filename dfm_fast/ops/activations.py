@@ -93,9 +93,10 @@ def _gelu_tanh_backward(
     return dx.to(x.dtype), dbias.to(x.dtype)
 
 
-def _gelu_tanh_again(dy: Tensor, x: Tensor, need_dbias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gelu_tanh_again(dy: Tensor, x: Tensor, need_dbias: bool) -> tuple[Tensor, Tensor]:
     dx, dbias = _gelu_tanh_backward(dy, x, None, need_dbias)
-    return dx, _gelu_tanh(x, None), dbias
+    dy.copy_(dx)
+    return _gelu_tanh(x, None), dbias
 
 
 def _sum_of_rows(x: Tensor) -> Tensor:
@@ -132,9 +133,8 @@ def _gelu_tanh_backward_fake(
     return x.new_empty(x.shape), x.new_empty(x.shape[-1] if need_dbias else 0)
 
 
-def _gelu_tanh_again_fake(dy: Tensor, x: Tensor, need_dbias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dbias = _gelu_tanh_backward_fake(dy, x, None, need_dbias)
-    return dx, x.new_empty(x.shape), dbias
+def _gelu_tanh_again_fake(dy: Tensor, x: Tensor, need_dbias: bool) -> tuple[Tensor, Tensor]:
+    return _gelu_tanh_backward_fake(dy, x, None, need_dbias)
 
 
 # FLOPs: an exponential or erf counts as ten, a division as one.
@@ -152,8 +152,9 @@ define(
     kernel="activations:glu_backward",
     flops=lambda dy, x, *_: 15 * math.prod(x),
 )
-# For `nn.FeedForward` on a GPU, in training, (dx, y) and the sum of dx's rows, which is the
-# gradient of the bias of a linear layer that gave x: backward needs what it did not keep, too.
+# For `nn.FeedForward` on a GPU, in training, dx and y: backward needs what it did not keep, too.
+# That of gelu_tanh is contiguous, puts dx where dy is, and gives (y, the sum of dx's rows), which
+# is the gradient of the bias of a linear layer that gave x.
 define(
     "glu_again(Tensor dy, Tensor x, str activation) -> (Tensor, Tensor)",
     reference=lambda dy, x, activation: (_glu_backward(dy, x, activation), _glu(x, activation)),
@@ -162,7 +163,7 @@ define(
     flops=lambda dy, x, *_: 16 * math.prod(x),
 )
 define(
-    "gelu_tanh_again(Tensor dy, Tensor x, bool need_dbias) -> (Tensor, Tensor, Tensor)",
+    "gelu_tanh_again(Tensor(a!) dy, Tensor x, bool need_dbias) -> (Tensor, Tensor)",
     reference=_gelu_tanh_again,
     fake=_gelu_tanh_again_fake,
     kernel="activations:gelu_tanh_again",
