@@ -1,8 +1,7 @@
 """Predict, with no GPU, how long a launch takes on one, and what bounds it.
 
 `recording()` runs the library's own launchers on tensors without memory (device "meta"): every
-kernel is compiled as the launch would have it and recorded, so that what is predicted is what is
-launched. A prediction is
+kernel is recorded as it is launched, and compiled as the launch would have it. A prediction is
 
     launch + max(memory, issue, special, products, latency)
 
@@ -10,12 +9,10 @@ launched. A prediction is
     issue     instructions of all warps, four a clock on each multiprocessor
     special   MUFU and conversions, 16 lanes a clock on each multiprocessor
     products  FLOPs of matrix instructions at the measured rate of large products
-    latency   waves, each as long as one warp takes alone: its rounds of loads that somebody waits
-              for, and its instructions at `PACE` clocks each
+    latency   waves, each as long as one warp takes alone: `PACE` clocks an instruction, and what it
+              waits for its loads
 
-Instructions are those of the machine code, loops weighed by the trips that TTGIR's bounds and the
-launch's arguments give; both sides of a branch count, and so do lanes that are masked off. Where
-loops of the two cannot be matched, or a bound is read from memory, a row says "about".
+`_code` counts the instructions, of both sides of a branch and of masked lanes too.
 """
 
 from __future__ import annotations
@@ -23,22 +20,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import re
-import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from dfm_fast.kernels import _aot, pyramids
+from dfm_fast.kernels._code import Code, disassembled, read_code, read_loops
 from dfm_fast.profiling import costs
 
 TARGET = "sm_90"
@@ -52,41 +47,28 @@ class Machine:
     multiprocessors: int = 132
     clock: float = 1.98e9  # Hz
     bandwidth: float = 4.15e12  # of a copy of 0.9 GB, read and written
-    ramp: float = 1.5e-6  # s: copies of 8 to 67 MB take so much, and `launch`, longer than bytes say
+    ramp: float = 1.5e-6  # s, which a copy of any size takes beside `launch`
     launch: float = 2.5e-6  # s, replayed in a graph
-    latency: float = 0.8e-6  # s: a load from memory while others load
+    latency: float = 0.6e-6  # s, of a load from memory
     products: float = 788e12  # FLOP/s in 16 bits; half in TF32
 
 
 H200 = Machine()
-PACE = 2.0  # clocks from one instruction of a warp to its next, where nothing else is in the way
 BUSY = 0.8  # of issue slots, where warps abound
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, or a call of an operator of torch's (then `compiled` is None)."""
+    """One kernel launch, or a call of an operator of torch's (which compiles nothing)."""
 
     name: str
     tensors: tuple[Tensor, ...]
     grid: int = 1
     integers: dict[str, int] = field(default_factory=dict)
-    compiled: Any = None
+    compiled: Callable[[], Any] | None = None  # in `recording` alone
     reason: str = ""  # stated in the kernel's `Specialisation`
     flops: int = 0
     moved: int = 0
-
-
-class Code(NamedTuple):
-    """Of one warp, loops weighed; bytes of a whole block."""
-
-    instructions: float
-    special: float
-    products: float  # FLOPs at the rate of 16 bits
-    waits: float
-    asked: float  # bytes that a block's loads and stores ask for, masked ones too
-    load_bits: int
-    exact: bool
 
 
 @dataclass(frozen=True)
@@ -102,9 +84,10 @@ class Prediction:
     load_bits: int
     per_element: float  # instructions of a lane
     least: int  # bytes
-    moved: int  # bytes asked for, at least `least`
+    asked: int  # bytes of all loads and stores, those of masked lanes too; `least` at least
     flops: float  # of matrix instructions
     microseconds: float
+    floor: float  # of memory and products alone
     bound: str
     exact: bool
     reason: str = ""
@@ -189,8 +172,8 @@ def recording() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     compile_ = JITFunction.run
 
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled = compile_(self, *args, grid=grid, warmup=True, **options)
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled = functools.partial(compile_, self, *args, grid=grid, warmup=True, **options)
         given = {**dict(zip(self.arg_names, args, strict=False)), **options}
         integers = {n: v for n, v in given.items() if isinstance(v, int) and n in self.arg_names}
         found = tuple(costs.tensors(given))
@@ -198,7 +181,6 @@ def recording() -> Iterator[list[Launch]]:
         launches.append(
             Launch(name, found, math.prod(grid), integers, compiled, _reasons().get(self, ""))
         )
-        return compiled
 
     gpu = types.SimpleNamespace(multi_processor_count=H200.multiprocessors, major=9, minor=0)
     gpu.name, gpu.total_memory = H200.name, 141 << 30
@@ -215,6 +197,7 @@ def recording() -> Iterator[list[Launch]]:
         (sdpa, "can_use_flash_attention", lambda p, debug=False: p.query.element_size() == 2),
         (sdpa, "can_use_efficient_attention", lambda p, debug=False: p.query.element_size() < 8),
         (torch, "is_autocast_enabled", lambda device=None: False),
+        (torch.nn.functional, "scaled_dot_product_attention", _fused_attention),
         (pyramids, "_binomial", lambda: binomial),
         (triton.runtime.driver, "_active", _Driver()),
     ]
@@ -227,6 +210,14 @@ def recording() -> Iterator[list[Launch]]:
         yield launches
 
 
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **options: Any
+) -> Tensor:
+    """Without memory torch would write every score."""
+    attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+    return attention(query, key, value, attn_mask, True, scale=options.get("scale"))[0]
+
+
 def _address(storage: torch.UntypedStorage) -> int:
     return storage._cdata & ~15
 
@@ -234,168 +225,6 @@ def _address(storage: torch.UntypedStorage) -> int:
 @functools.cache
 def _reasons() -> dict[JITFunction, str]:
     return {spec.kernel: spec.reason for spec in _aot.specialisations() if spec.reason}
-
-
-# --- Reading TTGIR and machine code --------------------------------------------------------------
-
-
-class Loop(NamedTuple):
-    trips: int | None  # None where a bound is not known from the arguments
-    outer: int  # index of the loop around it, -1 for none
-
-
-def read_loops(ttgir: str, integers: dict[str, int], grid: int = 1) -> tuple[list[Loop], float]:
-    """(loops, bytes that a block's loads and stores ask for), from constants and arguments. Of a
-    bound that depends on the program, that of the first."""
-    values: dict[str, int] = {f"%{name}": int(v) for name, v in integers.items()}
-    loops: list[Loop] = []
-    around: list[tuple[int, int]] = []  # (loop, its depth of braces)
-    depth, asked = 0, 0.0
-    for line in ttgir.splitlines():
-        line = line.split(" loc(")[0]
-        if found := _FOR.match(line):
-            bounds = [values.get(name) for name in found.groups()]
-            trips = None
-            if None not in bounds and bounds[2]:
-                trips = max(0, -(-(bounds[1] - bounds[0]) // bounds[2]))
-            loops.append(Loop(trips, around[-1][0] if around else -1))
-            around.append((len(loops) - 1, depth))
-        elif " scf.while" in line:
-            loops.append(Loop(None, around[-1][0] if around else -1))
-            around.append((len(loops) - 1, depth))
-        elif found := _ASSIGN.match(line):
-            _evaluate(values, *found.groups(), grid)
-        if found := _ACCESS.search(line):
-            lanes = math.prod(int(n) for n in found[1].split("x"))
-            times = math.prod(loops[i].trips or 1 for i, _ in around)
-            asked += lanes * _BITS[found[2]] / 8 * times
-        depth += line.count("{") - line.count("}")
-        while around and depth <= around[-1][1]:
-            around.pop()
-    return loops, asked
-
-
-_FOR = re.compile(r"\s*(?:%\S+ = )?scf\.for %\S+ = (%\S+) to (%\S+) step (%\S+)")
-_ASSIGN = re.compile(r"\s*(%\S+) = (arith|tt)\.(\w+) (.*?)(?: : i(?:32|64|1)\b.*)?$")
-_ACCESS = re.compile(
-    r"(?:tt\.load|tt\.store|async_copy_global_to_local) .*?tensor<([0-9x]+)x!tt\.ptr<(\w+)>"
-)
-_BITS = {"bf16": 16, "f16": 16, "f32": 32, "f64": 64, "i1": 8, "i8": 8, "i16": 16, "i32": 32}
-_BITS |= {"i64": 64}
-_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
-    "addi": lambda a, b: a + b,
-    "subi": lambda a, b: a - b,
-    "muli": lambda a, b: a * b,
-    "divsi": lambda a, b: int(a / b),
-    "remsi": lambda a, b: int(math.fmod(a, b)),
-    "ceildivsi": lambda a, b: -(-a // b),
-    "minsi": min,
-    "maxsi": max,
-    "shli": lambda a, b: a << b,
-    "shrsi": lambda a, b: a >> b,
-    "andi": lambda a, b: a & b,
-}
-
-
-def _evaluate(values: dict[str, int], name: str, dialect: str, op: str, rest: str, grid: int):
-    """An integer that follows from others is one more."""
-    words = [word.strip(",") for word in rest.split()]
-    if op == "constant" and re.fullmatch(r"-?\d+", words[0]):
-        values[name] = int(words[0])
-    elif op == "constant" and words[0] in ("true", "false"):
-        values[name] = int(words[0] == "true")
-    elif dialect == "tt" and op == "get_program_id":
-        values[name] = 0
-    elif dialect == "tt" and op == "get_num_programs":
-        values[name] = grid
-    elif op in ("extsi", "extui", "trunci", "index_cast") and words[0] in values:
-        values[name] = values[words[0]]
-    elif op in _ARITHMETIC and len(words) >= 2 and {words[0], words[1]} <= values.keys():
-        a, b = values[words[0]], values[words[1]]
-        if b or op not in ("divsi", "remsi", "ceildivsi"):
-            values[name] = _ARITHMETIC[op](a, b)
-
-
-_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?\S+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);", re.M)
-_REGISTER = re.compile(r"\bR(\d+)\b")
-
-
-def read_code(sass: str, loops: Sequence[Loop], stages: int = 1) -> Code:
-    """What nvdisasm prints, of one warp; `asked` is left 0."""
-    ops: list[tuple[str, str]] = []
-    labels: dict[str, int] = {}
-    back: list[tuple[int, int]] = []  # (first, last) of each loop
-    for line in sass.splitlines():
-        if found := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[found[1]] = len(ops)
-        elif found := _LINE.match(line):
-            target = re.search(r"`\((\.L_x_\d+)\)", found[3])
-            if found[2] == "BRA" and target and (first := labels.get(target[1])) is not None:
-                if first == len(ops):  # the trap after the end: what follows is not the kernel's
-                    break
-                back.append((first, len(ops)))
-            ops.append((found[2], found[3]))
-    times, exact = _weigh(back, loops)
-    weights = [math.prod(t for (a, b), t in times.items() if a <= i <= b) for i in range(len(ops))]
-    special = products = waits = 0.0
-    widths = [32]
-    pending: set[int] = set()
-    copies = False
-    for (op, rest), weight in zip(ops, weights, strict=True):
-        used = {int(n) for n in _REGISTER.findall(rest)}
-        if pending & used or (copies and op.startswith("LDGDEPBAR")):
-            waits += weight / (max(1, stages - 1) if copies else 1)
-            pending, copies = set(), False
-        if op.startswith(("LDG.", "LDGSTS", "UBLKCP")):
-            width = int(m[1]) if (m := re.search(r"\.(64|128|256)\b", op)) else 32
-            widths.append(width)
-            copies |= op.startswith(("LDGSTS", "UBLKCP"))
-            if op.startswith("LDG.") and (to := _REGISTER.match(rest)):
-                pending |= set(range(int(to[1]), int(to[1]) + width // 32))
-        special += weight * op.startswith(("MUFU", "F2F.", "F2I", "I2F"))
-        products += weight * _flops(op)
-    return Code(sum(weights), special, products, max(1.0, waits), 0.0, max(widths), exact)
-
-
-def _weigh(
-    back: Sequence[tuple[int, int]], loops: Sequence[Loop]
-) -> tuple[dict[tuple[int, int], float], bool]:
-    """Trips of the machine code's loops, in order of their beginnings, and whether that is sure.
-    Compilers unroll the shortest of constant trips and drop those of one."""
-    found = sorted(dict.fromkeys(back), key=lambda loop: (loop[0], -loop[1]))
-    trips = [loop.trips for loop in loops if loop.trips is None or loop.trips > 1]
-    exact = None not in trips
-    while len(trips) > len(found):
-        shortest = min(range(len(trips)), key=lambda i: math.inf if trips[i] is None else trips[i])
-        exact &= trips[shortest] is not None and trips[shortest] <= 8
-        del trips[shortest]
-    exact &= len(trips) == len(found)
-    trips += [1] * (len(found) - len(trips))
-    return {loop: t or 1 for loop, t in zip(found, trips, strict=True)}, exact
-
-
-def _flops(op: str) -> float:
-    """Of one warp, at the rate of 16 bits: TF32 has half."""
-    if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
-        m, n, k = map(int, found.groups())
-        flops = 2 * m * n * k / 4  # four warps issue it together
-    elif found := re.match(r"HMMA\.16(8)(\d+)\b", op):
-        flops = 2 * 16 * 8 * int(found[2])
-    else:
-        return 0.0
-    return flops * (2 if "TF32" in op else 1)
-
-
-@functools.cache
-def _disassembled(cubin: bytes) -> tuple[str, int, int]:
-    """(machine code, registers, bytes of stack)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _aot._run(_aot._tool("cuobjdump"), "-res-usage", file.name)
-        sass = _aot._run(_aot._tool("nvdisasm"), "-c", "-ndf", file.name)
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    return sass, registers, stack
 
 
 # --- Predicting ----------------------------------------------------------------------------------
@@ -413,36 +242,37 @@ def predict(launch: Launch, machine: Machine = H200) -> Prediction:
         bound, seconds = _bound(times, machine)
         return Prediction(
             launch.name, dtype, 1, 0.0, 0, 0, 0, 0.0, 0, 0.0, least, least, launch.flops,
-            1e6 * seconds, bound, False, launch.reason,
+            1e6 * seconds, 1e6 * seconds, bound, False, launch.reason,
         )  # fmt: skip
-    sass, registers, stack = _disassembled(launch.compiled.asm["cubin"])
-    metadata = launch.compiled.metadata
-    loops, asked = read_loops(launch.compiled.asm["ttgir"], launch.integers, launch.grid)
-    code = read_code(sass, loops, metadata.num_stages)._replace(asked=asked)
+    compiled = launch.compiled()
+    metadata = compiled.metadata
+    sass, registers, stack = disassembled(compiled.asm["cubin"])
+    loops, asked = read_loops(compiled.asm["ttgir"], launch.integers, launch.grid)
+    code = read_code(sass, loops, machine.latency * machine.clock)
     occupancy = _aot.occupancy(TARGET, registers, metadata.shared, metadata.num_warps)
     resident = max(1, round(occupancy * 64 / metadata.num_warps))
     waves = launch.grid / (machine.multiprocessors * resident)
     warps = launch.grid * metadata.num_warps
     times = {"memory": memory, **_work(code, warps, launch.grid, waves, machine)}
     bound, seconds = _bound(times, machine)
+    floor = machine.launch + max(memory, code.products * warps / machine.products)
     return Prediction(
         launch.name, dtype, launch.grid, waves, registers, metadata.shared, stack, occupancy,
         code.load_bits, 32 * warps * code.instructions / max(1, largest.numel()), least,
-        max(least, round(code.asked * launch.grid)), code.products * warps, 1e6 * seconds, bound,
-        code.exact, launch.reason,
+        max(least, round(asked * launch.grid)), code.products * warps, 1e6 * seconds,
+        1e6 * floor, bound, code.exact, launch.reason,
     )  # fmt: skip
 
 
 def _work(code: Code, warps: int, grid: int, waves: float, machine: Machine) -> dict[str, float]:
     """Seconds by bound, of all but memory. A grid smaller than the GPU leaves some of it idle."""
     share = min(grid, machine.multiprocessors) * machine.clock
-    alone = code.waits * machine.latency + code.instructions * PACE / machine.clock
     return {
         "issue": code.instructions * warps / (4 * BUSY * share),
         "special": code.special * 32 * warps / (16 * share),
         "products": code.products * warps / machine.products
         * (machine.multiprocessors * machine.clock / share),
-        "latency": math.ceil(waves) * alone,
+        "latency": math.ceil(waves) * code.alone / machine.clock,
     }  # fmt: skip
 
 
