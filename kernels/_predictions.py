@@ -29,6 +29,7 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
@@ -124,11 +125,22 @@ class _Launching(TorchDispatchMode):
             with self:
                 return func._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
         out = func(*args, **kwargs)
+        if func._overloadpacket in _CONVOLUTIONS:  # cuDNN's keep it, those of "meta" do not
+            last = torch.channels_last
+            if any(x.ndim == 4 and x.is_contiguous(memory_format=last) for x in args[:2]):
+                out = pytree.tree_map_only(Tensor, lambda x: _laid_out(x, last), out)
         if moved := costs.moved_bytes(func, tuple(args), kwargs, out):
             flops = costs.call_flops(func, tuple(args), kwargs, out)
             found = tuple(costs.tensors((args, kwargs, out)))
             self.launches.append(Launch(str(func), found, flops=flops, moved=moved))
         return out
+
+
+_CONVOLUTIONS = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
+
+
+def _laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format) if x.ndim == 4 else x
 
 
 class _Binomial:

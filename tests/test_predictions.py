@@ -111,6 +111,18 @@ def test_recording_leaves_nothing_behind():
     assert not torch.empty(1, device="meta").is_cuda
 
 
+def test_convolutions_keep_their_layout():
+    """As cuDNN's do: the kernels that follow are those of the layout."""
+    last = torch.channels_last
+    with _predictions.recording():
+        x = torch.empty(2, 8, 6, 6).contiguous(memory_format=last)
+        y = torch.nn.functional.conv2d(x, torch.empty(4, 8, 3, 3))
+        assert y.is_contiguous(memory_format=last)
+        assert not torch.nn.functional.conv2d(
+            x.contiguous(), torch.empty(4, 8, 3, 3)
+        ).is_contiguous(memory_format=last)
+
+
 def test_a_launch_predicted():
     """Three maps of 4.7 MB and a vector."""
     with _predictions.recording() as launches:
