@@ -64,6 +64,7 @@ class Specialisation:
     options: dict[str, Any] = field(default_factory=dict)
     matrix: bool = False  # its machine code must multiply matrices
     normals: int = 0  # that a lane draws, where its code has no branch and no loop
+    reason: str = ""  # why it is not as wide, full or large as `_predictions` asks for, where so
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ One row per kernel, dtype and target: registers, shared memory, occupancy (warps
 multiprocessor, of those it can have), spills, widest global load and instructions in the machine
 code; then how many passed on each target. Exit status 1 when a gate fails. All of them take minutes
 the first time, seconds again from Triton's cache.
+
+With --predict: what the launches of a GPU's benchmark rows should take on an H200, and which
+kernels leave some of it unused. It needs `benchmarks/`, in whose folder's parent it is run.
 """
 
 from __future__ import annotations
@@ -27,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", action="append", help="such as bf16; repeat for several")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there, too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--predict", action="store_true", help="times of the benchmarks' rows")
+    parser.add_argument("--rows", metavar="PATTERN", help="of --predict, such as 'geglu-*'")
+    parser.add_argument("--full", action="store_true", help="of --predict: not only quick rows")
+    parser.add_argument("--page", type=Path, metavar="PATH", help="of --predict: Markdown, there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,6 +46,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"check: expected triton >= 3.6, got an ImportError: {error}")
         return 1
     targets = args.target or list(_aot.TARGETS)
+    if args.predict:
+        return _predict(args)
+    if given := [name for name in ("rows", "full", "page") if getattr(args, name)]:
+        print(f"check: expected --predict with --{given[0]}, got none")
+        return 1
     if unknown := set(targets) - set(_aot.TARGETS):
         print(f"check: expected a target of {', '.join(_aot.TARGETS)}, got {', '.join(unknown)}")
         return 1
@@ -68,6 +80,37 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     print(f"{len(rows)} compiled in {seconds:.0f} s, {failed} failed")
     return 1 if failed else 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    if args.target not in (None, ["sm_90"]) or args.dtype:
+        print("check: expected no --dtype and at most --target sm_90 with --predict, got others")
+        return 1
+    try:
+        from benchmarks import predictions
+    except ImportError as error:
+        print(f"check: expected benchmarks/ in the current folder, got an ImportError: {error}")
+        return 1
+    rows = []
+    wanted = predictions.gpu_rows(args.rows or "*", args.full or bool(args.rows))
+    for row in predictions.predict_rows(wanted, args.kernel):
+        print("\n".join(predictions.lines(row)), flush=True)
+        rows.append(row)
+    if not rows:
+        print(
+            f"check: expected rows like {args.rows or '*'!r} that launch a kernel like "
+            f"{args.kernel!r}, got none"
+        )
+        return 1
+    print("\nTo mend, by the µs above what memory and matrix products alone take:")
+    print(
+        "\n".join(f"  {lost:.1f}: {text}" for lost, text in predictions.to_mend(rows)) or "  none"
+    )
+    if args.json:
+        args.json.write_text(predictions.table(rows))
+    if args.page:
+        args.page.write_text(predictions.page(rows))
+    return 0
 
 
 def _check(item: tuple[int, str]) -> Any:
