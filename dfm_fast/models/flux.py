@@ -19,6 +19,7 @@ patches of the coarsest level are 2 x 2, as FLUX packs them, with the positions 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,8 +79,8 @@ class FluxDFM(Pretrained):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        from diffusers import FluxTransformer2DModel
-
+        # Not `from diffusers import`: type checkers would read diffusers and transformers.
+        diffusers = importlib.import_module("diffusers")
         self.channels = _check(transformer, patch_sizes, in_channels)
         self.config = {
             "transformer": dict(transformer),
@@ -89,7 +90,7 @@ class FluxDFM(Pretrained):
         }
         self.patch_sizes, self.num_levels = tuple(patch_sizes), len(patch_sizes)
         self.checkpointing = checkpointing
-        self.transformer: Any = FluxTransformer2DModel(**transformer)  # diffusers has no types
+        self.transformer = diffusers.FluxTransformer2DModel(**transformer)
         dim = self.transformer.inner_dim
         sizes = [c * p * p for c, p in zip(self.channels, patch_sizes, strict=True)][1:]
         # Of the finer levels.
