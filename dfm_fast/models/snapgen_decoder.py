@@ -81,9 +81,8 @@ def silu_separable(conv: SeparableConv2d, x: Tensor) -> Tensor:
         return conv(F.silu(x))
     (n, c, h, w), wide = x.shape, wide_dtype(x)
     mean, m2 = x.new_zeros((n, c), dtype=wide), x.new_full((n, c), h * w, dtype=wide)
-    norm: dict[str, Any] = {"num_groups": c, "eps": 0.0}
-    norm["statistics"] = ChannelStatistics(h * w, mean, m2)
-    return cast(Tensor, separable_conv2d(x, *_weights(conv), **norm))
+    statistics = ChannelStatistics(h * w, mean, m2)
+    return separable_conv2d(x, *_weights(conv), num_groups=c, eps=0.0, statistics=statistics)
 
 
 def _weights(conv: SeparableConv2d) -> tuple[Tensor, Tensor, Tensor]:

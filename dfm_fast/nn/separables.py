@@ -57,9 +57,9 @@ class SeparableConv2d(nn.Module):
     ) -> Tensor | tuple[Tensor, ChannelStatistics]:
         """x [N, C, H, W] -> [N, O, H, W]; with SiLU(norm(x)) in x's place where a norm is given,
         whose statistics may be; other arguments as `separable_conv2d`."""
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"with_statistics": with_statistics}
         if norm is not None:
-            options = {"num_groups": norm.num_groups, "eps": norm.eps}
+            options |= {"num_groups": norm.num_groups, "eps": norm.eps}
         return separable_conv2d(
             x,
             self.depthwise.weight,
@@ -70,7 +70,6 @@ class SeparableConv2d(nn.Module):
             None if norm is None else norm.weight,
             None if norm is None else norm.bias,
             statistics=statistics,
-            with_statistics=with_statistics,
             **options,
         )
 
