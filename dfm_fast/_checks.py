@@ -14,7 +14,7 @@ def fail(op: str, argument: str, expected: str, got: object, error: type = Value
     raise error(f"{op}: {argument}: expected {expected}, got {got}")
 
 
-def tensor(op: str, argument: str, value: Any, ndim: Sequence[int]) -> None:
+def tensor(op: str, argument: str, value: Any, ndim: Sequence[int]) -> torch.Tensor:
     """A strided floating-point tensor with one of these numbers of dimensions."""
     if not isinstance(value, torch.Tensor):
         fail(op, argument, "a tensor", type(value).__name__, TypeError)
@@ -25,6 +25,7 @@ def tensor(op: str, argument: str, value: Any, ndim: Sequence[int]) -> None:
     if value.ndim not in ndim:
         some = f"{ndim[0]} or more" if isinstance(ndim, range) else " or ".join(map(str, ndim))
         fail(op, argument, f"{some} dimensions", list(value.shape))
+    return value
 
 
 def like(op: str, argument: str, value: torch.Tensor, name: str, other: torch.Tensor) -> None:

@@ -101,7 +101,7 @@ def _is_shape(leaf: Any) -> bool:
     )
 
 
-def _differentiate(model: nn.Module, out: Any) -> None:
+def _differentiate(model: Any, out: Any) -> None:
     """Gradients that nobody keeps: no `.grad` is touched, no hook of one runs."""
     total = [t.float().sum() for t in pytree.tree_leaves(out) if _differentiable(t)]
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from distillation_models import inputs, mse64, randn, sd3, sd3_cond, snapgen
 from helpers import DEVICES
@@ -212,6 +213,20 @@ def test_sd3s_features(patch):
     tokens = tokens.unflatten(-1, (patch, patch, 3)).permute(0, 5, 1, 3, 2, 4)
     torch.testing.assert_close(tokens.reshape(x.shape), velocity)
     assert not model.proj_out._forward_pre_hooks  # which would keep the maps
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch is built without gloo")
+def test_a_backbone_in_ddp_is_a_backbone(tmp_path):
+    model, (x, cond), t = teachers.backbone(snapgen()), inputs(), torch.linspace(0.1, 0.9, 4)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = teachers.backbone(nn.parallel.DistributedDataParallel(model))
+        assert wrapped.channels == model.channels
+        for got, want in zip(wrapped(x, t, **cond), model(x, t, **cond), strict=True):
+            torch.testing.assert_close(got, want)
+        del wrapped
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("patch", [1, 2])

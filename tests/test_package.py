@@ -6,7 +6,9 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import venv
 import zipfile
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, run_python
@@ -63,6 +65,27 @@ assert torch.allclose(dfm_fast.laplacian_collapse(dfm_fast.laplacian_build(x, 3)
 """
     result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_users_program_is_checked_against_the_installed_package(wheel, tmp_path):
+    """mypy reads types of installed packages only, and of these where py.typed is."""
+    venv.create(tmp_path / "venv")
+    installed = sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")})
+    zipfile.ZipFile(wheel).extractall(installed)
+    others = [path for path in sys.path if path.endswith("-packages")]  # where torch is
+    (Path(installed) / "others.pth").write_text("\n".join(others))
+    right = (ROOT / "tests/typed_program.py").read_text()
+    wrong = right.replace("eps=1e-6", "eps='1e-6'").replace("heads=4", "heads=None")
+    wrong = wrong.replace("num_inference_steps", "steps").replace("-> Outcome", "-> int")
+    (tmp_path / "right.py").write_text(right)
+    (tmp_path / "wrong.py").write_text(wrong)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "right.py", "wrong.py"]
+    command += ["--python-executable", tmp_path / "venv/bin/python"]
+    command += ["--cache-dir", ROOT / ".mypy_cache/strict"]  # of torch: 15 seconds, else 4
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    found = re.findall(r"^(\S+):\d+: error: .*\[(\S+)\]$", done.stdout, re.M)
+    codes = ["arg-type", "arg-type", "call-arg", "return-value"]
+    assert sorted(found) == [("wrong.py", code) for code in codes], done.stdout + done.stderr
 
 
 def test_wheel_package_and_changelog_have_one_version(wheel):

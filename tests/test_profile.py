@@ -357,6 +357,8 @@ def test_results_before_the_end_are_an_error():
             p.rows()
     with pytest.raises(ValueError, match="expected its end before results are asked for"):
         dfm_fast.profile().table()
+    with pytest.raises(ValueError, match="block: expected a block that has begun, got none"):
+        dfm_fast.profile().paused()
 
 
 def test_a_profile_has_one_block():

@@ -224,6 +224,11 @@ def test_a_saved_table_is_the_same(tmp_path):
     table.save(tmp_path / "low.safetensors", torch.bfloat16)
     low = TextTable.load(tmp_path / "low.safetensors")([0, 1])
     assert torch.equal(low.text, table([0, 1]).text.bfloat16())
+    for whole in (loaded, TextTable.joined([loaded, table])):
+        rows = whole.states["gemma"]
+        lengths = [len(row.hidden) for row in rows]
+        for part in (slice(0, 1), slice(None, None, -1), slice(1, 9), slice(5, 5)):
+            assert [len(row.hidden) for row in rows[part]] == lengths[part]
 
 
 # --- Learned tokens -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ Key = tuple[str, str]
 
 
 @functools.cache
-def swapped_class(kind: type, key: Key) -> type:
+def swapped_class(kind: Any, key: Key) -> Any:
     """The subclass of `kind` that runs the unit's code."""
     unit = UNITS[key]
     parent_forward, run = kind.forward, unit.forward
@@ -47,7 +47,7 @@ def is_swapped(kind: type) -> bool:
 
 
 @functools.cache
-def restored_class(kind: type) -> type:
+def restored_class(kind: Any) -> Any:
     """The class from before; also where a wrapper such as FSDP2's was built upon a swapped one."""
     if "_dfm_fast_original" in vars(kind):
         return kind._dfm_fast_original
@@ -57,7 +57,8 @@ def restored_class(kind: type) -> type:
 
 
 def swap(module: nn.Module, unit: Unit) -> None:
-    module.__class__ = swapped_class(type(module), (unit.package, unit.of))
+    kind: type = type(module)
+    module.__class__ = swapped_class(kind, (unit.package, unit.of))
 
 
 def _get_name(self: Any) -> str:
@@ -74,7 +75,7 @@ def _reduce_ex(self: Any, protocol: int) -> tuple[Any, ...]:
     return (_rebuild, (kind._dfm_fast_original, own), *reduced[2:])
 
 
-def _swapped_in(kind: type) -> type:
+def _swapped_in(kind: type) -> Any:
     """The class, it or a parent, that has the code above."""
     return next(k for k in kind.__mro__ if "_dfm_fast_key" in vars(k))
 

@@ -79,8 +79,7 @@ def accelerate(model: nn.Module, *, only: Collection[str] | None = None) -> Acce
     if not isinstance(model, nn.Module):
         _checks.fail("accelerate", "model", "a torch.nn.Module", type(model).__name__, TypeError)
     report = AccelerateReport()
-    for name, module in _selected(model, only):
-        unit = unit_of(module)
+    for name, module, unit in _selected(model, only):
         reason = _refusal(module, unit)
         if reason is not None:
             report.kept.append((name, f"{unwrapped(type(module)).__name__}: {reason}"))
@@ -107,13 +106,17 @@ def restore(model: nn.Module) -> nn.Module:
         _checks.fail("restore", "model", "a torch.nn.Module", type(model).__name__, TypeError)
     for module in model.modules():
         if is_swapped(type(module)):
-            module.__class__ = restored_class(type(module))
+            kind: type = type(module)
+            module.__class__ = restored_class(kind)
     return model
 
 
-def _selected(model: nn.Module, only: Collection[str] | None) -> Iterable[tuple[str, nn.Module]]:
-    """Modules of known classes that `only` names, with their names."""
-    known = [(name, m) for name, m in model.named_modules() if unit_of(m) is not None]
+def _selected(
+    model: nn.Module, only: Collection[str] | None
+) -> Iterable[tuple[str, nn.Module, Unit]]:
+    """Modules of known classes that `only` names, with their names and what is known."""
+    found = ((name, m, unit_of(m)) for name, m in model.named_modules())
+    known = [(name, m, unit) for name, m, unit in found if unit is not None]
     if only is None:
         return known
     if isinstance(only, str) or not isinstance(only, Collection):
@@ -129,9 +132,9 @@ def _selected(model: nn.Module, only: Collection[str] | None) -> Iterable[tuple[
             _checks.fail("accelerate", "only", expected, repr(pattern))
     kinds = set(only) - set(patterns) or (set(KINDS) if patterns else set())
     return [
-        (name, m)
-        for name, m in known
-        if unit_of(m).kind in kinds
+        (name, m, unit)
+        for name, m, unit in known
+        if unit.kind in kinds
         and (not patterns or any(fnmatch.fnmatchcase(name, p) for p in patterns))
     ]
 

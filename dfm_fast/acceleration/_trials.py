@@ -35,6 +35,7 @@ def _configuration(module: nn.Module) -> str:
 
 @torch.no_grad()
 def _compare(module: nn.Module, unit: Unit) -> str | None:
+    assert unit.trial is not None
     try:
         shadow = _shadow(module)
         inputs = unit.trial(shadow)
@@ -63,7 +64,7 @@ def _copied(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
         return done[module]
     kind = unwrapped(type(module))
     new = done[module] = kind.__new__(kind)
-    hooks = {name: OrderedDict() for name in vars(module) if name.endswith("_hooks")}
+    hooks: dict[str, Any] = {n: OrderedDict() for n in vars(module) if n.endswith("_hooks")}
     vars(new).update({**vars(module), **hooks, "training": False})
     new._parameters, new._buffers = (
         {name: None if p is None else _empty(p) for name, p in tensors.items()}

@@ -78,7 +78,7 @@ def unit_of(module: nn.Module) -> Unit | None:
         return None
 
 
-def unwrapped(kind: type) -> type:
+def unwrapped(kind: type) -> Any:
     """X of the class FSDPX that `fully_shard` gives a module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and len(kind.__bases__) == 2 and kind.__bases__[0] is fsdp.FSDPModule:
@@ -87,7 +87,7 @@ def unwrapped(kind: type) -> type:
 
 
 @functools.cache
-def takes_the_same(unit: Unit, kind: type) -> bool:
+def takes_the_same(unit: Unit, kind: Any) -> bool:
     """Whether the class's forward has the arguments of the version that is known."""
     theirs, ours = (list(inspect.signature(f).parameters) for f in (kind.forward, unit.forward))
     return theirs[1:] == ours[1:]

@@ -175,9 +175,9 @@ def _attended(attn: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """[B, T, H, d] each, by torch."""
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    shares = {"enable_gqa": True} if k.shape[2] != q.shape[2] else {}
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask, **shares).transpose(1, 2)
+    shares: dict[str, Any] = {"enable_gqa": True} if k.shape[2] != q.shape[2] else {}
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **shares).transpose(1, 2)
 
 
 # --- Two streams: SD3 -----------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def flux_attention(
         return None
     projections = module.to_q, module.to_k, module.to_v
     streams = [(x, projections, (module.norm_q, module.norm_k))]
-    if joint:
+    if text is not None:
         projections = module.add_q_proj, module.add_k_proj, module.add_v_proj
         streams.insert(0, (text, projections, (module.norm_added_q, module.norm_added_k)))
     parts, start = [], 0
@@ -253,7 +253,7 @@ def flux_attention(
         parts.append(_flux_heads(module, tokens, layers, norms, tables))
     q, k, v = parts[0] if len(parts) == 1 else (torch.cat(p, 1) for p in zip(*parts, strict=True))
     y = _sdpa(q, k, v).flatten(2).to(q.dtype)
-    if not joint:
+    if text is None:
         return y
     text, y = y[:, : text.shape[1]].contiguous(), y[:, text.shape[1] :].contiguous()
     return module.to_out[1](module.to_out[0](y)), module.to_add_out(text)

@@ -6,7 +6,7 @@ activation, a dropout) it leaves out only where it is plain; everything else is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,7 +96,8 @@ def _separable_block(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
     )
     seen = block.conv_shortcut is not None and hooked(block.conv_shortcut)
     shortcut = block.conv_shortcut(x) if seen else SeparableConvBlock._shortcut(block, x)
-    return SeparableConv2d.forward(block.conv2, h, None, shortcut, block.norm2, found)
+    y = SeparableConv2d.forward(block.conv2, h, None, shortcut, block.norm2, found)
+    return cast(Tensor, y)  # without statistics
 
 
 def _dense_block(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
@@ -116,7 +117,7 @@ def _dense_block(block: Any, x: Tensor, temb: Tensor | None) -> Tensor:
     return x + h
 
 
-def _norm_silu(block: Any, norm: nn.Module, x: Tensor, shift: Tensor | None = None) -> Tensor:
+def _norm_silu(block: Any, norm: Any, x: Tensor, shift: Tensor | None = None) -> Tensor:
     """silu(norm(x + shift)), shift [N, C]."""
     if plain(norm, nn.GroupNorm) and plain(block.nonlinearity, nn.SiLU):
         y = normalised(norm, x, shift)
@@ -328,9 +329,10 @@ def feed_forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) 
         return None
     first, dropout, last, *final = module.net
     inner = [first.activation] if isinstance(getattr(first, "activation", 0), nn.Module) else []
-    if any(map(hooked, (first, first.proj, dropout, last, *inner))):
+    name = _activation(first)
+    if name is None or any(map(hooked, (first, first.proj, dropout, last, *inner))):
         return None
-    x = projected(hidden_states, first.proj, _activation(first), last, dropout)
+    x = projected(hidden_states, first.proj, name, last, dropout)
     return final[0](x) if final and x is not None else x
 
 

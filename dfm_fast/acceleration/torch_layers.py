@@ -31,7 +31,7 @@ from dfm_fast.ops.convolutions import KERNEL_SIZES
     "RMSNorm",
     saved=lambda m: 5 * math.prod(m.normalized_shape),  # square, mean, two products
 )
-def rms_norm(module: nn.RMSNorm, x: Tensor) -> Tensor | None:
+def rms_norm(module: Any, x: Tensor) -> Tensor | None:
     if not serves(x, module.weight) or x.shape[-len(module.normalized_shape) :] != tuple(
         module.normalized_shape
     ):
@@ -83,7 +83,7 @@ def depthwise_refusal(conv: nn.Conv2d) -> str | None:
     knows=lambda m: m.groups > 1,
     refusal=depthwise_refusal,
 )
-def depthwise_conv2d(module: nn.Conv2d, input: Tensor) -> Tensor | None:
+def depthwise_conv2d(module: Any, input: Tensor) -> Tensor | None:
     if not serves(input, module.weight, module.bias) or input.ndim != 4:
         return None
     if input.shape[1] != module.in_channels:
@@ -130,7 +130,7 @@ def _group(layers: list[nn.Module], i: int) -> tuple[str, int]:
     return "", 1
 
 
-def _doubles(layer: nn.Upsample) -> bool:
+def _doubles(layer: Any) -> bool:
     return layer.scale_factor in (2, (2, 2)) and layer.mode == "nearest" and layer.size is None
 
 
@@ -143,7 +143,7 @@ def _groups(sequence: nn.Sequential) -> list[tuple[str, list[nn.Module]]]:
     return groups
 
 
-def _together(name: str, layers: list[nn.Module], x: Any) -> Any:
+def _together(name: str, layers: list[Any], x: Any) -> Any:
     """The group's result by one operator, or None."""
     if not name or any(map(hooked, layers)):
         return None

@@ -160,7 +160,7 @@ def family_section(record: dict[str, Any], images: Sequence[Path]) -> str:
     about = FAMILIES.get(record["family"], ("", ""))[1]
     named = dict.fromkeys(row["op"] for row in record["rows"])
     told = [f"<code>{op}</code>: {OPERATORS[op]}" for op in named if op in OPERATORS]
-    roofline, *speedups = images or [None]
+    roofline, speedups = images[0] if images else None, images[1:]
     pictures = "".join(figure(path, *described(record, "speedups")) for path in speedups)
     more = figure(roofline, *described(record, "roofline")) if roofline else ""
     return (

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, device: str) -> None:
 
     options = _options(args)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    folder = snapgen_folders.pipeline_in(args.checkpoint)
+    folder = snapgen_folders.pipeline_in(args.checkpoint) or args.checkpoint
     pipeline = SnapGenPipeline.from_pretrained(folder, device=device, dtype=dtype)
     if not args.prompt:
         options["class_labels"] = _labels(pipeline, args.classes)

@@ -65,7 +65,8 @@ def name_of(rival: str) -> str:
 
 def losses(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Rows in which somebody else is faster, the worst first."""
-    lost = [(toughest(row), row) for row in rows if verdict(row) == "slower"]
+    found = ((toughest(row), row) for row in rows if verdict(row) == "slower")
+    lost = [(pair, row) for pair, row in found if pair is not None]
     lost.sort(key=lambda item: item[0][1]["median"])
     return [
         f"{label(row)} {dtype(row)}: {name_of(name)} is {1 / speedup['median']:.2f}{TIMES} as fast"

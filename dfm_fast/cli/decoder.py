@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from dfm_fast.cli import _configs
 
@@ -28,7 +29,7 @@ def _run(resume: bool, rest: list[str]) -> None:
     from dfm_fast.training.decoders import DecoderConfig, DecoderReport, train_decoder
 
     base = _configs.saved_in(DecoderConfig, _configs.out_of(rest), resume)
-    options = {"prog": PROG, "description": DESCRIPTION}
+    options: dict[str, Any] = {"prog": PROG, "description": DESCRIPTION}
     options |= {} if base is None else {"default": base}
     config = _configs.parse(DecoderConfig, rest, **options)
 

@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace) -> None:
         headline, comparison = _compared(args)
     except targets.UsersError as error:
         if not isinstance(error.__cause__, SystemExit):
-            _print_traceback(error.__cause__)
+            _print_traceback(error.__cause__ or error)
         raise RunError(f"{args.target} failed: {error}") from None
     text = f"{headline}\n\n{words.report(comparison, args.limit)}"
     print(text)
@@ -79,9 +79,10 @@ def _run(args: argparse.Namespace) -> None:
 def _print_traceback(error: BaseException) -> None:
     """Of the user's own frames: those above are of this library and of runpy."""
     trace = error.__traceback__
-    while trace.tb_next and trace.tb_frame.f_globals.get("__name__", "").startswith(
-        ("dfm_fast.", "runpy", "importlib")
-    ):
+    own = "dfm_fast.", "runpy", "importlib"
+    while trace is not None and trace.tb_next is not None:
+        if not trace.tb_frame.f_globals.get("__name__", "").startswith(own):
+            break
         trace = trace.tb_next
     traceback.print_exception(error.with_traceback(trace))
 
@@ -159,8 +160,8 @@ def _write(out: Path, text: str, headline: str, comparison: Comparison) -> None:
     from dfm_fast.models._pretrained import write_bytes
     from dfm_fast.profiling.pictures import bars
 
-    sides = {"before": comparison.before, "after": comparison.after}
-    sides = {name: side for name, side in sides.items() if side is not None}
+    both = {"before": comparison.before, "after": comparison.after}
+    sides = {name: side for name, side in both.items() if side is not None}
     picture = bars({side.title: side.profile for side in sides.values()}, LIMIT)
     figures = json.dumps(_figures(headline, comparison, sides), indent=1)
     out.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,16 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfm_fast.cli import _configs, _pipelines
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dfm_fast.training.recipes import Recipe
 
 PROG = "dfm-fast sample"
 
@@ -71,11 +77,11 @@ def _run(args: argparse.Namespace) -> None:
         model.compile()
     size = args.batch or count
 
-    def write(path: Path, x) -> None:
+    def write(path: Path, x: Tensor) -> None:
         x = torch.cat([decode(part.to(device)).cpu() for part in x.split(size)])
         print(pictures.write(path, pictures.grid(x, columns)))
 
-    def preview(stage: int, x) -> None:
+    def preview(stage: int, x: Tensor) -> None:
         if stage + 1 < recipe.num_levels:
             write(args.out.with_name(f"{args.out.stem}-stage{stage + 1}{args.out.suffix}"), x)
 
@@ -89,7 +95,7 @@ def _run(args: argparse.Namespace) -> None:
     write(args.out, x)
 
 
-def numbers(recipe, args: argparse.Namespace) -> dict[str, Any]:
+def numbers(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """steps, threshold and cfg, that make sense together: looked at before anything is sampled."""
     from dfm_fast import _checks
     from dfm_fast.flow import StageSchedule
@@ -108,7 +114,9 @@ def numbers(recipe, args: argparse.Namespace) -> dict[str, Any]:
     return {"steps": steps, "threshold": threshold, "cfg": args.cfg}
 
 
-def chosen(recipe, classes: list[str] | None, count: int | None):
+def chosen(
+    recipe: Recipe, classes: list[str] | None, count: int | None
+) -> tuple[Tensor | None, int, int | None]:
     """(labels or None, number of pictures, columns or None)"""
     import torch
 
@@ -120,14 +128,14 @@ def chosen(recipe, classes: list[str] | None, count: int | None):
         if classes:
             _checks.fail("sample", "--classes", "none: the model has no classes", " ".join(classes))
         return None, count or 16, None
-    wanted = range(min(10, recipe.num_classes))
+    wanted: Sequence[int] = range(min(10, recipe.num_classes))
     if classes:
         wanted = [_class(recipe, name) for name in classes]
     each = count or 8
     return torch.tensor(list(wanted)).repeat_interleave(each), each * len(wanted), each
 
 
-def _class(recipe, name: str) -> int:
+def _class(recipe: Recipe, name: str) -> int:
     """A label by its name, or by its number where no class is called by a number."""
     from dfm_fast import _checks
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from dfm_fast.cli import _configs
+
+if TYPE_CHECKING:
+    from dfm_fast.training.snapgen import SnapGenConfig
 
 PROG = "dfm-fast snapgen"
 
@@ -31,7 +35,7 @@ def _run(args: argparse.Namespace) -> None:
     _configs.ended(train_snapgen(config, resume=args.resume), "pipeline", config.out / loop.EXPORT)
 
 
-def _parse(preset: str | None, resume: bool, rest: list[str]):
+def _parse(preset: str | None, resume: bool, rest: list[str]) -> SnapGenConfig:
     """The configuration of a preset, or of the folder that is resumed, with changes."""
     from dfm_fast.training import snapgen
 

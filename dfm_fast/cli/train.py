@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from dfm_fast.cli import _configs
+
+if TYPE_CHECKING:
+    from dfm_fast.training.config import TrainConfig
 
 PROG = "dfm-fast train"
 
@@ -39,7 +42,7 @@ def _run(args: argparse.Namespace) -> None:
     _configs.ended(loop.train(config, resume=args.resume), "model", config.out / loop.EXPORT)
 
 
-def parse(preset: str | None, resume: bool, rest: list[str]):
+def parse(preset: str | None, resume: bool, rest: list[str]) -> TrainConfig:
     """The configuration of a preset, or of the folder that is resumed, with changes."""
     from dfm_fast.training import config
     from dfm_fast.training.datasets import Name

@@ -6,6 +6,7 @@ in lower case with dashes (nvidia-h200.json), it is one.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -45,14 +46,15 @@ def _calls(
     device: torch.device, dtype: torch.dtype, sizes: Iterable[tuple[int, int]]
 ) -> Iterator[Callable[[], object]]:
     from dfm_fast.models import SnapGenDecoder, snapgen_t2i
+    from dfm_fast.profiling.targets import channels_last
 
-    given = {"device": device, "dtype": dtype}
-    unet, decoder = snapgen_t2i().to(**given).eval(), SnapGenDecoder().to(**given).eval()
-    unet, decoder = (model.to(memory_format=torch.channels_last) for model in (unet, decoder))
+    unet, decoder = (
+        channels_last(model.to(device, dtype).eval()) for model in (snapgen_t2i(), SnapGenDecoder())
+    )
     for n, side in sizes:
         latents = n, 16, side, side
-        yield lambda n=n, x=latents: warmup(unet, x, (n,), (n, 77, 2304))
-        yield lambda x=latents: warmup(decoder, x)
+        yield functools.partial(warmup, unet, latents, (n,), (n, 77, 2304))
+        yield functools.partial(warmup, decoder, latents)
 
 
 def tiles_of(device: torch.device, calls: Iterable[Callable[[], object]]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class Decomposition(nn.Module):
         self.set_std(std)
         return std
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + "std")
         if saved is not None:
             self.set_std(saved.tolist())
@@ -120,7 +120,9 @@ class Decomposition(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.build(x)
 
-    def _each(self, x: Tensor, offset: int, active: Active, shard: Shard | None):
+    def _each(
+        self, x: Tensor, offset: int, active: Active, shard: Shard | None
+    ) -> Iterator[tuple[int, Tensor, int, Tensor | None]]:
         """(s, level, index of its first normal, mask [N, 1] or None) of the levels to compute."""
         levels = self.build(x)
         offsets = level_offsets([v.shape for v in levels], offset, shard)
@@ -145,7 +147,12 @@ class Decomposition(nn.Module):
         x_t: Levels = [None] * self.num_levels
         v: Levels = [None] * self.num_levels
         for s, level, start, mask in self._each(x, offset, active, shard):
-            options = {"offset": start, "num_levels": 1, "active": mask, "targets": targets}
+            options: dict[str, Any] = {
+                "offset": start,
+                "num_levels": 1,
+                "active": mask,
+                "targets": targets,
+            }
             noisy, target = pyramid_add_noise(
                 level, t[:, s : s + 1], seed, factor=(2,) * (level.ndim - 2), **options
             )
@@ -167,7 +174,11 @@ class Decomposition(nn.Module):
         columns = [x.new_zeros(x.shape[0], dtype=dtype)] * self.num_levels
         for s, level, start, mask in self._each(x, offset, active, shard):
             if predictions[s] is not None:
-                one = {"offset": start, "active": mask, "factor": (2,) * (level.ndim - 2)}
+                one: dict[str, Any] = {
+                    "offset": start,
+                    "active": mask,
+                    "factor": (2,) * (level.ndim - 2),
+                }
                 columns[s] = velocity_loss([predictions[s]], level, seed, **one)[:, 0]
         return torch.stack(columns, 1)
 
@@ -301,7 +312,9 @@ class Haar(Decomposition):
         details = [(n, (self.factor**2 - 1) * c, *frames, *s) for s in sizes[:-1]]
         return [(n, c, *frames, *sizes[0]), *details]
 
-    def add_noise(self, x: Tensor, t: Tensor, seed: Seed, **options: Any):
+    def add_noise(
+        self, x: Tensor, t: Tensor, seed: Seed, **options: Any
+    ) -> tuple[Levels, Levels | None]:
         if self.factor != 2 or x.ndim != 4:
             return super().add_noise(x, t, seed, **options)
         shard = options.pop("shard", None)

@@ -34,7 +34,7 @@ class Exportable:
 
     model: Pretrained
     plain: Callable[..., Any]  # of the model and the inputs: the network in plain torch
-    wrap: Callable[[Pretrained], nn.Module]
+    wrap: Callable[..., nn.Module]  # of the model
     outputs: tuple[str, ...]
     dynamic: dict[str, Any]  # of each input, as torch.export takes them
     draw: Callable[[int, Sides, torch.Generator], Examples]
@@ -47,7 +47,12 @@ class Exportable:
 
 def exportable(model: Any, levels: int | None, size: Sequence[int] | None) -> Exportable:
     """Raises TypeError for another model, ValueError for what it has not."""
-    of = {SnapGenUNet: _unet, SnapGenDecoder: _decoder, DFMTransformer: _dfm}.get(type(model))
+    kinds: dict[type, Callable[..., Exportable]] = {
+        SnapGenUNet: _unet,
+        SnapGenDecoder: _decoder,
+        DFMTransformer: _dfm,
+    }
+    of = kinds.get(type(model))
     if of is None:
         names = "a SnapGenUNet, SnapGenDecoder or DFMTransformer"
         _checks.fail(OP, "model", names, type(model).__name__, TypeError)

@@ -74,6 +74,11 @@ class Pretrained(nn.Module):
         """Fill the buffers that are not saved."""
 
 
+def config_of(model: Any) -> Any:
+    """Of a model of diffusers or transformers, which type checkers know as a module and no more."""
+    return model.config
+
+
 def check_state(op: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raise one ValueError that names every key that is missing, unknown, of another shape, or no
     floating-point numbers where the model's are."""

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from dfm_fast import _checks
+from dfm_fast.models._pretrained import config_of
 from dfm_fast.models.snapgen import SnapGenUNet
 
 _ATTENTION = ("attn.qkv", "attn.proj")
@@ -191,7 +192,7 @@ def snapgen_from_dreamlite(unet: nn.Module) -> SnapGenUNet:
     Raises:
         ValueError: a configuration that `SnapGenUNet` has no form of, by its key.
     """
-    op, config = "snapgen_from_dreamlite", dict(unet.config)
+    op, config = "snapgen_from_dreamlite", dict(config_of(unet))
     for key, allowed in _DREAMLITE.items():
         if any(value not in allowed for value in _listed(config[key], 1)):
             expected = " or ".join(map(repr, allowed))

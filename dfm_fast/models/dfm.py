@@ -41,6 +41,7 @@ from dfm_fast.models._functions import (
 )
 from dfm_fast.models._pretrained import Pretrained
 from dfm_fast.nn._linears import linear
+from dfm_fast.nn._lists import ModuleList
 from dfm_fast.nn.activations import FeedForward
 from dfm_fast.ops import (
     ada_layer_norm,
@@ -63,7 +64,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t).to(self.mlp[0].weight.dtype))
+        first: Any = self.mlp[0]
+        return self.mlp(timestep_embedding(t).to(first.weight.dtype))
 
 
 class Attention(nn.Module):
@@ -82,10 +84,9 @@ class Attention(nn.Module):
         qkv = linear(x, self.qkv.weight, self.qkv.bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, T, H, d]
         if self.q_norm is not None or rotary is not None:
-            weights = (
-                (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
-            )
-            q, k = qk_norm_rope(q, k, *weights, *(rotary or (None, None)), eps=EPS)
+            of_q = None if self.q_norm is None else self.q_norm.weight
+            of_k = None if self.k_norm is None else self.k_norm.weight
+            q, k = qk_norm_rope(q, k, of_q, of_k, *(rotary or (None, None)), eps=EPS)
         heads = (a.transpose(1, 2) for a in (q, k, v))
         y = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         return linear(y, self.proj.weight, self.proj.bias)
@@ -177,12 +178,12 @@ class DFMTransformer(Pretrained):
         self.sizes = [c * p * p for c, p in zip(self.channels, patch_sizes, strict=True)]
         self.patch_embedding = nn.Linear(sum(self.sizes), hidden_size, bias=False)
         self.patch_bias = nn.Parameter(torch.zeros(self.num_levels, hidden_size))
-        self.t_embedders = nn.ModuleList(TimestepEmbedder(hidden_size) for _ in patch_sizes)
+        self.t_embedders = ModuleList(TimestepEmbedder(hidden_size) for _ in patch_sizes)
         # The last label is the null label.
         self.y_embedder = nn.Embedding(num_classes + 1, hidden_size) if num_classes else None
         stages = self.num_levels if stage_embedding else 0
         self.stage_embedder = nn.Embedding(stages, hidden_size) if stages else None
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
         )
         self.block_conditioning = (
@@ -204,8 +205,9 @@ class DFMTransformer(Pretrained):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for embedder in self.t_embedders:
-            for i in (0, 2):
-                nn.init.normal_(embedder.mlp[i].weight, std=0.02)
+            for layer in embedder.mlp:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
         for embedding in (self.y_embedder, self.stage_embedder):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.02)
@@ -221,7 +223,8 @@ class DFMTransformer(Pretrained):
     def reset_buffers(self) -> None:
         device = self.patch_bias.device
         if self.positions == "sincos":
-            self.position_table = sincos_2d(*self.input_size, self.hidden_size, device)
+            height, width = self.input_size
+            self.position_table = sincos_2d(height, width, self.hidden_size, device)
 
     @property
     def null_class(self) -> int:
@@ -272,12 +275,12 @@ class DFMTransformer(Pretrained):
 
     def embed_patches(self, levels: Levels) -> Tensor:
         """[N, tokens, D]: one product for all levels that are given, and the biases of all."""
-        given = [s for s, level in enumerate(levels) if level is not None]
-        patches = torch.cat([patchify(levels[s], self.patch_sizes[s]) for s in given], -1)
-        weight = self.patch_embedding.weight
+        given = [(s, level) for s, level in enumerate(levels) if level is not None]
+        patches = torch.cat([patchify(level, self.patch_sizes[s]) for s, level in given], -1)
+        weight: Tensor = self.patch_embedding.weight
         if len(given) < self.num_levels:
             columns = weight.split(self.sizes, 1)
-            weight = torch.cat([columns[s] for s in given], 1)
+            weight = torch.cat([columns[s] for s, _ in given], 1)
         return F.linear(patches.to(weight.dtype), weight, self.patch_bias.sum(0))
 
     def conditioning(self, t: Tensor, active: Tensor | None, y: Tensor | None) -> Tensor:
@@ -353,19 +356,19 @@ class DFMTransformer(Pretrained):
         self, normed: Tensor, vectors: Sequence[Sequence[Tensor]], levels: Levels
     ) -> list[Tensor | None]:
         """(normed (1 + scale) + shift) H + h of all levels that are given, in one product."""
-        given = [s for s, level in enumerate(levels) if level is not None]
+        given = [(s, level) for s, level in enumerate(levels) if level is not None]
         rows, biases = self.heads.weight.split(self.sizes), self.heads.bias.split(self.sizes)
         weights, constants = [], []
-        for s in given:
+        for s, _ in given:
             shift, scale = vectors[self.depth + s]
             weights.append(rows[s] * (1 + scale).unsqueeze(1))  # [N, K, D]
             constants.append(F.linear(shift, rows[s], biases[s]))  # [N, K]
         weight, constant = torch.cat(weights, 1), torch.cat(constants, 1)
         tokens = normed.to(weight.dtype) @ weight.transpose(1, 2) + constant.unsqueeze(1)
         found: list[Tensor | None] = [None] * self.num_levels
-        parts = tokens.split([self.sizes[s] for s in given], -1)
-        for s, part in zip(given, parts, strict=True):
-            found[s] = unpatchify(part, levels[s], self.patch_sizes[s]).to(levels[s].dtype)
+        parts = tokens.split([self.sizes[s] for s, _ in given], -1)
+        for (s, level), part in zip(given, parts, strict=True):
+            found[s] = unpatchify(part, level, self.patch_sizes[s]).to(level.dtype)
         return found
 
     def _labels(self, y: Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -410,13 +413,15 @@ class DFMTransformer(Pretrained):
         # An exported graph's sizes may be symbols, which a comparison would fix.
         if all(isinstance(n, int) for n in grid) and grid[1:] == self.input_size:
             return self.position_table
-        return sincos_2d(*grid[1:], self.hidden_size, self.patch_bias.device)
+        _, height, width = grid
+        return sincos_2d(height, width, self.hidden_size, self.patch_bias.device)
 
     def _rotary(self, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
         dim = self.hidden_size // self.num_heads
-        if grid[0] == 1:
-            return rope_2d(*grid[1:], dim, device=device)
-        return rope_3d(*grid, dim, device=device)
+        frames, height, width = grid
+        if frames == 1:
+            return rope_2d(height, width, dim, device=device)
+        return rope_3d(frames, height, width, dim, device=device)
 
 
 def _check(config: dict[str, Any]) -> tuple[int, ...]:
@@ -454,27 +459,27 @@ def _check(config: dict[str, Any]) -> tuple[int, ...]:
 
 def DFM_S(
     in_channels: int | Sequence[int] = 4, patch_sizes: Sequence[int] = (1, 2), **options: Any
-):
+) -> DFMTransformer:
     """384 wide, 12 layers, 6 heads; arguments as `DFMTransformer`."""
     return DFMTransformer(in_channels, patch_sizes, 384, 12, 6, **options)
 
 
 def DFM_B(
     in_channels: int | Sequence[int] = 4, patch_sizes: Sequence[int] = (1, 2), **options: Any
-):
+) -> DFMTransformer:
     """768 wide, 12 layers, 12 heads."""
     return DFMTransformer(in_channels, patch_sizes, 768, 12, 12, **options)
 
 
 def DFM_L(
     in_channels: int | Sequence[int] = 4, patch_sizes: Sequence[int] = (1, 2), **options: Any
-):
+) -> DFMTransformer:
     """1024 wide, 24 layers, 16 heads."""
     return DFMTransformer(in_channels, patch_sizes, 1024, 24, 16, **options)
 
 
 def DFM_XL(
     in_channels: int | Sequence[int] = 4, patch_sizes: Sequence[int] = (1, 2), **options: Any
-):
+) -> DFMTransformer:
     """1152 wide, 28 layers, 16 heads."""
     return DFMTransformer(in_channels, patch_sizes, 1152, 28, 16, **options)

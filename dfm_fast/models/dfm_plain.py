@@ -4,6 +4,9 @@ the model itself and nothing else of the library."""
 
 from __future__ import annotations
 
+from functools import reduce
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +18,8 @@ from dfm_fast.models._functions import (
     timestep_embedding,
     unpatchify,
 )
-from dfm_fast.models.dfm import EPS, DFMTransformer
+from dfm_fast.models.dfm import EPS, Attention, DFMTransformer
+from dfm_fast.nn.activations import FeedForward
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -29,9 +33,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
-def attention(attn, x: Tensor, rotary) -> Tensor:
+def attention(attn: Attention, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
-    if attn.q_norm is not None:
+    if attn.q_norm is not None and attn.k_norm is not None:
         q, k = attn.q_norm(q), attn.k_norm(k)
     if rotary is not None:
         q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -39,28 +43,29 @@ def attention(attn, x: Tensor, rotary) -> Tensor:
     return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def mlp(layers, x: Tensor) -> Tensor:
-    return layers.net[2](F.gelu(layers.net[0].proj(x), approximate="tanh"))
+def mlp(layers: FeedForward, x: Tensor) -> Tensor:
+    first: Any = layers.net[0]
+    return layers.net[2](F.gelu(first.proj(x), approximate="tanh"))
 
 
 def embed(model: DFMTransformer, levels: Levels) -> Tensor:
     weights = model.patch_embedding.weight.split(model.sizes, 1)
-    x = 0
-    for level, patch, w, b in zip(
-        levels, model.patch_sizes, weights, model.patch_bias, strict=True
-    ):
-        x = x + (b if level is None else F.linear(patchify(level, patch), w, b))
-    return x
+    parts = zip(levels, model.patch_sizes, weights, model.patch_bias, strict=True)
+    return reduce(
+        torch.add,
+        (b if level is None else F.linear(patchify(level, p), w, b) for level, p, w, b in parts),
+    )
 
 
-def condition(model: DFMTransformer, t: Tensor, active, y) -> Tensor:
+def condition(model: DFMTransformer, t: Tensor, active: Tensor | None, y: Tensor | None) -> Tensor:
     t = 1 - t if model.flip_time else t
-    c = 0
-    for s, embedder in enumerate(model.t_embedders):
-        c = c + embedder.mlp(timestep_embedding(t[:, s]).to(embedder.mlp[0].weight.dtype))
+    embedders = zip(model.t_embedders, timestep_embedding(t).unbind(1), strict=True)
+    dtype = model.modulation.weight.dtype
+    c = reduce(torch.add, (embedder.mlp(level.to(dtype)) for embedder, level in embedders))
     if model.y_embedder is not None:
         c = c + model.y_embedder(model._labels(y, len(t), t.device))
     if model.stage_embedder is not None:
+        assert active is not None
         c = c + model.stage_embedder(active.sum(1) - 1)
     return c
 

@@ -108,7 +108,7 @@ def _plain(value: Any) -> Any:
 
 
 def _expand_flux(
-    model: nn.Module,
+    model: Any,  # diffusers' FluxTransformer2DModel
     patch_sizes: Sequence[int],
     in_channels: int | Sequence[int] | None,
     options: dict[str, Any],

@@ -195,9 +195,11 @@ def _write_onnx(program: ExportedProgram, given: Exportable, file: Path, opset: 
             program, output_names=given.outputs, opset_version=opset, dynamo=True,
             verbose=False, optimize=False,
         )  # fmt: skip
+        assert made is not None  # as dynamo=True
         _simplify(made.model)
     _rename_sizes(made.model, _symbols(program, given))
-    size = sum(v.const_value.nbytes for v in made.model.graph.initializers.values())
+    values = (value.const_value for value in made.model.graph.initializers.values())
+    size = sum(value.nbytes for value in values if value is not None)
     made.save(file, external_data=size > LARGEST)
 
 

@@ -19,6 +19,7 @@ patches of the coarsest level are 2 x 2, as FLUX packs them, with the positions 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from dfm_fast import _checks
 from dfm_fast.models._functions import FREQUENCIES, Levels, patchify, token_grid, unpatchify
 from dfm_fast.models._pretrained import Pretrained
+from dfm_fast.nn._lists import ModuleList
 
 PATCH = 2  # of FLUX's latents
 EPS = 1e-6
@@ -77,8 +79,8 @@ class FluxDFM(Pretrained):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        from diffusers import FluxTransformer2DModel
-
+        # Not `from diffusers import`: type checkers would read diffusers and transformers.
+        diffusers = importlib.import_module("diffusers")
         self.channels = _check(transformer, patch_sizes, in_channels)
         self.config = {
             "transformer": dict(transformer),
@@ -88,24 +90,25 @@ class FluxDFM(Pretrained):
         }
         self.patch_sizes, self.num_levels = tuple(patch_sizes), len(patch_sizes)
         self.checkpointing = checkpointing
-        self.transformer = FluxTransformer2DModel(**transformer)
+        self.transformer = diffusers.FluxTransformer2DModel(**transformer)
         dim = self.transformer.inner_dim
         sizes = [c * p * p for c, p in zip(self.channels, patch_sizes, strict=True)][1:]
         # Of the finer levels.
-        self.patch_embedders = nn.ModuleList(nn.Linear(size, dim) for size in sizes)
-        self.t_embedders = nn.ModuleList(
+        self.patch_embedders = ModuleList(nn.Linear(size, dim) for size in sizes)
+        self.t_embedders = ModuleList(
             nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
             for _ in sizes
         )
-        self.heads = nn.ModuleList(FluxHead(dim, size) for size in sizes)
+        self.heads = ModuleList(FluxHead(dim, size) for size in sizes)
         self.reset_finer_levels()
 
     def reset_finer_levels(self) -> None:
         """Zeros wherever a finer level meets the rest. The first layers of its embedding of time
         keep a random start: the last ones get their gradient from it."""
         for embedder in self.t_embedders:
-            nn.init.normal_(embedder[0].weight, std=0.02)
-            nn.init.zeros_(embedder[0].bias)
+            first: Any = embedder[0]
+            nn.init.normal_(first.weight, std=0.02)
+            nn.init.zeros_(first.bias)
         last = (embedder[2] for embedder in self.t_embedders)
         for module in (*self.patch_embedders, *last, *self.heads):
             for parameter in module.parameters():
@@ -149,7 +152,7 @@ class FluxDFM(Pretrained):
 
     def _embed(self, levels: Levels) -> Tensor:
         """[N, tokens, D]; a level that is None counts as zeros."""
-        x: Tensor | float = 0.0
+        x: Any = 0.0  # until the first level is added
         layers = (self.transformer.x_embedder, *self.patch_embedders)
         for level, patch, layer in zip(levels, self.patch_sizes, layers, strict=True):
             if level is None:
@@ -161,7 +164,7 @@ class FluxDFM(Pretrained):
     def _conditioning(self, t: Tensor, guidance: Tensor | None, pooled: Tensor) -> Tensor:
         """c [N, D]. FLUX takes times in the dtype of its weights, a thousandfold."""
         embedder, t = self.transformer.time_text_embed, t.to(self.transformer.dtype)
-        given = (1000 * t[:, 0],)
+        given: tuple[Tensor, ...] = (1000 * t[:, 0],)
         if guidance is not None:
             given = (*given, 1000 * guidance.to(t.dtype))
         c = embedder(*given, pooled)
@@ -175,7 +178,7 @@ class FluxDFM(Pretrained):
         transformer = self.transformer
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             # By name: older versions of diffusers have other orders.
-            given = {
+            given: dict[str, Any] = {
                 "hidden_states": x,
                 "encoder_hidden_states": text,
                 "temb": c,

@@ -37,6 +37,7 @@ from dfm_fast.models.snapgen_blocks import (
     Downsample,
     Embedding,
     Map,
+    Residual,
     Rotary,
     Stage,
     Transformer,
@@ -44,7 +45,9 @@ from dfm_fast.models.snapgen_blocks import (
     joined,
     modulations_of,
     residual,
+    statistics_of,
 )
+from dfm_fast.nn._lists import ModuleList
 from dfm_fast.nn._packs import linears, pack
 from dfm_fast.nn.attentions import CrossAttention, KeyValues, rotary_tables
 from dfm_fast.nn.group_norms import GroupNormSiLU
@@ -128,9 +131,9 @@ class SnapGenUNet(Pretrained):
             if text_dim
             else None
         )
-        self.down_blocks = nn.ModuleList(self._down())
+        self.down_blocks = ModuleList(self._down())
         self.mid_block = self._middle()
-        self.up_blocks = nn.ModuleList(self._up())
+        self.up_blocks = ModuleList(self._up())
         self.conv_norm_out = GroupNormSiLU(groups, channels[0], NORM_EPS)
         self.conv_out = nn.Conv2d(channels[0], in_channels, 3, padding=1)
         self.reset_parameters()
@@ -138,7 +141,7 @@ class SnapGenUNet(Pretrained):
 
     # --- Construction ---
 
-    def _residual(self, in_channels: int, channels: int) -> nn.Module:
+    def _residual(self, in_channels: int, channels: int) -> Residual:
         c = self.config
         if c["convolutions"] == "dense":
             return DenseConvBlock(in_channels, channels, c["time_channels"], c["groups"])
@@ -151,7 +154,7 @@ class SnapGenUNet(Pretrained):
             eps=NORM_EPS,
         )
 
-    def _transformers(self, stage: int, count: int, depth: int | None = None) -> list[nn.Module]:
+    def _transformers(self, stage: int, count: int, depth: int | None = None) -> list[Transformer]:
         c = self.config
         depth = c["depths"][stage] if depth is None else depth
         given = c["channels"][stage], c["heads"][stage], depth, c, c["self_attention"][stage]
@@ -165,7 +168,7 @@ class SnapGenUNet(Pretrained):
             stage = Stage(blocks, self._transformers(s, layers))
             if s < len(self.channels) - 1:
                 sampler = Downsample(channels, self.config["samplers"])
-                stage.downsamplers = nn.ModuleList([sampler])
+                stage.downsamplers = ModuleList([sampler])
             stages.append(stage)
             width = channels
         return stages
@@ -186,7 +189,7 @@ class SnapGenUNet(Pretrained):
             plain = s == 0 and not self.config["last_transformer"]
             stage = Stage(blocks, [] if plain else self._transformers(s, len(blocks)))
             if s:
-                stage.upsamplers = nn.ModuleList([Upsample(channels, self.config["samplers"])])
+                stage.upsamplers = ModuleList([Upsample(channels, self.config["samplers"])])
             stages.append(stage)
         return stages
 
@@ -216,7 +219,7 @@ class SnapGenUNet(Pretrained):
     def _stages(self) -> list[Stage]:
         return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
-    def _residuals(self) -> list[nn.Module]:
+    def _residuals(self) -> list[Residual]:
         return [block for stage in self._stages() for block in stage.resnets]
 
     def transformers(self) -> list[Transformer]:
@@ -225,10 +228,10 @@ class SnapGenUNet(Pretrained):
     def _cross_attentions(self) -> list[CrossAttention]:
         return [b.attn2 for t in self.transformers() for b in t.transformer_blocks]
 
-    def _text_layers(self) -> list[nn.Module]:
+    def _text_layers(self) -> list[nn.Linear]:
         return [layer for a in self._cross_attentions() for layer in (a.to_k, a.to_v)]
 
-    def _time_layers(self) -> list[nn.Module]:
+    def _time_layers(self) -> list[nn.Linear]:
         return [block.time_emb_proj for block in self._residuals()]
 
     def _pack(self) -> None:
@@ -314,7 +317,9 @@ class SnapGenUNet(Pretrained):
         """
         self._check_inputs(x, t, shifts)
         texts = self._texts(text, mask)
-        shifts = self.time_shifts(t, ids) if shifts is None else shifts
+        if t is not None:
+            shifts = self.time_shifts(t, ids)
+        assert shifts is not None  # either is given
         sizes = [layer.out_features for layer in self._time_layers()]
         walk = _Walk(self, iter(shifts.split(sizes, -1)), iter(texts), x)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
@@ -377,7 +382,7 @@ class _Walk:
                 now = self.layer(stage, i, joined(now, kept.pop()), s)
             if stage.upsamplers is not None:
                 now = Map(stage.upsamplers[0](now.x))
-        return now.x, None, now.known().statistics
+        return now.x, None, statistics_of(now)
 
     def layer(self, stage: Stage, i: int, now: Map, s: int) -> Map:
         """A residual block, and its transformer where there is one."""
@@ -398,12 +403,12 @@ class _Walk:
         if not (self.unet.rope and self.unet.config["self_attention"][stage]):
             return ()
         if stage not in self.tables:
-            given = *x.shape[2:], self.unet.head_dims[stage], 1e4, x.device, x.dtype
-            self.tables[stage] = rotary_tables(*given)
+            given = self.unet.head_dims[stage], 1e4, x.device, x.dtype
+            self.tables[stage] = rotary_tables(x.shape[2:], *given)
         return self.tables[stage]
 
 
-def _zero(layer: nn.Module) -> None:
+def _zero(layer: nn.Linear | nn.Conv2d) -> None:
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dfm_fast._library import differentiable
 from dfm_fast.nn._linears import linear
+from dfm_fast.nn._lists import ModuleList
 from dfm_fast.nn.activations import FeedForward
 from dfm_fast.nn.attentions import CrossAttention, KeyValues, MultiQueryAttention
 from dfm_fast.nn.convolutions import DepthwiseConv2d
@@ -35,17 +36,21 @@ class Map(NamedTuple):
 
     def known(self) -> Map:
         """With statistics."""
-        return self if self.statistics else Map(self.x, channel_statistics(self.x.detach()))
+        return self if self.statistics else Map(self.x, statistics_of(self))
+
+
+def statistics_of(given: Map) -> ChannelStatistics:
+    return given.statistics or channel_statistics(given.x.detach())
 
 
 def joined(a: Map, b: Map) -> Map:
     """Along the channels, whose statistics are just beside each other."""
-    (_, *first), (count, *second) = a.known().statistics, b.known().statistics
-    both = (torch.cat(pair, 1) for pair in zip(first, second, strict=True))
-    return Map(torch.cat((a.x, b.x), 1), ChannelStatistics(count, *both))
+    first, second = statistics_of(a), statistics_of(b)
+    mean, m2 = (torch.cat(pair, 1) for pair in zip(first[1:], second[1:], strict=True))
+    return Map(torch.cat((a.x, b.x), 1), ChannelStatistics(second.count, mean, m2))
 
 
-def residual(block: nn.Module, given: Map, shift: Tensor) -> Map:
+def residual(block: Residual, given: Map, shift: Tensor) -> Map:
     """Either residual block, on a map with statistics."""
     if isinstance(block, SeparableConvBlock):
         return Map(*block(given.x, None, given.statistics, True, shift=shift))
@@ -72,6 +77,9 @@ class DenseConvBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
+Residual = SeparableConvBlock | DenseConvBlock
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each on a norm and added.
 
@@ -93,16 +101,15 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, NORM_EPS)
         self.ff = FeedForward(dim, mult=config["ff_mult"])
 
-    def norms(self) -> list[nn.Module]:
+    def norms(self) -> list[nn.LayerNorm]:
         """In the order of use."""
         return [norm for norm in (self.norm1, self.norm2, self.norm3) if norm is not None]
 
     def forward(self, x: Tensor, text: KeyValues, rotary: Rotary) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        if self.attn1 is not None:
-            x = x + self.attn1(self.norm1(x), *rotary)
-        elif self.norm1 is not None:
-            x = self.norm1(x)
+        if self.norm1 is not None:
+            normed = self.norm1(x)
+            x = normed if self.attn1 is None else x + self.attn1(normed, *rotary)
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
@@ -116,7 +123,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.norm = GroupNormSiLU(config["groups"], dim, TRANSFORMER_NORM_EPS, activation="none")
         self.proj_in = nn.Linear(dim, dim)
-        self.transformer_blocks = nn.ModuleList(
+        self.transformer_blocks = ModuleList(
             TransformerBlock(dim, heads, config, self_attention) for _ in range(depth)
         )
         self.proj_out = nn.Linear(dim, dim)
@@ -156,7 +163,9 @@ class Transformer(nn.Module):
         return x if y is None else x + y
 
 
-def modulations_of(transformers: Sequence[Transformer], x: Tensor) -> dict[Transformer, list]:
+def modulations_of(
+    transformers: Sequence[Transformer], x: Tensor
+) -> dict[Transformer, list[Tensor]]:
     """Of each, its LayerNorms as gate 1, shift and scale [3, D] in float32, of which `ops` have one
     pass for a sum and the norm after it; {} where that is no gain, or not exact. w = 1 + (w - 1)
     holds in float32 for all weights of 16 bits but those under 2^-13, which it moves by 2^-25."""
@@ -233,10 +242,11 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """Residual blocks, each with its transformer where there are any, and a sampler."""
 
-    def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module]) -> None:
+    def __init__(self, resnets: Sequence[Residual], attentions: Sequence[Transformer]) -> None:
         super().__init__()
-        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
-        self.downsamplers = self.upsamplers = None
+        self.resnets, self.attentions = ModuleList(resnets), ModuleList(attentions)
+        self.downsamplers: ModuleList[Downsample] | None = None
+        self.upsamplers: ModuleList[Upsample] | None = None
 
 
 class Embedding(nn.Module):

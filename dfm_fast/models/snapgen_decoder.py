@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from torch.nn import functional as F
 from dfm_fast import _checks
 from dfm_fast._library import differentiable
 from dfm_fast.models._pretrained import Pretrained
+from dfm_fast.nn._lists import ModuleList
 from dfm_fast.nn.separables import SeparableConv2d
 from dfm_fast.ops import ChannelStatistics, separable_conv2d
 from dfm_fast.ops._layouts import lay_out, memory_format
@@ -80,12 +81,14 @@ def silu_separable(conv: SeparableConv2d, x: Tensor) -> Tensor:
         return conv(F.silu(x))
     (n, c, h, w), wide = x.shape, wide_dtype(x)
     mean, m2 = x.new_zeros((n, c), dtype=wide), x.new_full((n, c), h * w, dtype=wide)
-    norm = {"num_groups": c, "eps": 0.0, "statistics": ChannelStatistics(h * w, mean, m2)}
-    return separable_conv2d(x, *_weights(conv), **norm)
+    statistics = ChannelStatistics(h * w, mean, m2)
+    return separable_conv2d(x, *_weights(conv), num_groups=c, eps=0.0, statistics=statistics)
 
 
 def _weights(conv: SeparableConv2d) -> tuple[Tensor, Tensor, Tensor]:
-    return conv.depthwise.weight, conv.pointwise.weight, conv.pointwise.bias
+    bias = conv.pointwise.bias
+    assert bias is not None  # all of the decoder have one
+    return conv.depthwise.weight, conv.pointwise.weight, bias
 
 
 class Block(nn.Module):
@@ -111,13 +114,13 @@ class Upsample(SeparableConv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, 4 * out_channels, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the map and nothing else
         """x [N, C, H, W] -> [N, O, 2H, 2W], channels_last."""
         x = x.contiguous(memory_format=LAST)
         given = x, *_weights(self)
-        return (
-            pixels_of(super().forward(x)) if differentiable(*given) else separable_upsample(*given)
-        )
+        if differentiable(*given):
+            return pixels_of(cast(Tensor, super().forward(x)))
+        return separable_upsample(*given)
 
 
 class Stage(nn.Module):
@@ -171,15 +174,15 @@ class SnapGenDecoder(Pretrained):
             shift_factor=shift_factor,
         )
         _check(self.config)
-        widths = [*reversed(block_out_channels), None]
+        widths = [*reversed(block_out_channels)]
         self.conv_in = SeparableConv2d(latent_channels, widths[0], bias=True)
-        self.stages = nn.ModuleList(
+        self.stages = ModuleList(
             Stage(channels, outputs, blocks, expansion)
-            for (channels, outputs), blocks in zip(
-                itertools.pairwise(widths), reversed(layers_per_block), strict=True
+            for channels, outputs, blocks in zip(
+                widths, (*widths[1:], None), reversed(layers_per_block), strict=True
             )
         )
-        self.conv_out = SeparableConv2d(widths[-2], out_channels, bias=True)
+        self.conv_out = SeparableConv2d(widths[-1], out_channels, bias=True)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -264,7 +267,8 @@ class SnapGenDecoder(Pretrained):
     def _margins(self) -> list[tuple[int, int]]:
         """Of every stage, pixels beside a tile that it needs, and that its blocks leave right: a
         block sees two pixels, any other convolution one."""
-        after, margins = 1, []  # of the last stage: conv_out's
+        margins: list[tuple[int, int]] = []
+        after = 1  # of the last stage: conv_out's
         for stage in reversed(self.stages):
             left = after if stage.upsample is None else (after + 1) // 2 + 1
             after = left + 2 * len(stage.blocks)
@@ -274,7 +278,7 @@ class SnapGenDecoder(Pretrained):
     def _tile(self, z: Tensor, spans: Sequence[Span]) -> Tensor:
         """[N, out_channels, f rows, f columns] of the latents in `spans`. What has been computed
         from a cut that is no edge of the picture is dropped before every upsampling."""
-        margins, sides = self._margins(), z.shape[2:]
+        margins, sides = self._margins(), list(z.shape[2:])
         have = [_widened(s, margins[0][0] + 1, n) for s, n in zip(spans, sides, strict=True)]
         x = self.conv_in(_cut(z, [(0, n) for n in sides], have))
         for (_, left), stage in zip(margins, self.stages, strict=True):

@@ -72,7 +72,7 @@ def save(
     numbers: Mapping[str, float],
 ) -> None:
     folder = Path(folder)
-    parts = {"unet": unet}
+    parts: dict[str, Any] = {"unet": unet}
     if not isinstance(decoder, Pixels):
         parts["decoder" if isinstance(decoder, Pretrained) else "vae"] = decoder
     index: dict[str, Any] = {"_class_name": PIPELINE, "components": {}}
@@ -122,7 +122,7 @@ def load(
     folder = Path(folder)
     index = read_index(op, folder)
     names = _components(op, folder, index)
-    options = {"device": device, "dtype": dtype}
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
     found: dict[str, Any] = {"decoder": None}
     found |= {n: OURS[n].from_pretrained(folder / n, **options) for n in names if n in OURS}
     if "vae" in names:
@@ -131,8 +131,8 @@ def load(
     if conditions is None:
         with arguments_of(folder / INDEX):
             layout = TextLayout(**index["text_layout"])
-        there = _encoders(op, folder, names, encoders)
-        conditions = TextEncoders.from_pretrained(layout, **there, **options)
+        options |= _encoders(op, folder, names, encoders)
+        conditions = TextEncoders.from_pretrained(layout, **options)
     elif encoders is not None:
         _checks.fail(op, "encoders", f"None, as {folder} has class tokens", encoders)
     return {**found, "conditions": conditions, **{n: index[n] for n in NUMBERS if n in index}}

@@ -61,8 +61,8 @@ class UNetVelocity:
         """levels: one [N, C, H, W]; t [N, 1]; modulations: a row of `modulation_table`."""
         (x,) = levels
         x = x.to(self.unet.conv_in.weight.dtype)
-        t = t[:, 0] if modulations is None else None
-        return [self.unet(x, t, text, mask=mask, ids=ids, shifts=modulations)]
+        noise_levels = t[:, 0] if modulations is None else None
+        return [self.unet(x, noise_levels, text, mask=mask, ids=ids, shifts=modulations)]
 
     def modulation_table(
         self,
@@ -120,15 +120,16 @@ class SnapGenPipeline:
         op = type(self).__name__
         if decoder is None and isinstance(unet, SnapGenUNet):
             decoder = snapgen_folders.Pixels(unet.in_channels)
-        _check_parts(op, unet, decoder, conditions)
-        self.unet, self.decoder, self.conditions = unet.eval(), decoder.eval(), conditions
+        self.decoder = _check_parts(op, unet, decoder, conditions).eval()
+        self.unet, self.conditions = unet.eval(), conditions
         if isinstance(conditions, nn.Module):
             conditions.eval()
         self.shift = _positive(op, "shift", shift)
         self.sample_size = _checks.integer(op, "sample_size", sample_size, 1)
-        scale = decoder.config.scaling_factor if scaling_factor is None else scaling_factor
+        config = self.decoder.config
+        scale = config.scaling_factor if scaling_factor is None else scaling_factor
         self.scaling_factor = _positive(op, "scaling_factor", scale)
-        offset = decoder.config.shift_factor if shift_factor is None else shift_factor
+        offset = config.shift_factor if shift_factor is None else shift_factor
         # None in configs of older autoencoders.
         self.shift_factor = finite_number(op, "shift_factor", 0 if offset is None else offset)
         self.flow = DecomposableFlow(Laplacian(1))
@@ -177,7 +178,8 @@ class SnapGenPipeline:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
         """Move all parts, in place."""
-        given = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
+        given: dict[str, Any] = {"device": device, "dtype": dtype}
+        given = {name: value for name, value in given.items() if value is not None}
         for part in (self.unet, self.decoder, self.conditions) if given else ():
             part.to(**given)
         return self
@@ -281,8 +283,8 @@ class SnapGenPipeline:
         if latents is not None:
             return latents.to(self.device, dtype)
         seeds = snapgen_requests.draw_seeds(op, seed, generator, shape[0])
-        options = {"dtype": dtype, "device": self.device}
-        return torch.cat([philox_normal((1, *shape[1:]), s, **options) for s in seeds])
+        size, device = (1, *shape[1:]), self.device
+        return torch.cat([philox_normal(size, s, dtype=dtype, device=device) for s in seeds])
 
     # --- Sampling ---
 
@@ -316,13 +318,13 @@ class SnapGenPipeline:
             shift=self.shift,
             cfg_scale=float(scale),
             uncond=texts[1] if len(texts) > 1 else None,
-            cfg_interval=tuple(interval),
+            cfg_interval=(interval[0], interval[1]),
             on_step=None if callback is None else self._on_step(callback, steps),
             noise=[noise],
             device=self.device,
             dtype=noise.dtype,
             **options,
-            **texts[0],
+            text=texts[0]["text"],
         )
 
     @torch.no_grad()
@@ -332,19 +334,23 @@ class SnapGenPipeline:
         """Conditions of all N pictures, and (guided) what guidance leads away from: all texts go
         through one product."""
         texts = self._texts(request, guided, padded)
-        made = self.unet.key_values(*(torch.cat(v) for v in list(zip(*texts, strict=True))[:2]))
-        halves = []
-        for i in range(len(texts)):
+        made = self.unet.key_values(
+            torch.cat([part.text for part in texts]), torch.cat([part.mask for part in texts])
+        )
+
+        def half(i: int) -> list[KeyValues]:
             rows = slice(i * request.rows, (i + 1) * request.rows)
-            each = [(v[rows].repeat_interleave(request.each, 0) for v in layer) for layer in made]
-            halves.append({"text": [KeyValues(*layer) for layer in each]})
-        return halves
+            return [
+                layer.map(lambda v: v[rows].repeat_interleave(request.each, 0)) for layer in made
+            ]
+
+        return [{"text": half(i)} for i in range(len(texts))]
 
     def _texts(self, request: Request, guided: bool, padded: bool) -> list[TextConditions]:
         """Of B rows: the conditions, and (guided) what guidance leads away from. padded: always of
         one length."""
-        where = {"device": self.device, "dtype": self.dtype}
-        if request.labels is not None:
+        where: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        if isinstance(self.conditions, ClassTokens):
             labels = torch.tensor(request.labels, device=self.conditions.weight.device)
             found = self.conditions(labels).to(**where)
         elif guided and request.negatives is not None:
@@ -377,7 +383,8 @@ class SnapGenPipeline:
 # --- Parts ----------------------------------------------------------------------------------------
 
 
-def _check_parts(op: str, unet: Any, decoder: Any, conditions: Any) -> None:
+def _check_parts(op: str, unet: Any, decoder: Any, conditions: Any) -> Any:
+    """The decoder, ours or diffusers', whose class does not tell a type checker what it has."""
     if not isinstance(unet, SnapGenUNet):
         _checks.fail(op, "unet", "a SnapGenUNet", type(unet).__name__, TypeError)
     if unet.num_ids:
@@ -390,11 +397,11 @@ def _check_parts(op: str, unet: Any, decoder: Any, conditions: Any) -> None:
     if not isinstance(conditions, TextEncoders | ClassTokens):
         got = type(conditions).__name__
         _checks.fail(op, "conditions", "TextEncoders or ClassTokens", got, TypeError)
-    tokens = isinstance(conditions, ClassTokens)
-    dim = conditions.dim if tokens else conditions.layout.dim
+    dim = conditions.dim if isinstance(conditions, ClassTokens) else conditions.layout.dim
     width = unet.config["text_dim"] or unet.config["cross_dim"]
     if dim != width:
         _checks.fail(op, "conditions", f"tokens of width {width} as unet takes them", dim)
+    return decoder
 
 
 def _positive(op: str, name: str, value: Any) -> float:

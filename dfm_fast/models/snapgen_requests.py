@@ -25,16 +25,16 @@ SEEDS = 1 << 64
 class Request:
     """B prompts or labels, `each` pictures of every one."""
 
-    prompts: list[str] | None  # B
+    prompts: list[str]  # B, or none beside labels
     negatives: list[str] | None  # B, or None: no text
-    labels: list[int] | None  # B
+    labels: list[int]  # B, or none beside prompts
     each: int
     size: tuple[int, int, int]  # of a picture's latents, [C, h, w]
 
     @property
     def rows(self) -> int:
         """B"""
-        return len(self.labels if self.prompts is None else self.prompts)
+        return len(self.prompts or self.labels)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,7 +55,9 @@ def make_request(
     if (prompt is None) == (class_labels is None):
         got = "neither" if prompt is None else "both"
         _checks.fail(op, "prompt", "prompts, or class_labels in their place", got)
-    prompts = negatives = labels = None
+    prompts: list[str] = []
+    labels: list[int] = []
+    negatives = None
     if prompt is None:
         labels = _labels(op, pipeline, class_labels)
         if negative_prompt is not None:
@@ -66,7 +68,7 @@ def make_request(
         prompts = _texts(op, "prompt", prompt)
         negatives = _negatives(op, negative_prompt, len(prompts))
     each = _checks.integer(op, "num_images_per_prompt", each, 1)
-    sides = [_side(op, pipeline, *side) for side in (("height", height), ("width", width))]
+    sides = _side(op, pipeline, "height", height), _side(op, pipeline, "width", width)
     return Request(prompts, negatives, labels, each, (pipeline.unet.in_channels, *sides))
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dfm_fast import _checks
+from dfm_fast.models._pretrained import config_of
 from dfm_fast.models.text_layouts import (
     CLIP,
     ENCODERS,
@@ -75,7 +76,9 @@ class TextEncoder:
             _checks.fail(op, name, " or ".join(classes), type(module).__name__, TypeError)
         self.name, self.is_clip = name, name in CLIP
         self.module, self.tokenizer = module.eval().requires_grad_(False), tokenizer
-        config = module.config
+        config = config_of(module)
+        self.width: int
+        self.max_length: int
         self.width, self.max_length = config.hidden_size, config.max_position_embeddings
         if len(tokenizer) > config.vocab_size:
             expected = f"at most the model's {config.vocab_size} tokens"
@@ -142,11 +145,11 @@ class TextEncoder:
             expected = "finite states (float16 is too narrow for some models; bfloat16 is not)"
             _checks.fail(type(self).__name__, self.name, expected, f"inf or nan in {hidden.dtype}")
         hidden = hidden.cpu()
-        pooled = [None] * len(rows) if pooled is None else pooled.cpu()
+        each = [None] * len(rows) if pooled is None else pooled.cpu().unbind()
         # A view would keep the whole batch.
         return [
             TokenStates(h[: fixed or len(row)].clone(), None if p is None else p.clone())
-            for row, h, p in zip(rows, hidden, pooled, strict=True)
+            for row, h, p in zip(rows, hidden, each, strict=True)
         ]
 
     def _clip(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +223,7 @@ def _load_model(transformers: Any, op: str, name: str, folder: Path) -> nn.Modul
     if found[0] not in classes:
         expected = f"architectures of {', '.join(classes)} in {folder / 'config.json'}"
         _checks.fail(op, name, expected, found[0])
-    options = {} if name in CLIP else {"attn_implementation": "eager"}
+    options: dict[str, Any] = {} if name in CLIP else {"attn_implementation": "eager"}
     options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     module, info = getattr(transformers, classes[found[0]]).from_pretrained(folder, **options)
     if info["missing_keys"]:  # transformers draws them at random, and says so in a log
@@ -284,15 +287,17 @@ class TextEncoders:
                 as `TextEncoder.load` and the constructor.
         """
         op = f"{cls.__name__}.from_pretrained"
-        given = {"clip_l": clip_l, "clip_g": clip_g, "gemma": gemma}
-        given = {name: folder for name, folder in given.items() if folder is not None}
+        folders = {"clip_l": clip_l, "clip_g": clip_g, "gemma": gemma}
+        given = {name: folder for name, folder in folders.items() if folder is not None}
         _check_names(op, layout, given)
         missing = {name: _missing(folder) for name, folder in given.items()}
         if any(missing.values()):
             wrong = "; ".join(f"{name}: {text}" for name, text in missing.items() if text)
             raise FileNotFoundError(f"{op}: {wrong}")
-        options = {"device": device, "dtype": dtype}
-        encoders = {n: TextEncoder.load(n, folder, **options) for n, folder in given.items()}
+        encoders = {
+            name: TextEncoder.load(name, folder, device=device, dtype=dtype)
+            for name, folder in given.items()
+        }
         return cls(layout, encoders, cache=cache)
 
     @property
@@ -341,8 +346,9 @@ class TextEncoders:
         """
         states = self.states(prompts, only)
         batch = 1 if isinstance(prompts, str) else len(prompts)
-        options = {"device": self.device if device is None else device, "dtype": dtype}
-        return join_states(self.layout, states, keep, batch=batch, padded=padded, **options)
+        device = self.device if device is None else device
+        options: dict[str, Any] = {"padded": padded, "device": device, "dtype": dtype}
+        return join_states(self.layout, states, keep, batch=batch, **options)
 
     def states(
         self, prompts: str | Sequence[str], only: Sequence[str] | None = None
@@ -383,7 +389,7 @@ def _check_encoders(op: str, layout: TextLayout, encoders: Mapping[str, TextEnco
     for name, encoder in encoders.items():
         if encoder.name != name:
             _checks.fail(op, name, f"an encoder named {name}", encoder.name)
-        config, width = encoder.module.config, getattr(layout, name)
+        config, width = config_of(encoder.module), getattr(layout, name)
         if encoder.width != width:
             _checks.fail(op, name, f"width {width} of the layout", encoder.width)
         if not encoder.is_clip:

@@ -52,7 +52,10 @@ class TextConditions(NamedTuple):
 
     def unconditional(self) -> TextConditions:
         """Of the same shapes, with no token: `uncond` of guidance."""
-        return TextConditions(*(None if v is None else torch.zeros_like(v) for v in self))
+        text, mask = torch.zeros_like(self.text), torch.zeros_like(self.mask)
+        return TextConditions(
+            text, mask, None if self.pooled is None else torch.zeros_like(self.pooled)
+        )
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -299,7 +302,7 @@ def _check_states(
     op = "join_states"
     if unknown := sorted(states.keys() - set(layout.names)):
         _checks.fail(op, "states", f"encoders of {', '.join(layout.names)}", ", ".join(unknown))
-    counts = {len(rows) for rows in states.values()} | ({batch} - {None})
+    counts = {len(rows) for rows in states.values()} | ({batch} if batch is not None else set())
     if len(counts) != 1:
         _checks.fail(op, "states", "one number of texts", sorted(counts) or "no encoder, no batch")
     for name, rows in states.items():

@@ -12,10 +12,11 @@ import itertools
 import json
 import os
 import warnings
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,7 @@ class TextTable:
             keep = keep.cpu() & ~null[:, None]
         picked = labels.masked_fill(null, 0).tolist()
         states = {name: [rows[i] for i in picked] for name, rows in self.states.items()}
-        options = {"padded": padded, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"padded": padded, "device": device, "dtype": dtype}
         return join_states(self.layout, states, keep, batch=len(picked), **options)
 
     def save(self, file: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -120,7 +121,8 @@ class TextTable:
             tensors[f"{name}.hidden"] = hidden.to(dtype)  # [sum of S, W]
             tensors[f"{name}.lengths"] = torch.tensor([len(s.hidden) for s in rows])  # [N]
             if rows[0].pooled is not None:
-                tensors[f"{name}.pooled"] = torch.stack([s.pooled for s in rows]).to(dtype)
+                pooled = [s.pooled for s in rows if s.pooled is not None]
+                tensors[f"{name}.pooled"] = torch.stack(pooled).to(dtype)
         metadata = {"texts": json.dumps(self.texts), "layout": json.dumps(self.layout.to_dict())}
         write_bytes(Path(file), save(tensors, metadata))
 
@@ -145,7 +147,24 @@ class TextTable:
         return cls(layout, json.loads(metadata["texts"]), {n: _Rows(tensors, n) for n in names})
 
 
-class _Rows(Sequence[TokenStates]):
+class _States(Sequence[TokenStates]):
+    """Of one encoder, made when they are asked for."""
+
+    @overload
+    def __getitem__(self, i: int) -> TokenStates: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[TokenStates]: ...
+
+    def __getitem__(self, i: int | slice) -> TokenStates | list[TokenStates]:
+        places = range(len(self))[i]
+        return self._row(places) if isinstance(places, int) else [*map(self._row, places)]
+
+    @abstractmethod
+    def _row(self, i: int) -> TokenStates: ...
+
+
+class _Rows(_States):
     """Those of one encoder in a saved table."""
 
     def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
@@ -155,13 +174,12 @@ class _Rows(Sequence[TokenStates]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, i: int) -> TokenStates:
-        i = range(len(self))[i]
+    def _row(self, i: int) -> TokenStates:
         hidden = self.hidden[self.ends[i - 1] if i else 0 : self.ends[i]]
         return TokenStates(hidden, None if self.pooled is None else self.pooled[i])
 
 
-class _Joined(Sequence[TokenStates]):
+class _Joined(_States):
     """Several tables' rows of one encoder."""
 
     def __init__(self, parts: Sequence[Sequence[TokenStates]]) -> None:
@@ -171,8 +189,7 @@ class _Joined(Sequence[TokenStates]):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, i: int) -> TokenStates:
-        i = range(len(self))[i]
+    def _row(self, i: int) -> TokenStates:
         part = bisect.bisect_right(self.ends, i)
         return self.parts[part][i - (self.ends[part - 1] if part else 0)]
 
@@ -272,11 +289,11 @@ def read_class_names(file: str | os.PathLike[str]) -> tuple[str, ...]:
     if not file.is_file():
         raise FileNotFoundError(f"{op}: file: expected a file of names, got {file}")
     text = file.read_text(encoding="utf-8")
-    names = _json_names(op, file, text) if file.suffix == ".json" else text.splitlines()
-    if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        first = next((i for i, n in enumerate(names) if not isinstance(n, str) or not n.strip()), 0)
+    given = _json_names(op, file, text) if file.suffix == ".json" else text.splitlines()
+    if not given or not all(isinstance(name, str) and name.strip() for name in given):
+        first = next((i for i, n in enumerate(given) if not isinstance(n, str) or not n.strip()), 0)
         _checks.fail(op, "file", f"a name for every label in {file}", f"none for label {first}")
-    names = tuple(name.strip() for name in names)
+    names = tuple(name.strip() for name in given)
     if same := _repeated(names):
         warnings.warn(f"{op}: {file}: several classes of one name: {same}", stacklevel=2)
     return names

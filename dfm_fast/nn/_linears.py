@@ -77,7 +77,7 @@ def sum_of_rows(rows: Tensor) -> Tensor:
 
 def onednn_leads() -> bool:
     """On a processor where MKL's products are slow, unless oneDNN is turned off."""
-    return _amd() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return _amd() and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a [M, K] times the transpose of b [N, K], plus bias [N], in sums of LONGEST_SUM at most."""
     call, size = torch.ops.mkldnn._linear_pointwise, a.shape[1]  # what Inductor calls
     width = -(-size // -(-size // LONGEST_SUM))
-    y = None
+    y: Tensor | None = None
     for start in range(0, size, width):
         # Strided operands are very slow.
         part = slice(start, start + width)
@@ -99,6 +99,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
             y = call(left, right, bias, "none", [], "")
         else:
             y = call.binary(left, y, right, None, "add")
+    assert y is not None  # a size of 0 has raised
     return y
 
 

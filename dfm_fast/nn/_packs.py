@@ -32,7 +32,7 @@ def pack(*layers: nn.Linear) -> None:
                 w.data = part
 
 
-def packed(*layers: nn.Module) -> Tensor | None:
+def packed(*layers: nn.Linear) -> Tensor | None:
     """The weight of all, [sum of outputs, inputs], if it lies there and the layers are plain."""
     if any(type(layer) is not nn.Linear for layer in layers):
         return None
@@ -86,7 +86,8 @@ def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
         whole = packed(*layers)
     if whole is None:
         return tuple(layer(x) for layer in layers)
-    parts, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    parts = [layer.weight for layer in layers]
+    biases: list[Tensor] = [layer.bias for layer in layers]
     bias = None if biases[0] is None else torch.cat(biases)
     if differentiable(x, *parts, *([] if bias is None else [bias])):
         y = _PackedLinear.apply(x, whole, bias, *parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -149,10 +149,11 @@ def _blocks(rows: Tensor) -> list[slice]:
 def _weight_gradient(dy: Tensor, h: Tensor, activation: _Activation) -> Tensor:
     """The transpose of dy times f(h). A narrow dtype would be rounded once a block: all at once."""
     blocks = _blocks(h) if dy.dtype.itemsize >= 4 else [slice(None)]
-    total = None
+    total: Tensor | None = None
     for part in blocks:
         left, right = dy[part].t(), activation.function(h[part]).to(dy.dtype)
         total = left @ right if total is None else total.addmm_(left, right)
+    assert total is not None  # there is a block
     return total
 
 
@@ -160,6 +161,7 @@ def _hidden_gradient(dy: Tensor, weight: Tensor, h: Tensor, activation: _Activat
     """That of h, for dy of the linear layer, all [rows, ...]."""
     weight, dh, blocks = weight.to(dy.dtype).t(), torch.empty_like(h), _blocks(h)
     weight = weight.contiguous() if serves(dy, weight) else weight
+    assert activation.gradient is not None  # see `_recomputes`
     for part in blocks:
         part_dh = activation.gradient(linear(dy[part], weight).to(h.dtype), h[part])
         if len(blocks) == 1:
@@ -275,7 +277,7 @@ class FeedForward(nn.Module):
 class Projected(NamedTuple):
     """A first layer whose projection is part of somebody else's module."""
 
-    proj: nn.Module
+    proj: Any  # nn.Linear, or what takes its place
     activation: _Activation
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -287,9 +289,7 @@ def activation_of(name: str) -> _Activation:
     return _ACTIVATIONS[name]
 
 
-def feed_forward(
-    x: Tensor, first: nn.Module | Projected, dropout: nn.Module, last: nn.Module
-) -> Tensor:
+def feed_forward(x: Tensor, first: Any, dropout: Any, last: Any) -> Tensor:
     """last(dropout(first(x))): what `FeedForward` computes, of whatever layers."""
     if not (dropout.training and dropout.p):
         if _epilogues_serve(x, first, dropout, last):
@@ -305,15 +305,15 @@ def feed_forward(
 
 def _plain(first: nn.Module | Projected, *layers: nn.Module) -> bool:
     """Whether nobody replaced the layers, or looks on."""
-    own = type(first) is Projected or (type(first) in _OWN and not _hooked(first))
-    return own and not any(map(_hooked, layers))
-
-
-_OWN = (GEGLU, _ActivatedLinear)
+    if not isinstance(first, Projected):
+        layers = first, *layers
+        if type(first) not in (GEGLU, _ActivatedLinear):
+            return False
+    return not any(map(_hooked, layers))
 
 
 def _recomputes(
-    x: Tensor, first: nn.Module | Projected, dropout: nn.Module, last: nn.Module
+    x: Tensor, first: _ActivatedLinear | Projected, dropout: nn.Module, last: nn.Module
 ) -> bool:
     """Whether backward will need the activation, and it can be computed again there."""
     return (
@@ -385,7 +385,7 @@ def _tf32(x: Tensor) -> bool:
 
 
 def _epilogues_serve(
-    x: Tensor, first: nn.Module | Projected, dropout: nn.Module, last: nn.Module
+    x: Tensor, first: _ActivatedLinear | Projected, dropout: nn.Module, last: nn.Module
 ) -> bool:
     """Whether x and the layers are plain enough, and oneDNN there."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -403,7 +403,7 @@ def _epilogues_serve(
         and not torch.is_autocast_enabled("cpu")
         and all(p.dtype == x.dtype and p.is_contiguous() for p in parameters)
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _bf16_serves()))
     )
 
@@ -420,11 +420,13 @@ def _inference(x: Tensor, first: _ActivatedLinear | Projected, last: nn.Linear) 
     """x [rows, dim] -> [rows, dim_out]. The hidden tensor comes in blocks of columns: gate, then
     hidden = (x W + b) gate, then its part of the output."""
     linear = torch.ops.mkldnn._linear_pointwise  # what Inductor calls
+    assert first.activation.onednn is not None  # see `_epilogues_serve`
     activation, form = first.activation.onednn
     weight, bias, inner = first.proj.weight, first.proj.bias, last.in_features
     blocks = -(-inner // LONGEST_SUM) if x.dtype == torch.float32 else 1
     width = -(-inner // blocks)
-    y, x = None, x.contiguous()
+    x = x.contiguous()
+    y: Tensor | None = None
     for start in range(0, inner, width):
         part = slice(start, min(start + width, inner))
         gate = (
@@ -438,6 +440,7 @@ def _inference(x: Tensor, first: _ActivatedLinear | Projected, last: nn.Linear) 
             y = linear(hidden, columns, last.bias, "none", [], "")
         else:
             y = linear.binary(hidden, y, columns, None, "add")
+    assert y is not None  # the input has elements
     return y
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dfm_fast import _checks
+from dfm_fast.nn._lists import ModuleList
 from dfm_fast.nn._packs import linears, pack
 from dfm_fast.nn.convolutions import DepthwiseConv2d
 from dfm_fast.ops import multi_query_attention, qk_norm_rope, rms_norm, rope_2d
@@ -22,7 +24,7 @@ def _heads(x: Tensor, head_dim: int) -> Tensor:
 class _Attention(nn.Module):
     """What the layers below have in common: their parameters."""
 
-    packs = ("to_q", "to_k", "to_v")  # what reads the same input
+    packs: tuple[str, ...] = ("to_q", "to_k", "to_v")  # what reads the same input
     counts = "heads", "kv_heads"  # the names of these arguments
 
     def __init__(
@@ -56,7 +58,7 @@ class _Attention(nn.Module):
         self.to_v = nn.Linear(cross_dim, kv, bias=False, **options)
         self.norm_q = nn.RMSNorm(head_dim, eps, **options) if qk_norm else None
         self.norm_k = nn.RMSNorm(head_dim, eps, **options) if qk_norm else None
-        self.to_out = nn.ModuleList([nn.Linear(inner, dim, bias=out_bias, **options)])
+        self.to_out = ModuleList([nn.Linear(inner, dim, bias=out_bias, **options)])
         pack(*self._packs())
 
     def _packs(self) -> list[nn.Linear]:
@@ -109,9 +111,10 @@ class MultiQueryAttention(_Attention):
         """x [B, T, dim]; cos, sin as `qk_norm_rope` takes them, or None: no rotation; mask bool
         [B, T] of the keys -> [B, T, dim]."""
         q, k, v = (_heads(y, self.head_dim) for y in linears(x, *self._packs()))
-        weights = (None, None) if self.norm_q is None else (self.norm_q.weight, self.norm_k.weight)
+        of_q = None if self.norm_q is None else self.norm_q.weight
+        of_k = None if self.norm_k is None else self.norm_k.weight
         if self.norm_q is not None or cos is not None:
-            q, k = qk_norm_rope(q, k, *weights, cos, sin, eps=self.eps)
+            q, k = qk_norm_rope(q, k, of_q, of_k, cos, sin, eps=self.eps)
         return self.to_out[0](multi_query_attention(q, k, v, mask).flatten(2))
 
 
@@ -121,6 +124,10 @@ class KeyValues(NamedTuple):
     k: Tensor  # [B, S, Hkv, d], normalised
     v: Tensor
     mask: Tensor | None = None  # [B, S], bool: the tokens that count
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> KeyValues:
+        """f of each."""
+        return KeyValues(f(self.k), f(self.v), None if self.mask is None else f(self.mask))
 
 
 class CrossAttention(_Attention):
@@ -138,7 +145,8 @@ class CrossAttention(_Attention):
 
     def key_values(self, text: Tensor, mask: Tensor | None = None) -> KeyValues:
         """text [B, S, cross_dim]; mask bool [B, S], True for tokens that count, or None: all."""
-        return self._key_values(*linears(text, *self._packs()), mask)
+        k, v = linears(text, *self._packs())
+        return self._key_values(k, v, mask)
 
     def _key_values(self, k: Tensor, v: Tensor, mask: Tensor | None) -> KeyValues:
         k, v = _heads(k, self.head_dim), _heads(v, self.head_dim)
@@ -161,7 +169,7 @@ class CrossAttention(_Attention):
             q = rms_norm(q, self.norm_q.weight, eps=self.eps)
         if text.k.shape[0] == 1:
             n = x.shape[0]  # len() would fix it in an exported graph
-            text = KeyValues(*(v if v is None else v.expand(n, *v.shape[1:]) for v in text))
+            text = text.map(lambda part: part.expand(n, *part.shape[1:]))
         return self.to_out[0](multi_query_attention(q, *text).flatten(2))
 
 
@@ -201,13 +209,14 @@ class SeparableConvAttention(MultiQueryAttention):
             _checks.fail(op, "rope", "a head dimension that 4 divides", self.head_dim)
         self.dim, self.kernel_size, self.rope, self.base = dim, kernel_size, rope, base
         options = {k: v for k, v in options.items() if k in ("device", "dtype")}
+        self.depthwise = None
         if kernel_size > 1:
             convolution = {"padding": kernel_size // 2, "bias": False, **options}
             self.depthwise = DepthwiseConv2d(dim, dim, kernel_size, **convolution)
-        else:
-            self.depthwise = None
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # a map in place of tokens, which has its own tables
+        self, x: Tensor, *, mask: Tensor | None = None
+    ) -> Tensor:
         """x [N, C, H, W], contiguous or channels_last; mask bool [N, H W] -> like x."""
         op = type(self).__name__
         _checks.tensor(op, "x", x, (4,))
@@ -215,9 +224,9 @@ class SeparableConvAttention(MultiQueryAttention):
             _checks.fail(op, "x", f"{self.dim} channels", x.shape[1])
         last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         size = x.shape[2:]
-        tables = ()
+        tables: tuple[Tensor, Tensor] | tuple[()] = ()
         if self.rope:
-            tables = rotary_tables(*size, self.head_dim, self.base, x.device, x.dtype)
+            tables = rotary_tables(size, self.head_dim, self.base, x.device, x.dtype)
         if self.depthwise is not None:
             x = self.depthwise(x)
         tokens = x.flatten(2).transpose(1, 2)  # [N, H W, C], a view of channels_last
@@ -229,9 +238,10 @@ class SeparableConvAttention(MultiQueryAttention):
 
 
 def rotary_tables(
-    height: int, width: int, d: int, base: float, device: torch.device, dtype: torch.dtype
+    size: Sequence[int], d: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Made once for a size; in an exported graph by itself, as sizes may be symbols there."""
+    """Of a map's size, made once; in an exported graph by itself, as sizes may be symbols there."""
+    height, width = size
     if torch.compiler.is_exporting():
         return _tables(height, width, d, base, device, dtype)
     return _kept_tables(height, width, d, base, device, dtype)

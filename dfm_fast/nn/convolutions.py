@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dfm_fast import _checks
-from dfm_fast.ops.convolutions import KERNEL_SIZES, depthwise_conv2d
+from dfm_fast.ops.convolutions import KERNEL_SIZES, Padding, depthwise_conv2d
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -34,7 +34,7 @@ class DepthwiseConv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int | None = None,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros"] = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -62,5 +62,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C, H, W] -> [N, C, ...], in its memory format."""
-        padding = {"same": None, "valid": 0}.get(self.padding, self.padding)
+        padding: Padding = self.padding if isinstance(self.padding, tuple) else None
+        if self.padding == "valid":
+            padding = 0
         return depthwise_conv2d(x, self.weight, self.bias, stride=self.stride[0], padding=padding)

@@ -45,6 +45,7 @@ class QKNormRotary(nn.Module):
         self.norm_q = nn.RMSNorm(head_dim, eps, elementwise_affine, **options)
         self.norm_k = nn.RMSNorm(head_dim, eps, elementwise_affine, **options)
         ones = None if elementwise_affine else torch.ones(head_dim, **options)
+        self.ones: Tensor | None
         self.register_buffer("ones", ones, persistent=False)
 
     def forward(
@@ -52,10 +53,9 @@ class QKNormRotary(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """q [B, T, H, d], k [B, T, Hkv, d], cos and sin [T, d/2], [B, T, d/2] or None: no rotation
         -> q, k, contiguous."""
+        weights = self.ones, self.ones
         if self.ones is None:
             weights = self.norm_q.weight, self.norm_k.weight
-        else:
-            weights = self.ones, self.ones
         options: dict[str, Any] = {"eps": self.eps, "interleaved": self.interleaved}
         return qk_norm_rope(q, k, *weights, cos, sin, **options)
 

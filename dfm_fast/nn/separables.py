@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +39,7 @@ class SeparableConv2d(nn.Module):
         super().__init__()
         if kernel_size not in (3, 5, 7):
             _checks.fail("SeparableConv2d", "kernel_size", "3, 5 or 7", kernel_size)
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         half, groups = kernel_size // 2, in_channels
         self.depthwise = nn.Conv2d(
             in_channels, in_channels, kernel_size, 1, half, groups=groups, bias=False, **options
@@ -55,7 +57,9 @@ class SeparableConv2d(nn.Module):
     ) -> Tensor | tuple[Tensor, ChannelStatistics]:
         """x [N, C, H, W] -> [N, O, H, W]; with SiLU(norm(x)) in x's place where a norm is given,
         whose statistics may be; other arguments as `separable_conv2d`."""
-        options = {} if norm is None else {"num_groups": norm.num_groups, "eps": norm.eps}
+        options: dict[str, Any] = {"with_statistics": with_statistics}
+        if norm is not None:
+            options |= {"num_groups": norm.num_groups, "eps": norm.eps}
         return separable_conv2d(
             x,
             self.depthwise.weight,
@@ -66,7 +70,6 @@ class SeparableConv2d(nn.Module):
             None if norm is None else norm.weight,
             None if norm is None else norm.bias,
             statistics=statistics,
-            with_statistics=with_statistics,
             **options,
         )
 
@@ -101,7 +104,7 @@ class SeparableConvBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden = expansion * out_channels
         self.norm1 = nn.GroupNorm(groups, in_channels, eps, **options)
         self.conv1 = SeparableConv2d(in_channels, hidden, **options)
@@ -131,7 +134,7 @@ class SeparableConvBlock(nn.Module):
         op = "SeparableConvBlock"
         _checks.tensor(op, "x", x, (4,))
         if shift is None:
-            _checks.tensor(op, "temb", temb, (2,))
+            temb = _checks.tensor(op, "temb", temb, (2,))
             if temb.shape != (x.shape[0], self.time_channels):
                 wanted = [x.shape[0], self.time_channels]
                 _checks.fail(op, "temb", f"shape {wanted}", list(temb.shape))

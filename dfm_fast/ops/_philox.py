@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -112,6 +113,14 @@ def _check_state(op: str, seed: Tensor, device: torch.device) -> None:
         _checks.fail(op, "seed", "shape [2], seed and offset", list(seed.shape))
     if seed.device != device:
         _checks.fail(op, "seed", f"device {device}", seed.device)
+
+
+@overload
+def fold(seed: int, number: int) -> int: ...
+
+
+@overload
+def fold(seed: Tensor, number: int) -> Tensor: ...
 
 
 def fold(seed: Tensor | int, number: int) -> Tensor | int:

@@ -300,7 +300,7 @@ def philox_normal(
     *,
     offset: int = 0,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = "cpu",
 ) -> Tensor:
     """Standard normals that are the same on every device.
 
@@ -310,6 +310,7 @@ def philox_normal(
             advances it replays with fresh noise); None draws both from the device's generator.
         offset: index of the first normal in the seed's stream; the tensor's offset is added.
         dtype: float32, bfloat16, float16 or float64.
+        device: of the result; None is torch's default.
 
     Returns:
         A contiguous tensor; element i (row-major) is normal offset + i of the stream.

@@ -70,7 +70,9 @@ def _down(x: Tensor, filter: str, factor: Sequence[int]) -> Tensor:
     return x
 
 
-def _sizes(sizes: Sequence[int], factor: Sequence[int]) -> Iterator[tuple[Sequence[int], tuple]]:
+def _sizes(
+    sizes: Sequence[int], factor: Sequence[int]
+) -> Iterator[tuple[Sequence[int], tuple[int, ...]]]:
     """(fine sizes, axes) of the 2x steps within one level, finest first."""
     for axes in halvings(factor):
         yield sizes, axes
@@ -424,7 +426,9 @@ def nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _pyramid_cost(x: Tensor, num_levels: int = 2, *, factor: int | Sequence[int] = 2, **_) -> int:
+def _pyramid_cost(
+    x: Tensor, num_levels: int = 2, *, factor: int | Sequence[int] = 2, **_: Any
+) -> int:
     """Least bytes of a build: x read once, every level written once."""
     factor = check_factor("laplacian_build", factor, x.ndim - 2)
     sizes = level_sizes(x.shape[2:], num_levels, factor)

@@ -21,7 +21,7 @@ again. Bytes at least: x, residual, weights and y once; backward x and dy read, 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -341,6 +341,42 @@ def _cost(
 
 
 # --- Public function ------------------------------------------------------------------------------
+
+
+@overload
+def separable_conv2d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    num_groups: int | None = None,
+    eps: float = 1e-5,
+    statistics: ChannelStatistics | None = None,
+    with_statistics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def separable_conv2d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    num_groups: int | None = None,
+    eps: float = 1e-5,
+    statistics: ChannelStatistics | None = None,
+    with_statistics: Literal[True],
+) -> tuple[Tensor, ChannelStatistics]: ...
 
 
 @operator(

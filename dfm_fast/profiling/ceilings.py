@@ -100,7 +100,8 @@ def measured(device: str) -> Ceilings:
 
 @functools.cache
 def _measured(device: str, threads: int) -> Ceilings:
-    copies, least = [], math.inf
+    copies: list[tuple[int, float]] = []
+    least = math.inf
     for nbytes in reversed(SIZES[device]):
         least = min(least, copy_seconds(device, nbytes))  # what moves less takes no longer
         copies.insert(0, (nbytes, least))

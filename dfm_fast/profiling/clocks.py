@@ -68,7 +68,7 @@ def cuda_clock(flush: Tensor) -> Callable[[Callable[[], Any]], Sampler]:
             end.synchronize()
             return begin.elapsed_time(end)
 
-        sample.is_plain_call = replay is call
+        sample.is_plain_call = replay is call  # type: ignore[attr-defined]  # functions take any
         return sample
 
     return clock
@@ -87,8 +87,13 @@ def capture(call: Callable[[], Any]) -> Callable[[], Any] | None:
     except RuntimeError:
         torch.cuda.synchronize()
         return None
+
     # The graph writes into `keep`: its memory must live as long as the graph.
-    return lambda keep=keep: graph.replay()
+    def replay() -> Any:
+        graph.replay()
+        return keep
+
+    return replay
 
 
 @contextlib.contextmanager
@@ -135,7 +140,7 @@ def cpu_seconds() -> tuple[float, float, float] | None:
     return (sum(ticks) - idle) / tick, idle / tick, own.user + own.system
 
 
-def crowd(before: tuple | None, after: tuple | None) -> float:
+def crowd(before: tuple[float, ...] | None, after: tuple[float, ...] | None) -> float:
     """Share of the machine that others used meanwhile, where little of it was idle; else 0."""
     if before is None or after is None:
         return 0.0

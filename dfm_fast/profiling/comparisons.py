@@ -32,7 +32,7 @@ from dfm_fast.profiling.targets import Target, users_code
 # Relative L2 distance over which two pieces of code compute different functions: a network's
 # rounding stays below it. (cuDNN convolves float32 in TF32 by default.)
 LOOSE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-PLAIN = {
+PLAIN: dict[type[nn.Module], Callable[..., Any]] = {
     DFMTransformer: dfm_plain.plain_forward,
     SnapGenUNet: snapgen_plain.plain_forward,
     SnapGenDecoder: snapgen_decoder_plain.plain_forward,
@@ -94,7 +94,9 @@ class Comparison:
 # --- Forms of a model -----------------------------------------------------------------------------
 
 
-def forms(target: Target) -> tuple[Callable, Callable | None, AccelerateReport | None]:
+def forms(
+    target: Target,
+) -> tuple[Callable[..., Any], Callable[..., Any] | None, AccelerateReport | None]:
     """(the model on our kernels, the model without, what `accelerate` did): of our models the
     plain form is the one without, of others what is given is."""
     for kind, plain in PLAIN.items():
@@ -115,7 +117,7 @@ def _twin(module: nn.Module) -> nn.Module:
         _checks.fail("profile", "TARGET", "a module that copy.deepcopy copies", got)
 
 
-def bound(function: Callable, target: Target, train: bool) -> Call:
+def bound(function: Callable[..., Any], target: Target, train: bool) -> Call:
     """A call of forward, or of forward and the parameters' gradients (for fixed gradients of the
     results, drawn in the first call), that returns what it computes."""
     leaves = [p for p in target.module.parameters() if p.requires_grad]
@@ -198,8 +200,8 @@ def compare(
         for name in sorted(calls.keys() - {"compiled"})
     }
     note = "" if plain is not None else "Nothing was swapped, so there is nothing to compare with."
-    more = {"note": note, "compiled": times.get("compiled")}
-    return Comparison(sides["after"], sides.get("before"), same, report, **more)
+    both = sides["after"], sides.get("before")
+    return Comparison(*both, same, report, note, times.get("compiled"))
 
 
 def in_turns(calls: dict[str, Call], device: str, seconds: float) -> dict[str, list[float]]:

@@ -47,7 +47,7 @@ def held_bytes(t: Tensor) -> int:
     return math.prod(sizes) * t.element_size()
 
 
-def moved_bytes(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
+def moved_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """Least bytes read and written by the call; 0 for views and allocations."""
     packet = func._overloadpacket
     if packet in ALLOCATES:
@@ -63,7 +63,7 @@ def moved_bytes(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int
     return _total(read) + _total(written) + result
 
 
-def call_flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
+def call_flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """By the formula registered for the operator, 0 where there is none: then it is bound by
     memory."""
     packet = func._overloadpacket
@@ -71,7 +71,9 @@ def call_flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
 
-def _arguments(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def _arguments(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
     """(read, written); what is updated in place is both."""
     packet, read, written = func._overloadpacket, [], []
     for argument, value in _bound(func._schema, args, kwargs):
@@ -85,7 +87,7 @@ def _arguments(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Ten
     return read, written
 
 
-def _bound(schema: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+def _bound(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     for i, argument in enumerate(schema.arguments):
         if i < len(args):
             yield argument, args[i]
@@ -119,7 +121,9 @@ def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int
     return 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
-def _attention_backward_flops(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any):
+def _attention_backward_flops(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+) -> int:
     """Five products, the scores' again."""
     return 5 * _attention_flops(q, k, v) // 2
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
@@ -90,20 +90,26 @@ class Profile:
     def __exit__(self, *error: Any) -> None:
         from dfm_fast.profiling.recorder import unseen_seconds, with_kernels
 
-        if self._recorder.device == "cuda":
+        recorder = self._running()
+        if recorder.device == "cuda":
             torch.cuda.synchronize()
         wall = time.perf_counter() - self._start
-        self._recorder.__exit__(*error)
+        recorder.__exit__(*error)
         self._trace.__exit__(*error)
-        self.device, self.calls = self._recorder.device, self._recorder.calls
-        recording = self._recorder.own_seconds + len(self.calls) * unseen_seconds()
+        self.device, self.calls = recorder.device, recorder.calls
+        recording = recorder.own_seconds + len(self.calls) * unseen_seconds()
         self.seconds = max(wall - recording, sum(call.seconds for call in self.calls))
         if self.device == "cuda":
             self.calls = with_kernels(self.calls, self._trace.events())
 
     def paused(self) -> AbstractContextManager[None]:
         """What runs inside is left out, while the block runs."""
-        return self._recorder.paused()
+        return self._running().paused()
+
+    def _running(self) -> Recorder:
+        if self._recorder is None:
+            _fail("block", "a block that has begun", "none")
+        return self._recorder
 
     # --- Figures ---
 
@@ -254,5 +260,5 @@ def _written(what: str, path: str | os.PathLike[str], make: Callable[[], bytes])
     return path
 
 
-def _fail(argument: str, expected: str, got: str) -> None:
+def _fail(argument: str, expected: str, got: str) -> NoReturn:
     _checks.fail("profile", argument, expected, got)

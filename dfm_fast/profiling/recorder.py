@@ -46,7 +46,11 @@ class Recorder(TorchDispatchMode):
         self.last = 0.0  # perf_counter at the end of the last operator, on the host
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if any(t not in PLAIN for t in types):  # such as DTensor, which comes back with tensors
@@ -67,7 +71,9 @@ class Recorder(TorchDispatchMode):
         self.own_seconds += self.last - entered - (end - start)
         return out
 
-    def _call(self, func: Any, args: tuple, kwargs: dict, out: Any, seconds: float) -> Call:
+    def _call(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, seconds: float
+    ) -> Call:
         given = tensors((args, kwargs))
         involved = [*given, *tensors(out)]
         if any(t.is_cuda for t in involved):

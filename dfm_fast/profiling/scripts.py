@@ -60,11 +60,11 @@ class Watch:
                     self.first = given, _copies(result)
             return result
 
-        nn.Module.__call__ = watched
+        nn.Module.__call__ = watched  # type: ignore[method-assign]
         try:
             yield
         finally:
-            nn.Module.__call__ = call
+            nn.Module.__call__ = call  # type: ignore[method-assign]
 
     def _prepare(self, module: nn.Module) -> None:
         if module in self._seen or not self.accelerating:

@@ -154,14 +154,18 @@ def _snapgen(make: Callable[[], SnapGenUNet], batch: int, size: int, dtype: torc
         _checks.fail(OP, "--size", f"a multiple of {factor}, for the stages", size)
     x = torch.randn(batch, model.in_channels, size, size).to(dtype, memory_format=LAST)
     text = torch.randn(batch, TOKENS, model.config["cross_dim"]).to(dtype)
-    return model.to(memory_format=LAST), (x, torch.rand(batch), text), {}
+    return channels_last(model), (x, torch.rand(batch), text), {}
 
 
 def _decoder(batch: int, size: int, dtype: torch.dtype) -> Made:
     """Latents with sides of `size`."""
     model = SnapGenDecoder()
     x = torch.randn(batch, model.config["latent_channels"], size, size)
-    return model.to(memory_format=LAST), (x.to(dtype, memory_format=LAST),), {}
+    return channels_last(model), (x.to(dtype, memory_format=LAST),), {}
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    return model.to(memory_format=LAST)  # type: ignore[call-overload]  # torch's stub lacks it
 
 
 # name: (what makes model and inputs, the usual size: latents of pictures of 256 or 512 px; digits)
@@ -208,7 +212,7 @@ def _factory(target: str) -> Callable[[], Any]:
         if isinstance(error.__cause__, ImportError):
             _checks.fail(OP, "TARGET", "a module that can be imported", f"{path!r}: {error}")
         raise
-    factory = module
+    factory: Any = module
     for part in name.split("."):
         factory = getattr(factory, part, None)
     if not callable(factory):
@@ -220,9 +224,9 @@ def _factory(target: str) -> Callable[[], Any]:
 
 def _guessed(target: str, module: nn.Module, batch: int, size: int | None) -> Tensor:
     """An input for the first layer: a map for a convolution, rows for a linear layer."""
-    kinds = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+    kinds: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
     for layer in module.modules():
-        if type(layer) in kinds:
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and type(layer) in kinds:
             return torch.randn(batch, layer.in_channels, *[size or 64] * kinds[type(layer)])
         if isinstance(layer, nn.Linear):
             return torch.randn(batch, size or 256, layer.in_features)

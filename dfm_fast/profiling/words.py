@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dfm_fast.profiling.tables import counted, number, of_limit
 
 if TYPE_CHECKING:
-    from dfm_fast.profiling.comparisons import Comparison, Parity
+    from dfm_fast.profiling.comparisons import Comparison, Parity, Side
     from dfm_fast.profiling.profiles import Profile, Row
 
 BOUNDS = {"copy": "by memory", "FLOPs": "by arithmetic"}
@@ -101,21 +101,23 @@ def sentences(comparison: Comparison) -> list[str]:
     lines = []
     before, after = comparison.before, comparison.after
     if before is not None:
-        lines += [_faster(comparison), _moved(before.profile, after.profile)]
+        lines += [_faster(comparison, before), _moved(before.profile, after.profile)]
     if comparison.compiled is not None:
         lines.append(_against("torch.compile of the form before", comparison, comparison.compiled))
     if comparison.parity is not None:
         lines.append(parity_sentence(comparison.parity))
     lines += [comparison.note] if comparison.note else []
     if after.peak_mib is not None:
-        against = f", before {number(before.peak_mib)} MiB" if before else ""
+        against = ""
+        if before is not None and before.peak_mib is not None:
+            against = f", before {number(before.peak_mib)} MiB"
         needs = number(after.peak_mib)
         lines.append(f"A call needs {needs} MiB beside what there is before it{against}.")
     return [line for line in (*lines, *summary(after.profile).splitlines()) if line]
 
 
-def _faster(comparison: Comparison) -> str:
-    before, after = comparison.before.seconds, comparison.after.seconds
+def _faster(comparison: Comparison, form: Side) -> str:
+    before, after = form.seconds, comparison.after.seconds
     said = f"A call takes {ms(statistics.median(after))}, before {ms(statistics.median(before))}. "
     if not after[1:]:
         said = f"It takes {ms(after[0])}, before {ms(before[0])}, in one run each, with all that "

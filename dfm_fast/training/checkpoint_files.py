@@ -94,8 +94,9 @@ def _check_index(metadata: Any, folder: Path) -> None:
     for name, value in metadata.state_dict_metadata.items():
         if not isinstance(value, TensorStorageMetadata | BytesStorageMetadata):
             raise ValueError(f"{name}: expected a tensor or bytes, got {type(value).__name__}")
-        tensor = isinstance(value, TensorStorageMetadata)
-        size = math.prod(value.size) * value.properties.dtype.itemsize if tensor else 0
+        size = 0
+        if isinstance(value, TensorStorageMetadata):
+            size = math.prod(value.size) * value.properties.dtype.itemsize
         if size > stored[name]:
             raise ValueError(f"{name}: expected {size} bytes, got {stored[name]}")
 

@@ -154,7 +154,7 @@ def check_fits(path: Path, state: Mapping[str, Any]) -> None:
             wrong.append(f"{name}: missing")
         elif isinstance(there, TensorStorageMetadata) != isinstance(own, Tensor):
             wrong.append(f"{name}: expected {type(own).__name__}, got {type(there).__name__}")
-        elif isinstance(own, Tensor) and there.size != own.shape:
+        elif isinstance(there, TensorStorageMetadata) and there.size != own.shape:
             wrong.append(f"{name}: expected shape {list(own.shape)}, got {list(there.size)}")
     if wrong:
         raise ValueError(f"checkpoint {path} does not fit the model: " + "; ".join(sorted(wrong)))

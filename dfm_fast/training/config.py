@@ -8,20 +8,29 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from dfm_fast import _checks
-from dfm_fast.training.datasets import DataConfig
+from dfm_fast.training.datasets import DataConfig, Name
 
-T = TypeVar("T")
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+Size = Literal["S", "B", "L", "XL"]
+SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The DFM transformer; see docs/models.md."""
 
-    size: Literal["S", "B", "L", "XL"] = "B"
+    size: Size = "B"
     """Width, layers and heads; each may be replaced below."""
 
     width: int | None = None
@@ -182,10 +191,14 @@ class TrainConfig(RunConfig):
 # --- Presets --------------------------------------------------------------------------------------
 
 
-def _paper(size: str, data: DataConfig, patches: tuple[int, ...], **flow: Any):
+def _paper(size: Size, data: DataConfig, patches: tuple[int, ...], **flow: Any) -> dict[str, Any]:
     """The paper's recipe and network; latents are made by `dfm-fast encode`. The class's own
     defaults give the rotary positions and the QK norm."""
-    network = {"block_conditioning": True, "stage_embedding": True, "precondition": True}
+    network: dict[str, Any] = {
+        "block_conditioning": True,
+        "stage_embedding": True,
+        "precondition": True,
+    }
     return {
         "data": data,
         "model": ModelConfig(size=size, patch_sizes=patches, **network),
@@ -195,7 +208,7 @@ def _paper(size: str, data: DataConfig, patches: tuple[int, ...], **flow: Any):
     }
 
 
-def _own(name: str, patches: tuple[int, ...], **flow: Any) -> dict[str, Any]:
+def _own(name: Name, patches: tuple[int, ...], **flow: Any) -> dict[str, Any]:
     """Data of one's own: the paper's recipe of the middle size, and patches for its resolution."""
     return {
         "data": DataConfig(name=name),
@@ -339,7 +352,7 @@ def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
 
 def _plain_to(hint: Any) -> Callable[[Any], Any]:
     options = get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return lambda value: from_json(hint, value)
     if get_origin(hint) is tuple:
         return tuple

@@ -181,7 +181,7 @@ def photos(config: DataConfig, split: str) -> Dataset:
     if size > min(min(picture.shape[1:]) for picture in photographs()):
         _checks.fail("open_dataset", "size", "crops that fit the photographs", size)
     for i, picture in enumerate(photographs()):
-        taken = held_out(*picture.shape[1:], size)
+        taken = held_out(picture.shape[1], picture.shape[2], size)
         # Pixels of the test region in every window: none for training, all for test.
         count = F.avg_pool2d(taken[None, None].double(), size, config.crop_stride)[0, 0]
         inside = count == 0 if split == "train" else count == 1
@@ -205,7 +205,8 @@ def photographs() -> tuple[Tensor, ...]:
     from sklearn.datasets import load_sample_images
 
     arrays = load_sample_images().images
-    with get_sample_data("grace_hopper.jpg") as file:
+    portrait: Any = get_sample_data("grace_hopper.jpg")  # a file, as it is no array's
+    with portrait as file:
         arrays.append(importlib.import_module("numpy").asarray(Image.open(file).convert("RGB")))
     return tuple(torch.tensor(a).permute(2, 0, 1).contiguous() for a in arrays)
 

@@ -159,7 +159,7 @@ def balance(gradient: Tensor, adversarial: Tensor) -> Tensor:
 # --- Data -----------------------------------------------------------------------------------------
 
 
-class Pairs(torch.utils.data.Dataset):
+class Pairs(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """(picture, latents), by the index that both have.
 
     Raises:
@@ -277,28 +277,32 @@ class Run:
         config.out.mkdir(parents=True, exist_ok=True)
         write_bytes(config.out / CONFIG, (json.dumps(to_json(config), indent=2) + "\n").encode())
 
-    def _source(self) -> tuple[torch.utils.data.Dataset, dict[str, Any]]:
+    def _source(self) -> tuple[orders.Items, dict[str, Any]]:
         """The data, and the arguments of a decoder of its latents."""
         op, config = "train_decoder", self.config
         pictures = open_dataset(config.data)
         if len(pictures.shape) != 3 or pictures.shape[0] not in (1, 3):
             _checks.fail(op, "data", "pictures [1 or 3, H, W]", list(pictures.shape))
+        dataset: orders.Items = pictures
+        scale: Any  # a number of every channel, or of all
+        shift: Any
         if config.latents is not None:
-            pairs = Pairs(pictures, Latents(config.latents))
+            dataset = pairs = Pairs(pictures, Latents(config.latents))
             info = pairs.latents.info
-            dataset, channels, factor = pairs, info.shape[0], pictures.shape[-1] / info.shape[-1]
+            channels, factor = info.shape[0], pictures.shape[-1] / info.shape[-1]
             scale, shift = info.scale, info.shift
         else:
+            assert config.autoencoder is not None  # as `check` has it
             self.autoencoder = own = Autoencoder.load(config.autoencoder, self.device)
             own.module.requires_grad_(False)
-            dataset, channels, factor = pictures, own.module.config.latent_channels, own.factor
+            channels, factor = own.module.config.latent_channels, own.factor
             scale, shift = own.scale, own.shift
         stages = len(config.model.block_out_channels)
         if factor != 2 ** (stages - 1):
             expected = f"as many widths as make a factor of {factor:g}"
             _checks.fail(op, "model.block_out_channels", expected, stages)
-        numbers = {"scaling_factor": scale, "shift_factor": shift}
-        numbers = {name: single(op, name, values) for name, values in numbers.items()}
+        given = {"scaling_factor": scale, "shift_factor": shift}
+        numbers = {name: single(op, name, values) for name, values in given.items()}
         model = dataclasses.asdict(config.model)
         return dataset, {"latent_channels": channels, **model, **numbers}
 
@@ -361,7 +365,9 @@ class Run:
     def _optimizers(self) -> list[tuple[torch.optim.Optimizer, float]]:
         """Those that take part in a step, and their learning rates over the decoder's."""
         share = self.config.discriminator_lr / self.config.optimizer.lr
-        return [(self.optimizer, 1.0), (self.opponent, share)][: 1 + self.has_opponent]
+        both: list[tuple[torch.optim.Optimizer, float]]
+        both = [(self.optimizer, 1.0), (self.opponent, share)]
+        return both[: 1 + self.has_opponent]
 
     def _gradient(self, y: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """That of y, a leaf, and the losses."""
@@ -370,6 +376,7 @@ class Run:
         numbers |= {"discriminator": zero, "balance": zero}
         loss = config.mse_weight * numbers["mse"]
         if config.lpips_weight:
+            assert self.perceptual is not None  # see `train_decoder`
             with self._narrow():
                 numbers["lpips"] = self.perceptual(y, x).float().mean()
             loss = loss + config.lpips_weight * numbers["lpips"]
@@ -427,6 +434,7 @@ class Run:
     def _parts(self, step: int) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
         """The discriminator's part is saved once it has come in: before, it is what the seed
         makes it, and its optimizer has no state."""
+        parts: dict[str, tuple[nn.Module, torch.optim.Optimizer]]
         parts = {"decoder": (self.decoder, self.optimizer)}
         if self._opposed(step):
             parts["discriminator"] = (self.discriminator, self.opponent)

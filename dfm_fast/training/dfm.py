@@ -50,7 +50,7 @@ class DFM:
         if recipes.needs_std(self.config):
             std = self._std(before, last)
         recipe = recipes.recipe_of(self.config, self.dataset, std)
-        if before:
+        if before is not None and last is not None:
             recipe.check_same(before, last)
         return recipe
 
@@ -91,5 +91,5 @@ class DFM:
         )  # fmt: skip
         return x, pictures.columns_of(labels)
 
-    def export(self, average: nn.Module, folder: Path) -> None:
+    def export(self, average: Any, folder: Path) -> None:
         recipes.export(folder, self.recipe, average)

@@ -16,6 +16,7 @@ of the sample's place in the batch: losses do not depend on ranks or on parts of
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -155,7 +156,7 @@ def _mse_gradient(x: Tensor, targets: Sequence[Tensor], grads: Sequence[Tensor])
     wide, scale = x.to(grads[0].dtype), 2 / math.prod(x.shape[1:])
     scales = [(scale * g).view(-1, *[1] * (x.ndim - 1)) for g in grads]
     terms = ((wide - t.to(wide.dtype)) * s for t, s in zip(targets, scales, strict=True))
-    return sum(terms).to(x.dtype)
+    return functools.reduce(torch.add, terms).to(x.dtype)
 
 
 def _blocks(x: Tensor) -> list[slice]:
@@ -236,7 +237,9 @@ class Projector(nn.Sequential):
         first = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         super().__init__(first, nn.SiLU(), nn.Conv2d(in_channels, out_channels, 1))
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(  # type: ignore[override]  # a grid, too
+        self, x: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
         """-> [N, out_channels, *grid]"""
         return super().forward(F.adaptive_avg_pool2d(x, grid))
 
@@ -281,7 +284,8 @@ class DistillationLoss(nn.Module):
         self._teacher = [None if teacher is None else frozen(teacher)]
         if teacher is None and channels:
             _checks.fail(op, "channels", "0 without a teacher", channels)
-        self.projector = Projector(channels, self.teacher.channels) if channels else None
+        known = self.teacher.channels if self.teacher is not None else 0
+        self.projector = Projector(channels, known) if channels else None
 
     @property
     def teacher(self) -> Backbone | None:

@@ -110,7 +110,8 @@ def wrap(model: nn.Module, kind: str, world: World, compiled: Iterable[nn.Module
         # Buffers are tables, the same on all ranks; what says so has another name from torch 2.13.
         known = inspect.signature(ddp).parameters
         buffers = next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in known)
-        return ddp(model, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False})
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
+        return ddp(model, device_ids=ids, **options)
     shard(model, world)
     return model
 
@@ -124,6 +125,11 @@ def shard(model: nn.Module, world: World) -> None:
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def reshard(model: Any) -> None:
+    """Of one that `shard` was given: free what forward gathered."""
+    model.reshard()
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -151,6 +157,7 @@ def local_gradients(wrapped: nn.Module, local: bool) -> Iterator[None]:
         with wrapped.no_sync() if local else contextlib.nullcontext():
             yield
         return
-    if hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP2's
-        wrapped.set_requires_gradient_sync(not local)
+    module: Any = wrapped
+    if hasattr(module, "set_requires_gradient_sync"):  # FSDP2's
+        module.set_requires_gradient_sync(not local)
     yield

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dfm_fast import _checks
+from dfm_fast.models._pretrained import config_of
 from dfm_fast.training.datasets import DataConfig, Dataset, Item, open_dataset, require
 from dfm_fast.training.distributed import device_named
 from dfm_fast.training.images import Substituting, Unusable
@@ -36,9 +37,11 @@ class Autoencoder:
         is_video: whether it takes videos as a whole; others take them frame by frame.
     """
 
+    module: Any  # diffusers has no types
+
     def __init__(self, module: nn.Module) -> None:
         _checks.choice("Autoencoder", "module", type(module).__name__, CLASSES)
-        self.module, config = module, module.config
+        self.module, config = module, config_of(module)
         self.is_video = type(module).__name__ == "AutoencoderKLCogVideoX"
         mean, std = (getattr(config, f"latents_{k}", None) for k in ("mean", "std"))
         shift = mean if mean is not None else [getattr(config, "shift_factor", None) or 0.0]
@@ -60,7 +63,7 @@ class Autoencoder:
             expected = "a folder with an autoencoder's config.json"
             raise FileNotFoundError(f"Autoencoder.load: folder: expected {expected}, got {folder}")
         name = read_json(folder / "config.json").get("_class_name")
-        _checks.choice("Autoencoder.load", f"_class_name in {folder}", name, CLASSES)
+        name = _checks.choice("Autoencoder.load", f"_class_name in {folder}", name, CLASSES)
         require("diffusers", "diffusers", "Autoencoder.load")
         kind = getattr(importlib.import_module("diffusers"), name)
         options = {"local_files_only": True, "low_cpu_mem_usage": False}
@@ -263,7 +266,7 @@ def _latents(
         return autoencoder.encode(x.to(device), generator)
 
 
-class _Readable(torch.utils.data.Dataset):
+class _Readable(torch.utils.data.Dataset[Item | None]):
     """A sample; None where it turns out unreadable: another in its place would be there twice."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -283,7 +286,9 @@ def _readable(items: list[Item | None]) -> list[Item]:  # of the module: workers
     return [item for item in items if item is not None]
 
 
-def _loader(config: EncodeConfig, dataset: Dataset, indices: range) -> torch.utils.data.DataLoader:
+def _loader(
+    config: EncodeConfig, dataset: Dataset, indices: range
+) -> torch.utils.data.DataLoader[Any]:
     """Batches of the samples that can be read: some may be empty."""
     return torch.utils.data.DataLoader(
         _Readable(dataset),

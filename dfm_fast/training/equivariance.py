@@ -15,11 +15,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dfm_fast import _checks
 from dfm_fast.ops import laplacian_build
@@ -182,7 +182,7 @@ def _step(
     return Losses(*(getattr(losses, f.name).detach() for f in dataclasses.fields(losses)))
 
 
-def _save(module: nn.Module, folder: Path) -> None:
+def _save(module: Any, folder: Path) -> None:
     """diffusers' files, each renamed when all are written: what was whole stays so."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:

@@ -150,6 +150,9 @@ class FeatureNetwork(nn.Module):
         inputs: one of `INPUTS`: "inception" (FID), "dinov2" (FDD), or "plain" ([0, 1] as it is).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, path: str | os.PathLike[str], inputs: str = "plain") -> None:
         super().__init__()
         path = Path(path)

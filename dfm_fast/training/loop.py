@@ -96,10 +96,16 @@ class Task(Protocol):
 
     dataset: Dataset
     class_dropout: float
-    recipe: Written
-    model: nn.Module
-    averaged: nn.Module
-    networks: Sequence[nn.Module]
+
+    # Properties, as a type checker would have attributes be of these types exactly.
+    @property
+    def recipe(self) -> Written: ...
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def averaged(self) -> nn.Module: ...
+    @property
+    def networks(self) -> Sequence[nn.Module]: ...
 
     def groups(self) -> list[dict[str, Any]]:
         """AdamW's. The first one's learning rate and clipping are the configuration's."""
@@ -251,7 +257,7 @@ class Run:
             if on_step is not None:
                 on_step(report)
 
-    def _loader(self, slices: orders.Slices) -> torch.utils.data.DataLoader:
+    def _loader(self, slices: orders.Slices) -> torch.utils.data.DataLoader[Any]:
         config, data = self.config, self.task.dataset
         dropout = self.task.class_dropout if data.num_classes else 0.0
         ordered = orders.Ordered(data, config.seed, config.data.flip, dropout, data.num_classes)
@@ -263,7 +269,7 @@ class Run:
         """(how many samples have the loss and each term; these, summed over the batch of all
         ranks, and the gradients' norm)"""
         config = self.config
-        seed, sums = fold(config.seed, self.step), {}
+        seed, sums = fold(config.seed, self.step), dict[str, Tensor]()
         # For what a model draws itself; the loop draws nothing from it.
         torch.manual_seed((seed + self.world.rank) % (1 << 63))
         for part in range(config.accumulate):
@@ -271,12 +277,13 @@ class Run:
             rows = Rows(seed, start, config.batch, self.position + start)
             with distributed.local_gradients(self.wrapped, part + 1 < config.accumulate):
                 for name, values in self._part(*next(batches), rows).items():
-                    sums[name] = sums.get(name, 0) + values.float().sum()
+                    total = values.float().sum()
+                    sums[name] = sums[name] + total if name in sums else total
         norm = self._update()
         self.step, self.position = self.step + 1, self.position + config.batch
         counts = {**dict.fromkeys(sums, config.batch), **self.task.counts(config.batch, seed)}
-        total = self.world.sum(torch.stack(list(sums.values())))
-        return counts, torch.cat((total, norm.reshape(1)))
+        whole = self.world.sum(torch.stack(list(sums.values())))
+        return counts, torch.cat((whole, norm.reshape(1)))
 
     def _part(self, x: Tensor, labels: Tensor, rows: Rows) -> dict[str, Tensor]:
         """The loss and its terms, [n] each, of which the gradients are there."""
@@ -308,11 +315,12 @@ class Run:
         """The weights after the first step, then their moving average, at first over fewer steps:
         else the first weights are a fifth of it after 1500 steps at 0.999. (torch's AveragedModel
         copies its counter to the device, and waits, at every step.)"""
-        both = [distributed.local_parameters(m) for m in (self.ema, self.task.averaged)]
+        average, now = map(distributed.local_parameters, (self.ema, self.task.averaged))
         if self.step == 0:
-            torch._foreach_copy_(*both)
+            torch._foreach_copy_(average, now)
         else:
-            get_ema_multi_avg_fn(ema_decay(self.config.optimizer.ema, self.step))(*both, None)
+            move = get_ema_multi_avg_fn(ema_decay(self.config.optimizer.ema, self.step))
+            move(average, now, None)
 
     # --- Saving ---
 
@@ -382,7 +390,7 @@ class Run:
         with self._narrow():
             x, columns = self.task.sample(self.ema, self.config.sample_count)
         if self.sharded:
-            self.ema.reshard()  # which otherwise only a backward does
+            distributed.reshard(self.ema)  # which otherwise only a backward does
         if self.world.main:
             image = pictures.grid(x, columns)
             with self.board.optional("samples"):

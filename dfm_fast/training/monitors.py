@@ -171,7 +171,7 @@ def caught_signals() -> Iterator[list[str]]:
 
     def note(number: int, _: Any) -> None:
         came.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     try:
         for s in SIGNALS:

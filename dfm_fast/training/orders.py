@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ SIGNALS = signal.SIGTERM, signal.SIGINT
 class Draw(NamedTuple):
     """A sample as it comes: its index in the dataset, whether mirrored, whether without label."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuples have a method so called
     flip: bool
     drop: bool
 
@@ -46,7 +46,15 @@ def _permutation(seed: int, epoch: int, length: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
-class Ordered(Dataset):
+class Items(Protocol):
+    """A map-style dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, Any]: ...
+
+
+class Ordered(Dataset[tuple[Tensor, Any]]):
     """A dataset by position, with flips and dropped labels.
 
     Args:
@@ -56,12 +64,12 @@ class Ordered(Dataset):
     """
 
     def __init__(
-        self, dataset: Dataset, seed: int, flip: bool, class_dropout: float, null_class: int
+        self, dataset: Items, seed: int, flip: bool, class_dropout: float, null_class: int
     ) -> None:
         self.dataset, self.seed, self.flip = dataset, seed, flip
         self.class_dropout, self.null_class = class_dropout, null_class
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+    def __getitem__(self, position: int) -> tuple[Tensor, Any]:
         drawn = draw(self.seed, position, len(self.dataset), self.class_dropout)
         x, label = self.dataset[drawn.index]
         x = x.flip(-1) if self.flip and drawn.flip else x
@@ -96,7 +104,7 @@ class Slices(Sampler[list[int]]):
                 yield list(range(start, start + self.rows))
 
 
-def loader(ordered: Ordered, slices: Slices, workers: int, pin_memory: bool) -> DataLoader:
+def loader(ordered: Ordered, slices: Slices, workers: int, pin_memory: bool) -> DataLoader[Any]:
     """Batches (x [n, ...], labels [n]) in order, whatever the number of workers. `batches` starts
     them."""
     return DataLoader(
@@ -108,7 +116,7 @@ def loader(ordered: Ordered, slices: Slices, workers: int, pin_memory: bool) -> 
     )
 
 
-def batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(loader: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """An iterator, whose workers never die of a signal that the whole process group gets: the
     process that trains needs them to finish its step."""
     # Held back until a worker has come to `leave_signals`, which runs after torch's own handlers.

@@ -106,8 +106,9 @@ def _in_parts(
             seed=fold(seed, i) if i else seed, preview=note if preview else None, **options,
         )  # fmt: skip
         parts.append(x.cpu())
-    for stage, seen in stages.items():
-        preview(stage, torch.cat(seen))
+    if preview is not None:
+        for stage, seen in stages.items():
+            preview(stage, torch.cat(seen))
     return torch.cat(parts)
 
 

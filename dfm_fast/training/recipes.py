@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dfm_fast import _checks
 from dfm_fast.flow import DecomposableFlow, Decomposition, Haar, Laplacian
@@ -20,6 +19,7 @@ from dfm_fast.models import DFMTransformer
 from dfm_fast.models._files import arguments_of, read_json
 from dfm_fast.models._pretrained import write_bytes
 from dfm_fast.training.config import SIZES, FlowConfig, TrainConfig, from_json, to_json
+from dfm_fast.training.datasets import Dataset
 from dfm_fast.training.orders import draw
 
 NAME = "recipe.json"
@@ -154,7 +154,7 @@ class ModelRecipe:
 def decomposition(
     flow: FlowConfig, num_levels: int, std: Sequence[float] | None = None
 ) -> Decomposition:
-    factor = flow.factor[0] if len(flow.factor) == 1 else flow.factor
+    factor: Any = flow.factor[0] if len(flow.factor) == 1 else flow.factor  # Haar takes one alone
     if flow.decomposition == "haar":
         return Haar(num_levels, factor, std=std)
     return Laplacian(num_levels, flow.filter, factor, std=std)

@@ -105,24 +105,25 @@ def _task(op: str, config: SnapGenConfig, world: World, last: Path | None) -> Di
     torch.manual_seed(config.seed)
     student = _student(config.model, channels, given and given.layout)
     width = student.config["text_dim"] or student.config["cross_dim"]
-    told = (
-        ClassTokens(data.num_classes, config.tokens or TOKENS, width)
-        if given is None
-        else given.layout
-    )
+    told: Told
+    own: Conditions | None = None  # the student's, of labels
+    if given is None:
+        own = told = ClassTokens(data.num_classes, config.tokens or TOKENS, width)
+    else:
+        told = given.layout
     teacher, conditions = _teacher(op, config.teacher, told) if config.teacher else (None, None)
     first = config.init or (config.teacher if config.few_steps else None)
     if first is not None and last is None:
         _begin(op, first, student, told)
     if given is not None:
-        told = conditions = texts.encoded(given, data.class_names, config.out / TEXTS, world)
+        own = conditions = texts.encoded(given, data.class_names, config.out / TEXTS, world)
 
-    def export(unet: SnapGenUNet, tokens: ClassTokens | None, folder: Path) -> None:
-        source = tokens if given is None else given.encoders
-        sizes = {"shift": config.shift, "sample_size": sides[0]}
+    def export(unet: Any, tokens: Any, folder: Path) -> None:
+        source = tokens if given is None else given.of_rank_0()
+        sizes: dict[str, Any] = {"shift": config.shift, "sample_size": sides[0]}
         SnapGenPipeline(unet, decoder, source, **sizes).save_pretrained(folder)
 
-    networks = student, teacher, told, conditions
+    networks = student, teacher, own, conditions
     return Distillation(op, config, world, data, *networks, export=export, last=last)
 
 
@@ -149,7 +150,7 @@ def _decoder(op: str, config: SnapGenConfig, channels: int) -> SnapGenDecoder | 
     if latents != (config.decoder is not None):
         expected = "the decoder of the latents" if latents else "none, as there are no latents"
         _checks.fail(op, "decoder", expected, config.decoder or "none")
-    if not latents:
+    if config.decoder is None:
         return None
     decoder = SnapGenDecoder.from_pretrained(config.decoder)
     if (found := decoder.config["latent_channels"]) != channels:
@@ -164,9 +165,13 @@ Told = ClassTokens | TextLayout  # what a UNet is told of a picture
 
 def _teacher(op: str, folder: Path, told: Told) -> tuple[nn.Module, Conditions | None]:
     """A network, and what it is given for labels; of texts it is what the student is given."""
+    network: nn.Module
+    conditions: Conditions | None = None
+    found = None
     if (at := snapgen_folders.pipeline_in(folder)) is not None:
-        network, conditions = _parts(op, "teacher", at, told)
-        found = None if isinstance(conditions, TextLayout) else conditions.num_classes
+        network, theirs = _parts(op, "teacher", at, told)
+        if isinstance(theirs, ClassTokens):
+            conditions, found = theirs, theirs.num_classes
     else:
         if isinstance(told, TextLayout):
             _checks.fail(op, "teacher", "a pipeline with text encoders", folder)
@@ -185,7 +190,9 @@ def _begin(op: str, folder: Path, student: SnapGenUNet, told: Told) -> None:
     if (at := snapgen_folders.pipeline_in(folder)) is None:
         _checks.fail(op, "init", f"a folder with {snapgen_folders.INDEX}", folder)
     unet, theirs = _parts(op, "init", at, told)
-    pairs = [(student, unet)] + ([(told, theirs)] if isinstance(told, ClassTokens) else [])
+    pairs: list[tuple[Any, Any]] = [(student, unet)]
+    if isinstance(told, ClassTokens):
+        pairs.append((told, theirs))
     for ours, other in pairs:
         _check_same(op, "init", type(ours).__name__, ours.config, other.config)
         ours.load_state_dict(other.state_dict())
@@ -199,7 +206,7 @@ def _parts(op: str, name: str, folder: Path, told: Told) -> tuple[SnapGenUNet, T
         got = f"{folder} with {kinds[found]}"
         _checks.fail(op, name, f"a pipeline with {kinds[wanted]}", got)
     unet = SnapGenUNet.from_pretrained(folder / "unet")
-    if not found:
+    if not isinstance(told, TextLayout):
         return unet, ClassTokens.from_pretrained(folder / "class_tokens")
     _check_same(op, name, "text layout", told.to_dict(), index["text_layout"])
     return unet, TextLayout(**index["text_layout"])

@@ -271,7 +271,7 @@ def step_distillation_loss(
     _checks.tensor(op, "x", x, (4,))
     if not weight >= 0:
         _checks.fail(op, "weight", "at least 0", weight)
-    where = {"start": start, "shift": shift, "device": x.device}
+    where: dict[str, Any] = {"start": start, "shift": shift, "device": x.device}
     t = draw_steps(len(x), seed, steps, **where)
     s = draw_levels(len(x), fold(seed, _LEVELS), **where)
     x_t, v = add_noise(x, t, seed, offset=start * math.prod(x.shape[1:]))

@@ -139,7 +139,10 @@ class Student(nn.Module):
 
     def told(self, labels: Tensor, cond: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """`cond`, but for labels [N] of a module of its own."""
-        return keywords(self.conditions(labels)) if cond is None else cond
+        if cond is not None:
+            return cond
+        assert self.conditions is not None
+        return keywords(self.conditions(labels))
 
     def forward(
         self, x_t: Tensor, t: Tensor, labels: Tensor, cond: Mapping[str, Any] | None
@@ -172,7 +175,7 @@ class Distilled(nn.Module):
         start: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, terms), [N] each; cond: None asks the student's own module."""
-        where = {"seed": seed, "start": start, "teacher_cond": teacher_cond}
+        where: dict[str, Any] = {"seed": seed, "start": start, "teacher_cond": teacher_cond}
         where["cond"] = self.student.told(labels, cond)
         if self.heads is not None:
             return self._few_steps(x, where)
@@ -181,14 +184,16 @@ class Distilled(nn.Module):
         return terms.pop("total"), {n: v for n, v in terms.items() if v is not None}
 
     def _few_steps(self, x: Tensor, where: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        config, judges = self.config, (self.loss.teacher, self.heads)
+        config, teacher, heads = self.config, self.loss.teacher, self.heads
+        assert teacher is not None  # see `distilled`
+        assert heads is not None
         losses = step_distillation_loss(
-            self.student.network, *judges, x, steps=config.few_steps,
+            self.student.network, teacher, heads, x, steps=config.few_steps,
             teacher_steps=config.teacher_steps, weight=config.adversarial, shift=config.shift,
             ratio=config.ratio, **where,
         )  # fmt: skip
         told = discriminator_loss(
-            *judges, x, losses.x0, losses.s, seed=where["seed"], start=where["start"],
+            teacher, heads, x, losses.x0, losses.s, seed=where["seed"], start=where["start"],
             cond=where["teacher_cond"], features=losses.features,
         )  # fmt: skip
         terms = {name: getattr(losses, name) for name in ("task", "kd", "adversarial")}
@@ -203,7 +208,9 @@ def distilled(config: DistillationConfig, student: Student, teacher: nn.Module |
     features = config.features and teacher is not None and not config.few_steps
     channels = backbone(student.network).channels if features else 0
     loss = DistillationLoss(teacher, channels, shift=config.shift, ratio=config.ratio)
-    heads = FeatureHeads(loss.teacher.channels) if config.few_steps else None
+    heads = None
+    if config.few_steps and loss.teacher is not None:
+        heads = FeatureHeads(loss.teacher.channels)
     return Distilled(config, student, loss, heads)
 
 
@@ -305,7 +312,7 @@ class Distillation:
         )
         return x, pictures.columns_of(labels)
 
-    def export(self, average: nn.Module, folder: Path) -> None:
+    def export(self, average: Any, folder: Path) -> None:
         self.write(average.network, average.conditions, folder)
 
 

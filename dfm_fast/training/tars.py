@@ -55,7 +55,7 @@ def opened(config: DataConfig, split: str) -> Dataset:
         _checks.fail("open_dataset", "root", f"pictures ({', '.join(SUFFIXES)})", f"none: {shards}")
     report_skipped(config, skipped, len(samples))
     if config.captions:
-        labels, names = numbered([sample.caption for sample in samples])
+        labels, names = numbered([sample.caption or "" for sample in samples])
         pairs = zip(samples, labels, strict=True)
         samples = [replace(sample, label=label, caption=None) for sample, label in pairs]
     else:
@@ -86,7 +86,8 @@ class Tars(Substituting):
         with open(sample.shard, "rb") as file:
             file.seek(sample.start)
             data = io.BytesIO(file.read(sample.size))
-        return read_picture(data, self.shape[-1]), sample.label if self.num_classes else 0
+        label = sample.label if self.num_classes else 0
+        return read_picture(data, self.shape[-1]), label or 0
 
 
 def shard_paths(root: Path) -> list[str]:
@@ -122,7 +123,8 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
     """(key, extension -> file) of neighbours that share a key."""
     from webdataset.tariterators import base_plus_ext
 
-    last, at, members = None, -1, {}
+    last, at = "", -1
+    members: dict[str, tarfile.TarInfo] = {}
     for member in tar:
         # tarfile goes where a header sends it: with a negative size, back to itself for ever.
         if member.offset <= at or member.size < 0:
@@ -159,10 +161,10 @@ def _sample(
 
 def _caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str:
     if "txt" in members:
-        return caption(tar.extractfile(members["txt"]).read())
+        return caption(_bytes(tar, members["txt"]))
     if "json" not in members:
         raise Unusable(f"no caption among {sorted(members)}")
-    data = tar.extractfile(members["json"]).read()
+    data = _bytes(tar, members["json"])
     try:
         value = json.loads(data)["caption"]
     except (ValueError, KeyError, TypeError):
@@ -172,8 +174,14 @@ def _caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> str:
     return caption(value.encode())
 
 
+def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int = -1) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # only of what is no file
+    return file.read(most)
+
+
 def _label(extension: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> int | None:
-    data = tar.extractfile(member).read(LARGEST)
+    data = _bytes(tar, member, LARGEST)
     try:
         value = json.loads(data)
         value = value.get("label") if extension == "json" else value
@@ -186,7 +194,7 @@ def _label(extension: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> int
 
 def _class_names(config: DataConfig, samples: Sequence[Sample]) -> list[str]:
     """Classes 0 to the largest label; none where some sample has no label."""
-    labels = [sample.label for sample in samples]
-    if not config.labels or None in labels:
+    labels = [sample.label for sample in samples if sample.label is not None]
+    if not config.labels or len(labels) < len(samples):
         return []
     return [str(i) for i in range(max(labels) + 1)]

@@ -56,6 +56,16 @@ class SnapGenBackbone(Backbone):
         return Prediction(*self.model(x_t, t, features=True, **cond))
 
 
+class WrappedBackbone(Backbone):
+    """A backbone in DDP or torch.compile."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, unwrapped(model).channels)
+
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
+        return self.model(x_t, t, **cond)
+
+
 class DFMBackbone(Backbone):
     """`DFMTransformer` of one level: features are the last block's tokens, normed, as a map.
 
@@ -72,7 +82,7 @@ class DFMBackbone(Backbone):
         super().__init__(model, inner.hidden_size)
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        inner, found = unwrapped(self.model), []
+        inner, found = unwrapped(self.model), list[Tensor]()
         hook = inner.blocks[-1].register_forward_hook(lambda _, __, out: found.append(out[1]))
         with hook:
             t = t[:, None]
@@ -91,7 +101,7 @@ class SD3Backbone(Backbone):
         super().__init__(model, unwrapped(model).inner_dim)
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Any) -> Prediction:
-        inner, found = unwrapped(self.model), []
+        inner, found = unwrapped(self.model), list[Tensor]()
         hook = inner.proj_out.register_forward_pre_hook(lambda _, given: found.append(given[0]))
         with hook:
             (velocity,) = self.model(x_t, timestep=1000 * t, return_dict=False, **cond)
@@ -104,9 +114,11 @@ def backbone(model: nn.Module) -> Backbone:
     Raises:
         TypeError: of another kind.
     """
+    if isinstance(model, Backbone):
+        return model
     inner = unwrapped(model)
     if isinstance(inner, Backbone):
-        return model
+        return WrappedBackbone(model)
     if isinstance(inner, SnapGenUNet):
         return SnapGenBackbone(model)
     if isinstance(inner, DFMTransformer):
@@ -132,15 +144,16 @@ def ask(
     return teacher(x_t.to(dtype), t, **(cond or {}))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> Any:
     """Without DDP and torch.compile."""
+    inner: Any = model
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
         else:
-            return model
+            return inner
 
 
 def _map(tokens: Tensor, x: Tensor, patch: int) -> Tensor:

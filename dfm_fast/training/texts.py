@@ -60,6 +60,10 @@ class Texts(NamedTuple):
     encoders: TextEncoders | None  # of rank 0
     layout: TextLayout
 
+    def of_rank_0(self) -> TextEncoders:
+        assert self.encoders is not None
+        return self.encoders
+
 
 def load(op: str, config: TextConfig, world: World) -> Texts:
     """The encoders that are given, by rank 0.
@@ -72,13 +76,13 @@ def load(op: str, config: TextConfig, world: World) -> Texts:
             expected = "one folder, or the model's and the tokenizer's"
             _checks.fail(op, f"text.{name}", expected, f"{len(folder)} folders")
     encoders = _load(config, world) if world.main else None
-    return Texts(encoders, world.share(lambda: encoders.layout))
+    return Texts(encoders, world.share(lambda: encoders and encoders.layout))
 
 
 def _load(config: TextConfig, world: World) -> TextEncoders:
-    options = {"device": world.device, "dtype": DTYPES[config.dtype]}
+    device, dtype = world.device, DTYPES[config.dtype]
     encoders = {
-        name: TextEncoder.load(name, folder if len(folder) > 1 else folder[0], **options)
+        name: TextEncoder.load(name, (folder[0], folder[-1]), device=device, dtype=dtype)
         for name, folder in config.folders.items()
     }
     widths = {name: encoders[name].width if name in encoders else 0 for name in ENCODERS}
@@ -93,7 +97,7 @@ def _load(config: TextConfig, world: World) -> TextEncoders:
 def encoded(texts: Texts, captions: Sequence[str], folder: Path, world: World) -> TextTable:
     """The table of captions in a folder, where rank 0 writes what is missing. The encoders are then
     on the host."""
-    paths = world.share(lambda: _write(texts.encoders, captions, folder))
+    paths = world.share(lambda: _write(texts.of_rank_0(), captions, folder))
     return TextTable.joined([TextTable.load(path) for path in paths])
 
 
