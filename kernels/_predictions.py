@@ -200,7 +200,11 @@ def recording() -> Iterator[list[Launch]]:
     changes: list[tuple[Any, str, Any]] = [
         (JITFunction, "run", run),
         (Tensor, "is_cuda", property(is_meta)),
-        (Tensor, "data_ptr", lambda x: _address(x.untyped_storage()) + 16 * x.storage_offset()),
+        (
+            Tensor,
+            "data_ptr",
+            lambda x: _address(x.untyped_storage()) + x.element_size() * x.storage_offset(),
+        ),
         (torch.UntypedStorage, "data_ptr", lambda s: _address(s)),
         (cuda, "current_device", lambda: None),
         (cuda, "get_device_capability", lambda device=None: (9, 0)),
@@ -232,6 +236,10 @@ def _fused_attention(
 
 def _address(storage: torch.UntypedStorage) -> int:
     return storage._cdata & ~15
+
+
+def _pointer(x: Tensor) -> int:
+    return _address(x.untyped_storage()) + x.element_size() * x.storage_offset()
 
 
 @functools.cache
