@@ -12,6 +12,7 @@ of Python, Triton and this library, which `gpu_visit.sh` does with .whl/kernels.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -25,6 +26,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.predictions import gpu_rows, record
+
 FOLDER = "/tmp/triton_cache"
 KEPT = (".json", ".cubin")  # of what Triton keeps of a kernel; the rest is read by nobody
 # What Triton's launchers link to, where there is no driver: names alone.
@@ -34,8 +39,6 @@ DRIVER += " cuGetErrorString cuPointerGetAttribute cuLaunchKernelEx"
 
 def suite(launches: list[Any]) -> Iterator[Callable[[], Any]]:
     """Every case of the shared tests, forward and backward, as they have it on a GPU."""
-    import torch
-
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     from cases import CASES
     from helpers import LAYOUTS, detached, grads, tensors, variables
@@ -67,12 +70,6 @@ def suite(launches: list[Any]) -> Iterator[Callable[[], Any]]:
 
 
 def rows(launches: list[Any], patterns: list[str]) -> Iterator[Callable[[], Any]]:
-    import dataclasses
-
-    import torch
-
-    from benchmarks.predictions import gpu_rows, record
-
     for row in gpu_rows("*", full=True):
         if any(fnmatch(row.id, pattern) for pattern in patterns):
             yield lambda r=row: launches.extend(record(r, launches))
@@ -83,7 +80,7 @@ def rows(launches: list[Any], patterns: list[str]) -> Iterator[Callable[[], Any]
 
 def compile_part(part: int, parts: int, patterns: list[str], with_suite: bool) -> int:
     """How many launches were compiled of this process's part of the work."""
-    from triton.backends.nvidia.driver import CudaLauncher
+    from triton.backends.nvidia import driver
 
     from dfm_fast.kernels._predictions import recording
 
@@ -100,12 +97,13 @@ def compile_part(part: int, parts: int, patterns: list[str], with_suite: bool) -
                 print(f"left out: {str(error).splitlines()[0][:100]}", flush=True)
             for launch in [x for x in launches if x.compiled]:
                 kernel = launch.compiled()
-                CudaLauncher(kernel.src, kernel.metadata)
+                if hasattr(driver, "make_launcher"):  # Triton 3.6's are compiled, too
+                    driver.CudaLauncher(kernel.src, kernel.metadata)
                 done += 1
     return done
 
 
-def driver(folder: Path) -> None:
+def stub(folder: Path) -> None:
     """A library with the names of CUDA's driver, for the linker."""
     source = "".join(f"int {name}(void) {{ return 1; }}\n" for name in DRIVER.split())
     command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(folder / "libcuda.so.1")]
@@ -146,9 +144,13 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, help="a folder to keep between runs")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
+    for pattern in args.rows:
+        if not any(fnmatch(row.id, pattern) for row in gpu_rows("*", full=True)):
+            print(f"ahead: ROW: expected the id of a row, or a pattern of them, got {pattern!r}")
+            return 1
     with tempfile.TemporaryDirectory() as scratch:
         cache = args.cache or Path(scratch) / "cache"
-        driver(Path(scratch))
+        stub(Path(scratch))
         libraries = os.environ.get("LD_LIBRARY_PATH", "")
         if scratch not in libraries:  # the loader reads it when a process starts
             os.environ["LD_LIBRARY_PATH"] = f"{scratch}:{libraries}"

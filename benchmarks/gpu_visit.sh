@@ -9,7 +9,7 @@
 # With no GPU (or --dry-run as third argument) it runs the same steps on the CPU, cut short.
 # SKIP="tests memcheck" leaves steps out. TESTS is pytest's -k; ROWS, of lines, what is passed to
 # benchmarks.turns; BESIDE one more command beside them; SECONDS_OF_ROW the timing of each.
-# Kernels that TRITON_CACHE_DIR holds are not compiled again: see `benchmarks.ahead`.
+# Kernels compiled before (`benchmarks.ahead .whl/kernels.tar.xz`) are not compiled again.
 # DFM_FAST_COMMIT names the commit where the folder is no git repository.
 set -uo pipefail
 
@@ -105,7 +105,18 @@ memcheck() {
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m benchmarks.smoke "$device"
 }
 
-export -f facts install_package built ceilings memcheck
+# Kernels of before, where Triton would look for its own.
+unpack() {
+    mkdir -p "$TRITON_CACHE_DIR" && tar -xJf .whl/kernels.tar.xz -C "$TRITON_CACHE_DIR" || return
+    "$python" -c '
+import os, sys
+from triton.runtime.cache import triton_key
+folder = os.environ["TRITON_CACHE_DIR"]
+same = triton_key() == open(f"{folder}/triton_key").read()
+sys.exit(None if same else "compiled by another Triton: all will be compiled again")'
+}
+
+export -f facts install_package built ceilings memcheck unpack
 export python gpu device work
 
 [ "$gpu" = 1 ] || note visit "no GPU: the same steps on the CPU, cut short"
@@ -114,6 +125,10 @@ if [ "$mode" = --dry-run ]; then
     note install "skipped: dry run"
 else
     step install 60 bash -c install_package
+fi
+if [ -e .whl/kernels.tar.xz ]; then
+    export TRITON_CACHE_DIR=/tmp/triton_cache
+    step kernels 60 bash -c unpack
 fi
 [ -d /tmp/site ] && export PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
 step import 60 "$python" -c 'import dfm_fast; print(dfm_fast.__version__)'
