@@ -1,7 +1,7 @@
 """Group norms and channel statistics: see `dfm_fast.ops.group_norms` for what is computed.
 
-Memory is N matrices: [C, P] (contiguous) or [P, C] (channels_last). A program has a tile of one of
-them, ROWS x VECS vectors of VEC elements, whatever the batch, so that one sample fills a chip too.
+Memory is N matrices: [C, P] (contiguous) or [P, C] (channels_last). A program has ROWS x COLS of
+one of them, whatever the batch, so that one sample fills a chip too.
 Three launches: moments of every tile's channels; one small kernel that merges them in order and
 turns the statistics of a group into scale and offset of its channels; the pass that applies them.
 Two where the last can merge for itself. Backward likewise, and once more for the weights. Merging
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dfm_fast._library import INTERPRET
 from dfm_fast.kernels._aot import Specialisation
-from dfm_fast.kernels.launching import cdiv, next_power_of_2, on_device, planned
+from dfm_fast.kernels.launching import cdiv, next_power_of_2, on_device, planned, registers
 from dfm_fast.kernels.map_norms import (
     _apply_kernel,
     _dx_kernel,
@@ -38,9 +38,13 @@ from dfm_fast.ops._layouts import empty_in, memory_format
 
 TILE = 16384 if INTERPRET else 4096  # elements; the interpreter's time is per operation
 LINE = 128  # bytes of channels side by side, in channels_last
-MOST_ROWS = 16 if INTERPRET else TILE  # numpy adds rows one after the other, and loses digits
-CHANNELS = 64  # merged by a program where there are no groups
-PARTIALS, MERGE_WARPS = 4096, 8  # channels x blocks that are merged at once: it is latency
+LINES = 16 if INTERPRET else 128  # pixels; the interpreter's numpy adds one after another
+CHANNELS = 16  # merged by a program where there are no groups
+OVER_SAMPLES = {"BLOCK_C": 64, "BLOCK_N": 16}
+# Programs: each pays 800 instructions a warp to merge again, all together 4 us to have it launched.
+AGAIN = 1024
+MERGING_REGISTERS = 128
+PARTIALS = 4096  # channels x blocks that are merged at once, by 8 warps: it is latency
 
 # --- Launching ------------------------------------------------------------------------------------
 
@@ -62,34 +66,31 @@ def plan(shape: tuple[int, ...], last: bool, itemsize: int) -> Plan:
     rows, cols = (pixels, channels) if last else (channels, pixels)
     vec = math.gcd(16 // itemsize, cols)
     tile = TILE // 2 if itemsize == 8 else TILE  # registers
-    row = LINE // itemsize if last else tile
-    vecs = min(next_power_of_2(max(cols // vec, 1)), row // vec)
-    height = min(next_power_of_2(max(rows, 1)), tile // (vecs * vec))
-    height = min(height, MOST_ROWS) if last else height
-    row_blocks, col_blocks = cdiv(rows, height), cdiv(cols // vec, vecs)
-    blocks, block_pixels = (row_blocks, height) if last else (col_blocks, vecs * vec)
-    wide = math.prod(shape) >= 2**31 - TILE
-    constants = {"LAST": last, "ROWS": height, "VECS": vecs, "VEC": vec, "WIDE": wide}
+    width = min(next_power_of_2(max(cols, 1)), LINE // itemsize if last else tile)
+    height = min(next_power_of_2(max(rows, 1)), LINES if last else tile // width)
+    row_blocks, col_blocks = cdiv(rows, height), cdiv(cols, width)
+    blocks, block_pixels = (row_blocks, height) if last else (col_blocks, width)
+    wide = max(math.prod(shape), 2 * n * blocks * channels) >= 2**31 - TILE
+    constants = {"LAST": last, "ROWS": height, "COLS": width, "VEC": vec, "WIDE": wide}
     sizes = (channels, rows, cols // vec)
     return Plan(n * row_blocks * col_blocks, pixels, blocks, block_pixels, sizes, constants)
 
 
 def _merging(tiles: Plan, size: int) -> Plan | None:
     """The plan whose programs merge their group's moments again, instead of a launch between. For
-    maps of the size of SnapGen's every launch is a good part of the time. Only for tiles of one
-    group's channels, with eight times the elements that there are partial moments to read."""
+    small maps every launch is a good part of the time. Only for tiles of one group's channels, with
+    eight times the elements that there are partial moments to read."""
     block = next_power_of_2(size)
     constants = tiles.constants
     rows = math.gcd(size, constants["ROWS"])
-    few = 8 * tiles.blocks * block <= rows * constants["VECS"] * constants["VEC"]
+    few = 8 * tiles.blocks * block <= rows * constants["COLS"]
     if constants["LAST"] or not few:
         return None
-    programs = tiles.programs // cdiv(tiles.sizes[0], constants["ROWS"])
+    programs = tiles.programs // cdiv(tiles.sizes[0], constants["ROWS"]) * (tiles.sizes[0] // rows)
+    if programs > AGAIN:
+        return None
     merge = {"BLOCK_C": block, "BLOCK_B": next_power_of_2(tiles.blocks)}
-    return tiles._replace(
-        programs=programs * (tiles.sizes[0] // rows),
-        constants=constants | {"ROWS": rows} | merge,
-    )
+    return tiles._replace(programs=programs, constants=constants | {"ROWS": rows} | merge)
 
 
 def _merging_warps(itemsize: int) -> int:
@@ -112,15 +113,18 @@ def _per_channel(x: Tensor, count: int, blocks: int = 0) -> tuple[Tensor, ...]:
     return x.new_empty((count, *size), dtype=_acc(x)[0]).unbind()
 
 
-def _merge_blocks(size: int) -> dict[str, int]:
+def _merge_blocks(size: int, blocks: int) -> dict[str, int]:
+    """Of `size` channels; no warp waits for others where one has little to do."""
     block = next_power_of_2(size)
-    return {"BLOCK_C": block, "BLOCK_B": max(1, PARTIALS // block)}
+    at_once = min(next_power_of_2(blocks), max(1, PARTIALS // block))
+    warps = min(8, next_power_of_2(cdiv(block * at_once, 256)))
+    return {"BLOCK_C": block, "BLOCK_B": at_once, "num_warps": warps}
 
 
 def _partials(x: Tensor, tiles: Plan) -> tuple[Tensor, ...]:
-    found = _per_channel(x, 2, tiles.blocks)
-    _moments_kernel[(tiles.programs,)](x, *found, *tiles.sizes, ACC=_acc(x)[1], **tiles.constants)
-    return found
+    mean, m2 = _per_channel(x, 1, 2 * tiles.blocks)[0], _per_channel(x, 1, tiles.blocks)[0]
+    _moments_kernel[(tiles.programs,)](x, mean, m2, *tiles.sizes, ACC=_acc(x)[1], **tiles.constants)
+    return mean, m2
 
 
 def _merge(
@@ -137,14 +141,15 @@ def _merge(
     _merge_kernel[(x.shape[0] * cdiv(channels, size),)](
         *partials, *statistics, *given, *affine,
         channels, size, tiles.blocks, tiles.pixels, tiles.block_pixels,
-        EPS=eps, num_warps=MERGE_WARPS, **_merge_blocks(size),
+        EPS=eps, **_merge_blocks(size, 1 if partials[0] is None else tiles.blocks),
     )  # fmt: skip
 
 
 def merge_moments(
     x: Tensor, tiles: Plan, partials: tuple[Tensor, ...], statistics: tuple[Tensor, ...]
 ) -> None:
-    """Those of blocks of pixels [N, blocks, C] into those of x's channels [N, C]."""
+    """Those of blocks of pixels (means [N, blocks, 2, C], M2 [N, blocks, C]) into those of x's
+    channels [N, C]."""
     _merge(x, tiles, partials, statistics, min(x.shape[1], CHANNELS))
 
 
@@ -194,6 +199,7 @@ def group_norm_silu(
                     x, y, *partials, mean, m2, weight, bias, shift, *again.sizes,
                     size, tiles.blocks, tiles.pixels, tiles.block_pixels,
                     EPS=eps, SILU=silu, ACC=_acc(x)[1], num_warps=_merging_warps(x.itemsize),
+                    **registers(MERGING_REGISTERS),
                     **again.constants,
                 )  # fmt: skip
                 return y, *found
@@ -236,11 +242,10 @@ def group_norm_silu_backward(
         s, q, constant, linear = _per_channel(x, 4)
         _merge_sums_kernel[(n * num_groups,)](
             *partials, mean, centre, rstd, weight, s, q, constant, linear, dshift,
-            channels, size, tiles.blocks, tiles.pixels, num_warps=MERGE_WARPS,
-            **_merge_blocks(size),
+            channels, size, tiles.blocks, tiles.pixels, **_merge_blocks(size, tiles.blocks),
         )  # fmt: skip
-        _over_samples_kernel[(cdiv(channels, CHANNELS),)](
-            s, q, dweight, dbias, n, channels, BLOCK_C=CHANNELS, BLOCK_N=16
+        _over_samples_kernel[(cdiv(channels, OVER_SAMPLES["BLOCK_C"]),)](
+            s, q, dweight, dbias, n, channels, **OVER_SAMPLES
         )
         if need_dx:
             rest = *maps, constant, linear, *tiles.sizes
@@ -298,9 +303,10 @@ def specialisations() -> Iterator[Specialisation]:
         if last:
             continue
         merges = {
-            "merge": (_merge_kernel, {"EPS": 1e-5, **_merge_blocks(8)}),
-            "merge sums": (_merge_sums_kernel, _merge_blocks(8)),
-            "over samples": (_over_samples_kernel, {"BLOCK_C": CHANNELS, "BLOCK_N": 16}),
+            "merge": (_merge_kernel, {"EPS": 1e-5, **_merge_blocks(8, 32)}),
+            "merge of many": (_merge_kernel, {"EPS": 1e-5, **_merge_blocks(8, 512)}),
+            "merge sums": (_merge_sums_kernel, _merge_blocks(8, 512)),
+            "over samples": (_over_samples_kernel, OVER_SAMPLES),
         }
         again = _merging(tiles, 8).constants | {"EPS": 1e-5, "SILU": True, "ACC": acc}
         arguments = dict.fromkeys(("x_ptr", "y_ptr", "weight_ptr", "bias_ptr", "shift_ptr"), "*")
@@ -312,11 +318,12 @@ def specialisations() -> Iterator[Specialisation]:
             again,
             _merging_warps(itemsize),
             load_bits=128,
+            options={"maxnreg": MERGING_REGISTERS},
         )
         for name, (kernel, constants) in merges.items():
             given = dict.fromkeys(("weight_ptr", "bias_ptr", "shift_ptr"), "*")
+            warps = constants.pop("num_warps", 4)
             arguments = _arguments(kernel, given, small, constants)
-            warps = MERGE_WARPS if "BLOCK_B" in constants else 4
             yield Specialisation(f"group_norm {name}", kernel, dtype, arguments, constants, warps)
 
 

@@ -12,50 +12,57 @@ from dfm_fast.kernels.functions import sigmoid, silu
 
 @triton.jit
 def _tile(
-    C, RT, CV,
-    LAST: tl.constexpr, ROWS: tl.constexpr, VECS: tl.constexpr, VEC: tl.constexpr,
+    pid, C, RT, CV,
+    LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(offsets, mask, channels among [N, C], their mask, where their partials go, pixels)."""
-    pid = tl.program_id(0)
-    col_blocks, row_blocks = tl.cdiv(CV, VECS), tl.cdiv(RT, ROWS)
+    """(offsets, mask, channels among [N, C], their mask, where [N, blocks, C] has the block's, its
+    channels, C, pixels)."""
+    CT = CV * VEC  # columns: says that rows and masks are whole vectors, so that loads are as wide
+    col_blocks, row_blocks = tl.cdiv(CT, COLS), tl.cdiv(RT, ROWS)
     cb = pid % col_blocks
     rb = pid // col_blocks % row_blocks
     n = pid // (col_blocks * row_blocks)
     if WIDE:
         n = n.to(tl.int64)
-    row = rb * ROWS + tl.arange(0, ROWS)[:, None, None]
-    col = cb * VECS + tl.arange(0, VECS)[None, :, None]
-    lane = tl.arange(0, VEC)[None, None, :]
-    mask = (row < RT) & (col < CV)  # known to be alike within a vector: so loads are as wide
-    offs = ((n * RT + row) * CV + col) * VEC + lane
+    row = rb * ROWS + tl.arange(0, ROWS)[:, None]
+    # Two axes: of three Triton may give neighbouring threads one along which lines are far apart.
+    col = cb * COLS + tl.arange(0, COLS)[None, :]
+    mask = (row < RT) & (col < CT)
+    offs = (n * RT + row) * CT + col
     if LAST:
-        c, kept = col * VEC + lane, col < CV
+        C = CT
         pixels = tl.minimum(RT - rb * ROWS, ROWS)
-        partial = (n * row_blocks + rb) * C + c
+        c, kept, block = col, col < CT, n * row_blocks + rb
     else:
-        c, kept = row, row < RT
-        pixels = tl.minimum(CV - cb * VECS, VECS) * VEC
-        partial = (n * col_blocks + cb) * C + c
-    return offs, mask, n * C + c, kept, partial, pixels
+        pixels = tl.minimum(CT - cb * COLS, COLS)
+        c, kept, block = row, row < RT, n * col_blocks + cb
+    return offs, mask, n * C + c, kept, block * C, c, C, pixels
 
 
 @triton.jit
 def _over_pixels(x, LAST: tl.constexpr):
-    if LAST:
-        return tl.sum(x, 0, keep_dims=True)
-    else:
-        return tl.sum(tl.sum(x, 2, keep_dims=True), 1, keep_dims=True)
+    return tl.sum(x, 0 if LAST else 1, keep_dims=True)
+
+
+@triton.jit
+def _inverse(n):
+    """1 / n of an integer, in float64. A division has a branch and is 0.3 us of waiting."""
+    n = tl.zeros([], tl.float64) + n
+    r = (1.0 / n.to(tl.float32)).to(tl.float64)
+    r *= 2.0 - n * r
+    return r * (2.0 - n * r)
 
 
 @triton.jit
 def _group_moments(mean, m2, shift, valid, count, size, EPS: tl.constexpr):
     """One group's channels, all float64 -> (mean, rstd) of the group."""
     moved = tl.where(valid, mean + shift, 0.0)
-    m = tl.sum(moved, 0) / size
+    channels = _inverse(size)
+    m = tl.sum(moved, 0) * channels
     d = tl.where(valid, moved - m, 0.0)
-    squares = tl.sum(tl.where(valid, m2, 0.0) + count * d * d, 0)
-    return m, 1.0 / tl.sqrt(squares / (count * size) + EPS)
+    squares = tl.sum(tl.where(valid, m2 * _inverse(count) + d * d, 0.0), 0)
+    return m, tl.rsqrt(squares * channels + EPS)
 
 
 @triton.jit
@@ -90,53 +97,55 @@ def _store_norm(ptrs, y, mask, SILU: tl.constexpr):
 @triton.jit
 def _moments_kernel(
     x_ptr,  # N matrices
-    mean_ptr, m2_ptr,  # [N, blocks, C]
+    mean_ptr,  # [N, blocks, 2, C]: rounded, and what that lost
+    m2_ptr,  # [N, blocks, C]
     C, RT, CV, ACC: tl.constexpr,
-    LAST: tl.constexpr, ROWS: tl.constexpr, VECS: tl.constexpr, VEC: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    offs, mask, _, kept, partial, pixels = _tile(C, RT, CV, LAST, ROWS, VECS, VEC, WIDE)
+    pid = tl.program_id(0)
+    offs, mask, _, kept, block, c, C, pixels = _tile(pid, C, RT, CV, LAST, ROWS, COLS, VEC, WIDE)
     x = tl.load(x_ptr + offs, mask, 0).to(ACC)
-    pixels = pixels.to(ACC)
-    centre = _over_pixels(x, LAST) / pixels
+    count = 1.0 / pixels.to(ACC)
+    centre = _over_pixels(x, LAST) * count
     d = tl.where(mask, x - centre, 0.0)
     rest, squares = _over_pixels(d, LAST), _over_pixels(d * d, LAST)
-    m2 = tl.maximum(squares - rest * (rest / pixels), 0.0, propagate_nan=tl.PropagateNan.ALL)
-    # Beside a large mean its rounding shows in what is left; beside a small one that is noise.
-    mean = tl.where(centre * centre * pixels > squares, centre + rest / pixels, centre)
-    tl.store(mean_ptr + partial, mean, kept)
-    tl.store(m2_ptr + partial, m2, kept)
+    lost = rest * count
+    m2 = tl.maximum(squares - rest * lost, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(mean_ptr + 2 * block + c, centre, kept)
+    tl.store(mean_ptr + 2 * block + C + c, lost, kept)
+    tl.store(m2_ptr + block + c, m2, kept)
 
 
 @triton.jit
 def _merged(
-    mean_ptr, m2_ptr,  # [N, blocks, C]
+    mean_ptr,  # [N, blocks, 2, C]: rounded, and what that lost
+    m2_ptr,  # [N, blocks, C]
     n, c, valid, C, blocks, count, block_pixels, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Moments of channels c, in float64, from those of their blocks, in order."""
-    total = tl.zeros([BLOCK_C], tl.float64)
+    # About the first block's mean: one that is far from all the others costs a digit of sixteen.
+    pivot = tl.load(mean_ptr + 2 * n * blocks * C + c, valid, 0).to(tl.float64)
+    rest, squares = tl.zeros([BLOCK_C], tl.float64), tl.zeros([BLOCK_C], tl.float64)
     for first in range(0, blocks, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)[:, None]
         pixels = tl.minimum(count - b * block_pixels, block_pixels).to(tl.float64)
         mask = (b < blocks) & valid[None, :]
-        part = tl.load(mean_ptr + (n * blocks + b) * C + c[None, :], mask, 0)
-        total += tl.sum(tl.where(mask, pixels * part.to(tl.float64), 0.0), 0)
-    mean = total / count
-    m2 = tl.zeros([BLOCK_C], tl.float64)
-    for first in range(0, blocks, BLOCK_B):
-        b = first + tl.arange(0, BLOCK_B)[:, None]
-        pixels = tl.minimum(count - b * block_pixels, block_pixels).to(tl.float64)
-        mask = (b < blocks) & valid[None, :]
-        offs = (n * blocks + b) * C + c[None, :]
-        d = tl.load(mean_ptr + offs, mask, 0).to(tl.float64) - mean[None, :]
-        part = tl.load(m2_ptr + offs, mask, 0).to(tl.float64)
-        m2 += tl.sum(tl.where(mask, part + pixels * d * d, 0.0), 0)
-    return mean, m2
+        block = (n * blocks + b) * C
+        mean = tl.load(mean_ptr + 2 * block + c[None, :], mask, 0).to(tl.float64)
+        lost = tl.load(mean_ptr + 2 * block + C + c[None, :], mask, 0).to(tl.float64)
+        m2 = tl.load(m2_ptr + block + c[None, :], mask, 0).to(tl.float64)
+        d = tl.where(mask, mean - pivot[None, :] + lost, 0.0)
+        rest += tl.sum(pixels * d, 0)
+        squares += tl.sum(m2 + pixels * d * d, 0)
+    mean = rest * _inverse(count)
+    m2 = tl.maximum(squares - rest * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return pivot + mean, m2
 
 
 @triton.jit
 def _merge_kernel(
-    part_mean_ptr, part_m2_ptr,  # [N, blocks, C], or None: mean and m2 are given
+    part_mean_ptr, part_m2_ptr,  # of blocks, or None: mean and m2 are given
     mean_ptr, m2_ptr,  # [N, C]
     weight_ptr, bias_ptr,  # [C] or None
     shift_ptr,  # [N, C] or None
@@ -181,10 +190,11 @@ def _apply_kernel(
     x_ptr, y_ptr,  # N matrices
     scale_ptr, offset_ptr, centre_ptr,  # [N, C]
     C, RT, CV, SILU: tl.constexpr, ACC: tl.constexpr,
-    LAST: tl.constexpr, ROWS: tl.constexpr, VECS: tl.constexpr, VEC: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    offs, mask, c, kept, _, _ = _tile(C, RT, CV, LAST, ROWS, VECS, VEC, WIDE)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the last that were read are in the cache
+    offs, mask, c, kept, _, _, _, _ = _tile(pid, C, RT, CV, LAST, ROWS, COLS, VEC, WIDE)
     scale, offset = tl.load(scale_ptr + c, kept, 0), tl.load(offset_ptr + c, kept, 0)
     d = tl.load(x_ptr + offs, mask, 0).to(ACC) - tl.load(centre_ptr + c, kept, 0)
     _store_norm(y_ptr + offs, d * scale + offset, mask, SILU)
@@ -193,19 +203,20 @@ def _apply_kernel(
 @triton.jit
 def _merge_apply_kernel(
     x_ptr, y_ptr,  # N matrices [C, P]
-    part_mean_ptr, part_m2_ptr,  # [N, blocks, C]
+    part_mean_ptr, part_m2_ptr,  # of blocks
     mean_ptr, m2_ptr,  # [N, C]
     weight_ptr, bias_ptr,  # [C] or None
     shift_ptr,  # [N, C] or None
     C, RT, CV, size, blocks, count, block_pixels,
     EPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, SILU: tl.constexpr,
-    ACC: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, VECS: tl.constexpr,
+    ACC: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     VEC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Both in one: every program merges the moments of the group that its channels are in."""
-    offs, mask, at, kept, _, _ = _tile(C, RT, CV, LAST, ROWS, VECS, VEC, WIDE)
+    pid = tl.program_id(0)
+    offs, mask, at, kept, _, own, _, _ = _tile(pid, C, RT, CV, LAST, ROWS, COLS, VEC, WIDE)
     x = tl.load(x_ptr + offs, mask, 0).to(ACC)
-    tile = tl.program_id(0) // blocks
+    tile = pid // blocks
     n, first = (tile // (C // ROWS)).to(tl.int64), tile % (C // ROWS) * ROWS
     k = tl.arange(0, BLOCK_C)
     c, valid = first // size * size + k, k < size
@@ -214,12 +225,11 @@ def _merge_apply_kernel(
     )
     kind: tl.constexpr = mean_ptr.dtype.element_ty
     mean, m2 = mean.to(kind), m2.to(kind)
-    if (first % size == 0) & (tl.program_id(0) % blocks == 0):
+    if (first % size == 0) & (pid % blocks == 0):
         tl.store(mean_ptr + n * C + c, mean, valid)
         tl.store(m2_ptr + n * C + c, m2, valid)
     shift = _optional(shift_ptr, n * C + c, valid, 0.0)
     m, rstd = _group_moments(mean.to(tl.float64), m2.to(tl.float64), shift, valid, count, size, EPS)
-    own = at - n * C
     weight, bias = _optional(weight_ptr, own, kept, 1.0), _optional(bias_ptr, own, kept, 0.0)
     shift = _optional(shift_ptr, at, kept, 0.0)
     scale, offset, centre = _affine(m, rstd, weight, bias, shift, kind)
@@ -244,17 +254,18 @@ def _sums_kernel(
     scale_ptr, offset_ptr, centre_ptr,  # [N, C]
     s_ptr, q_ptr,  # [N, blocks, C]: sums of dz and dz (x - centre)
     C, RT, CV, SILU: tl.constexpr, ACC: tl.constexpr,
-    LAST: tl.constexpr, ROWS: tl.constexpr, VECS: tl.constexpr, VEC: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    offs, mask, c, kept, partial, _ = _tile(C, RT, CV, LAST, ROWS, VECS, VEC, WIDE)
+    pid = tl.program_id(0)
+    offs, mask, c, kept, block, own, _, _ = _tile(pid, C, RT, CV, LAST, ROWS, COLS, VEC, WIDE)
     scale, offset = tl.load(scale_ptr + c, kept, 0), tl.load(offset_ptr + c, kept, 0)
     centre = tl.load(centre_ptr + c, kept, 0)
     d = tl.load(x_ptr + offs, mask, 0).to(ACC) - centre
     NARROW: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     dz = _dz(tl.load(dy_ptr + offs, mask, 0).to(ACC), d * scale + offset, SILU, NARROW)
-    tl.store(s_ptr + partial, _over_pixels(dz, LAST), kept)
-    tl.store(q_ptr + partial, _over_pixels(dz * d, LAST), kept)
+    tl.store(s_ptr + block + own, _over_pixels(dz, LAST), kept)
+    tl.store(q_ptr + block + own, _over_pixels(dz * d, LAST), kept)
 
 
 @triton.jit
@@ -284,8 +295,9 @@ def _merge_sums_kernel(
     rstd = tl.load(rstd_ptr + at, valid, 0).to(tl.float64)
     q *= rstd
     weight = _optional(weight_ptr, c, valid, 1.0)
-    a = rstd * (tl.sum(weight * s, 0) / (count * size))
-    b = rstd * (tl.sum(weight * q, 0) / (count * size))
+    elements = _inverse(count) * _inverse(size)
+    a = rstd * (tl.sum(weight * s, 0) * elements)
+    b = rstd * (tl.sum(weight * q, 0) * elements)
     mean = tl.load(mean_ptr + at, valid, 0).to(tl.float64)
     h = (mean - tl.load(centre_ptr + at, valid, 0).to(tl.float64)) * rstd
     kind = s_ptr.dtype.element_ty
@@ -319,10 +331,11 @@ def _dx_kernel(
     dy_ptr, x_ptr, dx_ptr,  # N matrices
     scale_ptr, offset_ptr, centre_ptr, constant_ptr, linear_ptr,  # [N, C]
     C, RT, CV, SILU: tl.constexpr, ACC: tl.constexpr,
-    LAST: tl.constexpr, ROWS: tl.constexpr, VECS: tl.constexpr, VEC: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    offs, mask, c, kept, _, _ = _tile(C, RT, CV, LAST, ROWS, VECS, VEC, WIDE)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # as in `_apply_kernel`
+    offs, mask, c, kept, _, _, _, _ = _tile(pid, C, RT, CV, LAST, ROWS, COLS, VEC, WIDE)
     scale = tl.load(scale_ptr + c, kept, 0)
     d = tl.load(x_ptr + offs, mask, 0).to(ACC) - tl.load(centre_ptr + c, kept, 0)
     dy = tl.load(dy_ptr + offs, mask, 0).to(ACC)
@@ -338,10 +351,11 @@ def _statistics_backward_kernel(
     x_ptr, dx_ptr,  # N matrices
     dmean_ptr, dm2_ptr, mean_ptr,  # [N, C]
     C, RT, CV, count, ACC: tl.constexpr,
-    LAST: tl.constexpr, ROWS: tl.constexpr, VECS: tl.constexpr, VEC: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    offs, mask, c, kept, _, _ = _tile(C, RT, CV, LAST, ROWS, VECS, VEC, WIDE)
+    pid = tl.program_id(0)
+    offs, mask, c, kept, _, _, _, _ = _tile(pid, C, RT, CV, LAST, ROWS, COLS, VEC, WIDE)
     d = tl.load(x_ptr + offs, mask, 0).to(ACC) - tl.load(mean_ptr + c, kept, 0)
     constant = tl.load(dmean_ptr + c, kept, 0) / count
     dx = constant + 2.0 * tl.load(dm2_ptr + c, kept, 0) * d

@@ -84,7 +84,8 @@ def _finish(
         d = tl.where(mask, v - centre[None, :], 0.0)
         rest = tl.sum(d, 0)
         m2 = tl.maximum(tl.sum(d * d, 0) - rest * (rest / pixels), 0.0)
-        tl.store(mean_ptr + part * OUT + o, centre + rest / pixels, kept)
+        tl.store(mean_ptr + 2 * part * OUT + o, centre, kept)
+        tl.store(mean_ptr + (2 * part + 1) * OUT + o, rest / pixels, kept)
         tl.store(m2_ptr + part * OUT + o, m2, kept)
 
 
@@ -94,7 +95,7 @@ def _pointwise_kernel(
     weight_ptr,  # [O, C]
     bias_ptr, shift_ptr,  # [O], [N, O] or None
     residual_ptr, y_ptr,  # [N, P, O], or [N, O, P]; residual or None
-    mean_ptr, m2_ptr,  # [N, blocks, O] or None
+    mean_ptr, m2_ptr,  # [N, blocks, 2, O] and [N, blocks, O], or None
     P, C: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +151,7 @@ def _separable_kernel(
     weight_ptr,  # [O, C]
     bias_ptr, shift_ptr,  # [O], [N, O] or None
     residual_ptr, y_ptr,  # [N, H, W, O]; residual or None
-    mean_ptr, m2_ptr,  # [N, blocks, O] or None
+    mean_ptr, m2_ptr,  # [N, blocks, 2, O] and [N, blocks, O], or None
     H, W, C: tl.constexpr, OUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, WIDE: tl.constexpr,
@@ -303,8 +304,8 @@ def _launch(
     blocks = cdiv(pixels, block_pixels)
     partials: tuple[Tensor | None, ...] = (None, None)
     if found[0].numel():
-        size = n, blocks, y.shape[1]
-        partials = tuple(x.new_empty(size, dtype=found[0].dtype) for _ in range(2))
+        sizes = (n, blocks, 2, y.shape[1]), (n, blocks, y.shape[1])
+        partials = tuple(x.new_empty(size, dtype=found[0].dtype) for size in sizes)
     launch = _one_kernel if one else _two_kernels
     compiled = launch(x, depthwise_weight, norm, how, n * blocks, *epilogue, *partials)
     if found[0].numel():
