@@ -80,12 +80,12 @@ def _turned(x, ACC: tl.constexpr, HOW: tl.constexpr):
         # x = 2^30 quadrant + rest, |rest| <= 2^29: an angle within pi / 4 of the quadrant's.
         a = (x << 2).to(tl.int32, bitcast=True).to(ACC)
         # pi/2 2^-32, and half a step
-        if ACC == tl.float64:
+        if tl.float64 == ACC:
             a = (a + 2.0) * 3.6572951981678989e-10
         else:
             a = tl.fma(a, 3.6572951981678989e-10, 7.3145903963357978e-10)
         t = a * a
-        if ACC == tl.float64:  # Taylor
+        if tl.float64 == ACC:  # Taylor
             s, c = t * 0.0 + 1.0, t * 0.0 + 1.0
             for n in tl.static_range(18, 0, -2):
                 s = 1.0 - s * t / (n * (n + 1.0))
