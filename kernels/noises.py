@@ -488,10 +488,13 @@ def velocity_loss(
     """Three launches: the pyramid, sums of squares of each program, and their sums."""
     levels, count = _build(x, wanted, filter, factor), len(wanted)
     none, acc = [None] * count, accumulation(x)
-    loss = torch.zeros((x.shape[0], count), dtype=acc, device=x.device)
     mask = None if mask is None else mask.contiguous()
     g = _spread(predictions, wanted)
-    for part in _chunks(g, count) if x.numel() else ():
+    chunks = list(_chunks(g, count)) if x.numel() else []
+    # What is launched writes a column for each of its levels, wanted or not.
+    all_written = sum(len(g[part]) for part in chunks) == count
+    loss = (x.new_empty if all_written else x.new_zeros)((x.shape[0], count), dtype=acc)
+    for part in chunks:
         stream = state, seed, offsets, gains
         _launch_levels(LOSS, levels, g, none, none, None, mask, *stream, part, is_last(x), loss)
     return loss
