@@ -11,11 +11,11 @@ Instructions per normal in the sm_90 code of `dfm-fast check`, all of the kernel
 (`tl.randn4x` alone has 176; 700e9 normals a second need 47 or fewer on 132 SMs):
 
                                bfloat16    float32
-    philox_normal                  24.2       31.5
-    add_noise                      30.7       36.0
-    pyramid_add_noise              31.8       37.1     beside the launch that makes the levels
-    velocity_loss                  41.0       40.3     its sums are float32's
-    velocity_loss_backward         32.2       38.2
+    philox_normal                  23.8       30.7
+    add_noise                      29.7       35.0
+    pyramid_add_noise              31.0       36.3     beside the launch that makes the levels
+    velocity_loss                  40.5       38.9     its sums are float32's
+    velocity_loss_backward         32.5       37.2
 
 These are counts, not timings.
 """
@@ -63,11 +63,12 @@ def _element(
         if gain is not None:
             x = x * gain
         if DO == NOISE:
-            x_t, v = (1 - t) * x + t * eps, eps - x
+            x_t, v = tl.fma(t, eps, (1 - t) * x), eps - x
         else:
             x_t = tl.load(g_ptr + offs, mask, 0).to(eps.dtype) - (eps - x)  # the residual
         if DO == LOSS:
-            acc += tl.where(mask, x_t * x_t, 0)
+            x_t = tl.where(mask, x_t, 0)
+            acc = tl.fma(x_t, x_t, acc)
         else:
             if DO == LOSS_BACKWARD:
                 x_t = x_t * t
@@ -277,9 +278,12 @@ def _loss_kernel(
 # --- Launching ------------------------------------------------------------------------------------
 
 
-def _options(last: bool) -> dict[str, int]:
-    """ptxas spills 16 bytes for occupancy (sm_120, loss backward) unless told what is enough."""
-    return {} if last or INTERPRET or torch.version.hip else {"maxnreg": 128}
+def _options(last: bool, nvidia: bool = not torch.version.hip) -> dict[str, int]:
+    """ptxas spills 16 bytes for occupancy (sm_120, loss backward) unless told what is enough. Of
+    contraction: see `philox`."""
+    if INTERPRET:
+        return {}
+    return {"enable_fp_fusion": False, **({"maxnreg": 128} if nvidia and not last else {})}
 
 
 def _how(dtype: torch.dtype, acc: torch.dtype) -> int:
@@ -484,10 +488,13 @@ def velocity_loss(
     """Three launches: the pyramid, sums of squares of each program, and their sums."""
     levels, count = _build(x, wanted, filter, factor), len(wanted)
     none, acc = [None] * count, accumulation(x)
-    loss = torch.zeros((x.shape[0], count), dtype=acc, device=x.device)
     mask = None if mask is None else mask.contiguous()
     g = _spread(predictions, wanted)
-    for part in _chunks(g, count) if x.numel() else ():
+    chunks = list(_chunks(g, count)) if x.numel() else []
+    # What is launched writes a column for each of its levels, wanted or not.
+    all_written = sum(len(g[part]) for part in chunks) == count
+    loss = (x.new_empty if all_written else x.new_zeros)((x.shape[0], count), dtype=acc)
+    for part in chunks:
         stream = state, seed, offsets, gains
         _launch_levels(LOSS, levels, g, none, none, None, mask, *stream, part, is_last(x), loss)
     return loss
@@ -587,5 +594,5 @@ def _per_target(name: str, how: int, fields: Any, **rest: Any) -> Iterator[Speci
     for way, targets in ((how, nvidia), (0, others)):
         # Not PLAIN, and aligned: then all is unrolled.
         rest["normals"] = normals if way and constants["ALIGNED"] else 0
-        rest["options"] = _options(constants["LAST"]) if targets == nvidia else {}
+        rest["options"] = _options(constants["LAST"], targets == nvidia)
         yield Specialisation(name, *fields, constants | {"HOW": way}, targets=targets, **rest)

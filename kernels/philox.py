@@ -14,6 +14,9 @@ the rounded u, at most, where the reference is 3.9e-6 off. `FAST`, for results o
 hardware's, whose absolute error is 2^-20.5: 6.4e-6, and 8.4e-6 from the reference. (Worst of some
 10^7 words, the ends of the range among them, with every PTX instruction off by its stated bound.)
 `PLAIN` is for the interpreter, for AMD and for float64.
+
+Kernels of the stream are compiled without contraction (`enable_fp_fusion`): which products a
+compiler fuses differs from one specialisation to the next, and the noise of an element must not.
 """
 
 # ruff: noqa: RUF005 (Triton's tuples do not unpack)
@@ -29,10 +32,11 @@ FAST = tl.constexpr(2)
 
 @triton.jit
 def philox(counter, key):
-    """Philox4x32-10 of (counter int64, 0) under key int64: four uint32."""
+    """Philox4x32-10 of (counter int64 modulo 2^62, 0) under key int64: four uint32."""
     k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     p = counter.to(tl.uint32).to(tl.uint64) * 0xD2511F53
-    c0, c1 = (counter >> 32).to(tl.uint32) ^ k0, tl.zeros_like(counter).to(tl.uint32)
+    c0 = ((counter >> 32).to(tl.uint32) & 0x3FFFFFFF) ^ k0
+    c1 = tl.zeros_like(counter).to(tl.uint32)
     c2, c3 = (p >> 32).to(tl.uint32) ^ k1, p.to(tl.uint32)
     for _ in tl.static_range(9):
         k0, k1 = tl.add(k0, 0x9E3779B9, False), tl.add(k1, 0xBB67AE85, False)
@@ -45,12 +49,12 @@ def philox(counter, key):
 @triton.jit
 def _radius(x, ACC: tl.constexpr, HOW: tl.constexpr):
     """sqrt(-2 ln u) of a word."""
-    u = x.to(ACC) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
+    u = tl.fma(x.to(ACC), 2.3283064365386963e-10, 1.1641532182693481e-10)  # 2^-32, 2^-33
     if HOW == PLAIN:
         radius = tl.sqrt(-2.0 * tl.log(u))
     else:
         d = 1.0 - u
-        near = d * (2.0 + d * (1.0 + d * 0.6666667))
+        near = d * tl.fma(d, tl.fma(d, 0.6666667, 1.0), 2.0)
         far = -1.3862944 * tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [u], tl.float32, True, 1
         )
@@ -75,18 +79,22 @@ def _turned(x, ACC: tl.constexpr, HOW: tl.constexpr):
     else:
         # x = 2^30 quadrant + rest, |rest| <= 2^29: an angle within pi / 4 of the quadrant's.
         a = (x << 2).to(tl.int32, bitcast=True).to(ACC)
-        a = a * 3.6572951981678989e-10 + 7.3145903963357978e-10  # pi/2 2^-32, and half a step
+        # pi/2 2^-32, and half a step
+        if tl.float64 == ACC:
+            a = (a + 2.0) * 3.6572951981678989e-10
+        else:
+            a = tl.fma(a, 3.6572951981678989e-10, 7.3145903963357978e-10)
         t = a * a
-        if a.dtype == tl.float64:  # Taylor
+        if tl.float64 == ACC:  # Taylor
             s, c = t * 0.0 + 1.0, t * 0.0 + 1.0
             for n in tl.static_range(18, 0, -2):
                 s = 1.0 - s * t / (n * (n + 1.0))
                 c = 1.0 - c * t / (n * (n - 1.0))
             sin, cos = a * s, c
         else:  # Cephes
-            s = -1.6666654611e-1 + t * (8.3321608736e-3 + t * -1.9515295891e-4)
-            c = 4.166664568298827e-2 + t * (-1.388731625493765e-3 + t * 2.443315711809948e-5)
-            sin, cos = a + a * t * s, 1.0 + t * (-0.5 + t * c)
+            s = tl.fma(t, tl.fma(t, -1.9515295891e-4, 8.3321608736e-3), -1.6666654611e-1)
+            c = tl.fma(t, tl.fma(t, 2.443315711809948e-5, -1.388731625493765e-3), 4.166664568e-2)
+            sin, cos = tl.fma(a * t, s, a), tl.fma(t, tl.fma(t, c, -0.5), 1.0)
         y = x + 0x20000000
         odd = (y & 0x40000000) != 0
         sin, cos = tl.where(odd, cos, sin), tl.where(odd, sin, cos)
@@ -124,7 +132,7 @@ def stream(state_ptr, seed, offset):
     if state_ptr is not None:
         key = tl.load(state_ptr)
         first = first + tl.load(state_ptr + 1)
-    return key, (first >> 2) & 0x3FFFFFFFFFFFFFFF, first & 3
+    return key, first >> 2, first & 3
 
 
 @triton.jit

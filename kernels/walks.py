@@ -3,6 +3,8 @@
 A step is 2^STEPS rows. What lies between two rows of a level is known once the lower one is, one
 row late; the lane keeps those few rows in registers, so that no row is computed twice, where a
 patch recomputes its halo above and below. A lane re-reads one step before its rows and one after.
+In `build_kernel` every other strip is walked upwards, which is the same arithmetic: neighbours then
+read what they share at the same time, at the start of both or at the end, and once from memory.
 """
 
 # ruff: noqa: RUF005 (Triton's tuples do not unpack)
@@ -25,20 +27,31 @@ from dfm_fast.kernels.patches import (
 
 
 @triton.jit
-def _bands(x_ptr, at, size, i, STEPS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
+def _start(
+    ptr, at, H, WP, C, upwards, COLS: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr
+):  # fmt: skip
+    """(pointers to the first row of each lane's columns, what leads to the next), as walked."""
+    first = tl.where(upwards, H - 1, at[1] * 0)  # as wide as a row's number
+    stride = WP * COLS * C
+    ptr = top_of(ptr, at, H, WP, C, COLS, VEC, LAST) + first * stride
+    return ptr, tl.where(upwards, -stride, stride)
+
+
+@triton.jit
+def _bands(x_at, at, size, i, STEPS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
            LAST: tl.constexpr):  # fmt: skip
     """Rows i 2^STEPS on of x with their halo, and what they come to: middle rows, coarse row."""
     H, WP, C = size[0], size[1], size[2]
-    ptr = top_of(x_ptr, at, H, WP, C, COLS, VEC, LAST)
+    ptr, down = x_at
     x = ()
     for k in tl.static_range(1 << STEPS):
-        line = ptr + mirrored((i << STEPS) + k, H) * (WP * COLS * C)
+        line = ptr + mirrored((i << STEPS) + k, H) * down
         row = load_row(line, at[2], WP, C, COLS, 1 << STEPS, VEC, LAST)
         x = x + (row,)
-    middle = rounded(pool(x, 0.25), x_ptr.dtype.element_ty)
+    middle = rounded(pool(x, 0.25), ptr.dtype.element_ty)
     coarse = middle
     if STEPS == 2:
-        coarse = rounded(pool(middle, 0.25), x_ptr.dtype.element_ty)
+        coarse = rounded(pool(middle, 0.25), ptr.dtype.element_ty)
         middle = mirror(middle, at[2], WP, 2)
     return x, middle, coarse[0]
 
@@ -57,38 +70,38 @@ def build_kernel(
     HALO: tl.constexpr = 1 << STEPS
     EXTRA: tl.constexpr = STEPS - 1  # columns of a middle row's halo that only the coarse row needs
     C = size[2]
-    coarse_at = top_of(coarse_ptr, at, H >> STEPS, WP, C, COLS >> STEPS, VEC, LAST)
-    fine_at = top_of(fine_ptr, at, H, WP, C, COLS, VEC, LAST)
+    upwards = at[1] // ROWS % 2 == 1
+    x_at = _start(x_ptr, at, H, WP, C, upwards, COLS, VEC, LAST)
+    coarse_at = _start(coarse_ptr, at, H >> STEPS, WP, C, upwards, COLS >> STEPS, VEC, LAST)
+    fine_at = _start(fine_ptr, at, H, WP, C, upwards, COLS, VEC, LAST)
     if STEPS == 2:
-        middle_at = top_of(middle_ptr, at, H // 2, WP, C, COLS // 2, VEC, LAST)
-    first, end = at[1] >> STEPS, (at[1] + ROWS) >> STEPS
-    x, middle, coarse = _bands(x_ptr, at, size, first - 1, STEPS, COLS, VEC, LAST)
+        middle_at = _start(middle_ptr, at, H // 2, WP, C, upwards, COLS // 2, VEC, LAST)
+    top = tl.where(upwards, H - ROWS - at[1], at[1])
+    first, end = top >> STEPS, (top + ROWS) >> STEPS
+    x, middle, coarse = _bands(x_at, at, size, first - 1, STEPS, COLS, VEC, LAST)
     last_x, last_m, last_c = x[HALO - 1], middle[EXTRA], coarse
     for step in range((ROWS >> STEPS) + 1):
         i = first + step
-        x, middle, coarse = _bands(x_ptr, at, size, i, STEPS, COLS, VEC, LAST)
+        x, middle, coarse = _bands(x_at, at, size, i, STEPS, COLS, VEC, LAST)
         before, inside = i > first, i < end
-        row = i * ((COLS >> STEPS) * WP * C)
-        store_row(coarse_at + row, coarse, inside, C, 1, VEC, LAST)
+        store_row(coarse_at[0] + i * coarse_at[1], coarse, inside, C, 1, VEC, LAST)
         if STEPS == 2:
             above, near = up_row(last_c, 0), up_row(coarse, 0)
-            row = i * (COLS * WP * C)
-            width = COLS // 2 * WP * C
+            line = middle_at[0] + 2 * i * middle_at[1]
             detail = residual(last_m, near, above, 0.0625, 2)
-            store_row(middle_at + row - width, detail, before, C, 0, VEC, LAST)
+            store_row(line - middle_at[1], detail, before, C, 0, VEC, LAST)
             detail = residual(middle[0], above, near, 0.0625, 2)
-            store_row(middle_at + row, detail, inside, C, 0, VEC, LAST)
+            store_row(line, detail, inside, C, 0, VEC, LAST)
         wide = up_row(last_m, EXTRA)
-        row = (i << STEPS) * (COLS * WP * C)
+        row = fine_at[0] + (i << STEPS) * fine_at[1]
         for k in tl.static_range(STEPS):
             near = up_row(middle[k], EXTRA)
             upper = last_x if k == 0 else x[2 * k - 1]
             detail = residual(upper, near, wide, 0.0625, HALO)
-            line = fine_at + row + (2 * k - 1) * (COLS * WP * C)
+            line = row + (2 * k - 1) * fine_at[1]
             store_row(line, detail, before if k == 0 else inside, C, 0, VEC, LAST)
             detail = residual(x[2 * k], wide, near, 0.0625, HALO)
-            line = fine_at + row + 2 * k * (COLS * WP * C)
-            store_row(line, detail, inside, C, 0, VEC, LAST)
+            store_row(line + fine_at[1], detail, inside, C, 0, VEC, LAST)
             wide = near
         last_x, last_m, last_c = x[HALO - 1], middle[EXTRA], coarse
 

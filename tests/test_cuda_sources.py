@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dfm_fast.ops import pyramids
@@ -132,6 +133,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     source = ROOT / "tests" / "cuda_emulation.cpp"
     flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     # Jumping between stacks is what fibers do.
+    flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
     flags += ["-U_FORTIFY_SOURCE", *os.environ.get("DFM_FAST_EMULATION_FLAGS", "").split()]
     command = [compiler, *flags, f"-I{folder}", str(source), "-o", str(library)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -197,6 +199,26 @@ def test_every_small_size(emulation: Emulation) -> None:
     for height, width in itertools.product(range(2, 15), range(2, 15)):
         most = ((min(height, width) + 1) // 2).bit_length() + 1
         check(emulation, (height, width, most), FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vectors_are_aligned(emulation: Emulation, dtype: torch.dtype) -> None:
+    """Tiles of many widths over wide planes, rows that are aligned for vectors or not, data that
+    is: the emulation aborts at an access that is not aligned, as a GPU does."""
+    for multiprocessors, width in itertools.product(
+        (1, 5, 30), (264, 400, 504, 508, 510, 511, 512)
+    ):
+        emulation.configure(multiprocessors, 227 * 1024, False)
+        for num_levels in (2, 3, 4, 6):
+            x, grads = inputs(96, width, num_levels, dtype, (1, 1))
+            emulated(emulation, x, grads)
+            emulated(emulation, *(shifted(x, grads)))
+
+
+def shifted(x: Tensor, grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The same values one element on: data that is not aligned for vectors."""
+    off = [F.pad(v.flatten(), (1, 0))[1:].view(v.shape) for v in (x, *grads)]
+    return off[0], off[1:]
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)

@@ -75,9 +75,14 @@ def test_low_precision_is_the_rounding_of_float32(device, dtype):
     if INTERPRET and dtype == torch.bfloat16:
         pytest.skip("the interpreter truncates bfloat16")
     wide = dfm_fast.philox_normal((4001,), 5, device=device)
-    assert torch.equal(
-        dfm_fast.philox_normal((4001,), 5, dtype=dtype, device=device), wide.to(dtype)
-    )
+    assert_rounded(dfm_fast.philox_normal((4001,), 5, dtype=dtype, device=device), wide)
+
+
+def assert_rounded(low, wide):
+    """On a CPU low is wide, rounded; on a GPU what is rounded is another normal within 1e-5."""
+    assert torch.equal(low, wide.to(low.dtype)) or low.is_cuda
+    assert (low >= (wide - 1e-5).to(low.dtype)).all()
+    assert (low <= (wide + 1e-5).to(low.dtype)).all()
 
 
 @slow_here
@@ -273,7 +278,7 @@ def test_mixed_dtypes_of_training(device):
     x_t, v = dfm_fast.pyramid_add_noise(x, t, 4, dtype=low, targets=False)
     assert v is None
     for a, b in zip(x_t, wide, strict=True):
-        assert torch.equal(a, b.to(low))
+        assert_rounded(a, b)
     guesses = [g.detach().requires_grad_() for g in x_t]
     loss = dfm_fast.velocity_loss(guesses, x, 4)
     same = dfm_fast.velocity_loss([g.float() for g in guesses], x, 4)

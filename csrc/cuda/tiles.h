@@ -309,8 +309,9 @@ class Output {
 // The tile's part of a region to its plane.
 template <typename T>
 __device__ void store(const Region<T>& from, T* to, int alignment, const Box& own) {
-  const Lanes lanes(ceil_div(own.x1 - own.x0, 4));
-  for (int x = own.x0 + 4 * lanes.lane; x < own.x1; x += 4 * lanes.width) {
+  const int first = own.x0 & ~3;  // a quad, which a coarse level's tile can begin within
+  const Lanes lanes(ceil_div(own.x1 - first, 4));
+  for (int x = first + 4 * lanes.lane; x < own.x1; x += 4 * lanes.width) {
     const Output<T, 4> out(to, from.width, alignment, own, x);
     for (int y = own.y0 + lanes.group; y < own.y1; y += lanes.groups) {
       Acc<T> v[4];
