@@ -113,7 +113,7 @@ def _forward_kernel(
         i = tl.arange(0, D_PAD)[None, :]
         mask = (t < T)[:, None] if D == D_PAD else (t < T)[:, None] & (i < D)
         tl.store(y_ptr + out[:, None] * D + i, y.to(y_ptr.dtype.element_ty), mask)
-        tl.store(lse_ptr + out, most + tl.log2(sum), t < T)
+        tl.store(lse_ptr + out, (most + tl.log2(sum)) * 0.6931471805599453, t < T)
 
 
 def _shape(S: int, d: int, group: int, arch: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ unless they alone fill the device.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _aten = torch.ops.aten
-_LOG2_E = math.log2(math.e)
 
 
 # --- Forms ----------------------------------------------------------------------------------------
@@ -205,13 +203,14 @@ def forward(
     scale: float,
     view: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y [B, T, H, d], lse [B, T, H] to base 2), contiguous."""
+    """(y [B, T, H, d], lse [B, T, H] to base e, as it came: by way of another base backward would
+    lose digits), contiguous."""
     d = q.shape[-1]
     if backend != "cpu":
         q, k, v = _to_eights(q, k, v)
     h = heads_of(q, k, v, mask, view)
     y, lse = BACKENDS[backend or choose(h)][0](h, scale)
-    return restored(y[..., :d], q, view), restored(lse * _LOG2_E, q, view)
+    return restored(y[..., :d], q, view), restored(lse, q, view)
 
 
 def backward(
@@ -230,7 +229,7 @@ def backward(
     d = q.shape[-1]
     if backend != "cpu":
         dy, q, k, v, y = _to_eights(dy, q, k, v, y)
-    dy, y, lse = (seen(x, view) for x in (dy, y, lse / _LOG2_E))
+    dy, y, lse = (seen(x, view) for x in (dy, y, lse))
     h = heads_of(q, k, v, mask, view)
     dq, dk, dv = BACKENDS[backend or choose(h)][1](dy, h, y, lse.contiguous(), scale)
     dq = restored(dq[..., :d], q, view)
