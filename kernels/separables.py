@@ -181,12 +181,16 @@ def _separable_kernel(
             weights = weights + (tl.load(depthwise_ptr + c * 9 + t, kept, 0).to(ACC),)
         rows = ()
         for i in tl.static_range(2):
-            row = load_row(x_ptr, base, C, kept, h + i - 1, w, H, W, NC, False)
-            rows = rows + activated(row, norm, kept, h + i - 1, w, H, W, NC, ACC, NARROW)
+            row = load_row(x_ptr, base, C, kept, h + i - 1, w, H, W, NC, False, False, False)
+            rows = rows + activated(
+                row, norm, kept, h + i - 1, w, H, W, NC, ACC, NARROW, False, False
+            )
         tiles = ()
         for r in tl.static_range(ROWS):
-            row = load_row(x_ptr, base, C, kept, h + r + 1, w, H, W, NC, False)
-            rows = rows + activated(row, norm, kept, h + r + 1, w, H, W, NC, ACC, NARROW)
+            row = load_row(x_ptr, base, C, kept, h + r + 1, w, H, W, NC, False, False, False)
+            rows = rows + activated(
+                row, norm, kept, h + r + 1, w, H, W, NC, ACC, NARROW, False, False
+            )
             for p in tl.static_range(COLS):
                 a = taps(weights, rows, r * NC + p, 3, NC)
                 tiles = tiles + (a.to(x_ptr.dtype.element_ty),)
