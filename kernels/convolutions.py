@@ -1,9 +1,14 @@
 """Depthwise convolutions: see `dfm_fast.ops.convolutions` for what is computed.
 
-A lane owns COLS columns of the output and, in channels_last, VEC channels of them (16 bytes where
-the kernel is 3 wide); it walks down ROWS rows with the K rows of input that a row of output sees in
-registers, and all K K weights. So an input is loaded by COLS - 1 + K lanes at most, of which all
-but one find it in the first-level cache, and norm and SiLU are applied (COLS - 1 + K) / COLS times.
+A lane owns COLS columns of the output and, in channels_last, VEC channels of them; it walks down
+ROWS rows with the K rows of input that a row of output sees in registers, and all K K weights. So
+an input is loaded by COLS - 1 + K lanes at most, of which all but one find it in the first-level
+cache, and norm and SiLU are applied (COLS - 1 + K) / COLS times.
+
+It is bound by instructions: 9 of an element's are sums. So where the kernel is 3 wide, the size is
+kept and lanes own 16 bytes of columns that end with the row (EVEN), only the first and the last
+column are looked at for the edge; planes are loaded and stored in vectors of columns; in
+channels_last the number of channels is a constant, and a column of a row no address of its own.
 The same kernel makes the gradient of the input, with the weights turned around; of stride 2 it sees
 dy spread out, with zeros between.
 
@@ -31,11 +36,13 @@ from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.functions import silu
 from dfm_fast.kernels.group_norms import applied_norm
 from dfm_fast.kernels.launching import cdiv, next_power_of_2, on_device, planned
+from dfm_fast.kernels.patches import join, split
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.convolutions import out_sizes
 
 BLOCK = 1024 if INTERPRET else 128  # lanes; the interpreter's time is per operation
-ROWS = 8  # that a lane walks down
+ROWS = 8  # that a lane walks down, or twice or half as many
+AT_ONCE = (1024, 512)  # programs that an H200 has at work, by whether in channels_last: registers
 COLS = 4  # of a lane where the kernel is 3 wide
 VECTORS = {3: 8, 5: 8, 7: 4}  # bytes of channels of a lane: K K weights of each are in registers
 # Of the gradient of the weights: lanes, channels of them at most (by whether in channels_last), and
@@ -68,8 +75,8 @@ def norm_of(
 
 
 @triton.jit
-def _activate(x, inside, norm, NARROW: tl.constexpr):
-    """u: 0 outside."""
+def _activate(x, inside, norm, NARROW: tl.constexpr, SURE: tl.constexpr):
+    """u: 0 outside. SURE: inside, or `norm` makes it so."""
     if len(norm) == 0:
         return x
     else:
@@ -77,42 +84,65 @@ def _activate(x, inside, norm, NARROW: tl.constexpr):
             z = x * norm[0] + norm[1]
         else:
             z = (x - norm[2]) * norm[0] + norm[1]
-        return tl.where(inside, silu(z, NARROW), 0.0)
+        u = silu(z, NARROW)
+        return u if SURE else tl.where(inside, u, 0.0)
 
 
 @triton.jit
-def _inside(kept, h, w, H, W, SPREAD: tl.constexpr):
-    inside = kept & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-    if SPREAD:
-        inside = inside & (h % 2 == 0) & (w % 2 == 0)
+def _inside(kept, h, w, H, W, j: tl.constexpr, N: tl.constexpr, EVEN: tl.constexpr):
+    """Whether column w + j of N is of the map. EVEN: all but the first and the last column are."""
+    inside = kept & (h >= 0) & (h < H)
+    if not EVEN or j == 0:
+        inside = inside & (w + j >= 0)
+    if not EVEN or j == N - 1:
+        inside = inside & (w + j < W)
     return inside
 
 
 @triton.jit
 def load_row(
-    x_ptr, base, step, kept, h, w, H, W, N: tl.constexpr, SPREAD: tl.constexpr
+    x_ptr, base, step, kept, h, w, H, W, N: tl.constexpr, SPREAD: tl.constexpr,
+    EVEN: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Row h of the input, columns w to w + N - 1, as a tuple; 0 outside."""
+    """Row h of the input, columns w to w + N - 1, as a tuple; 0 outside. VECTOR: all between the
+    first and the last as one vector, w + 1 among a multiple of its length."""
     row = ()
     width = (W + 1) // 2 if SPREAD else W
+    line = x_ptr + (base + (h * width + w) * step)
     for j in tl.static_range(N):
+        inside = _inside(kept, h, w, H, W, j, N, EVEN)
+        ptr = line + j * step
         if SPREAD:
-            offs = base + (h // 2 * width + (w + j) // 2) * step
-        else:
-            offs = base + (h * width + w + j) * step
-        row = row + (tl.load(x_ptr + offs, _inside(kept, h, w + j, H, W, SPREAD), 0),)
+            inside = inside & (h % 2 == 0) & ((w + j) % 2 == 0)
+            ptr = x_ptr + (base + (h // 2 * width + (w + j) // 2) * step)
+        if not VECTOR or j == 0 or j == N - 1:
+            row = row + (tl.load(ptr, inside, 0),)
+        elif j == 1:
+            offs = tl.multiple_of(base + (h * width + w + 1), N - 2)[:, None]
+            offs = offs + tl.arange(0, N - 2)[None, :]
+            row = row + (tl.load(x_ptr + offs, inside[:, None], 0),)
     return row
 
 
 @triton.jit
 def activated(
-    row, norm, kept, h, w, H, W, N: tl.constexpr, ACC: tl.constexpr, NARROW: tl.constexpr
+    row, norm, kept, h, w, H, W, N: tl.constexpr, ACC: tl.constexpr, NARROW: tl.constexpr,
+    EVEN: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """What `load_row` gave, normed where there is a norm."""
+    if VECTOR:
+        columns = (row[0].to(ACC),) + split(row[1].to(ACC), N - 2) + (row[2].to(ACC),)
+    else:
+        columns = ()
+        for j in tl.static_range(N):
+            columns = columns + (row[j].to(ACC),)
     found = ()
+    if EVEN and NARROW and len(norm) > 0:  # of a row outside, x and offset are 0, and so is u
+        norm = (norm[0], tl.where((h >= 0) & (h < H), norm[1], 0.0))
     for j in tl.static_range(N):
-        inside = _inside(kept, h, w + j, H, W, False)
-        found = found + (_activate(row[j].to(ACC), inside, norm, NARROW),)
+        inside = _inside(kept, h, w, H, W, j, N, EVEN)
+        sure = EVEN and NARROW and j > 0 and j < N - 1
+        found = found + (_activate(columns[j], inside, norm, NARROW, sure),)
     return found
 
 
@@ -147,21 +177,25 @@ def _depthwise_kernel(
     planes, CV, H, W, OH, OW, PH, PW,
     K: tl.constexpr, S: tl.constexpr, TURNED: tl.constexpr, SPREAD: tl.constexpr,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, VEC: tl.constexpr,
-    TC: tl.constexpr, TW: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    TC: tl.constexpr, TW: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     NC: tl.constexpr = (COLS - 1) * S + K
     NARROW: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
-    lane = tl.arange(0, TC * TW)[:, None]
+    VECTOR: tl.constexpr = EVEN and not LAST
+    lane = tl.arange(0, TC * TW)
     pid = tl.program_id(0)
     channel_blocks = tl.cdiv(CV, TC) if LAST else tl.cdiv(planes, TC)
     col_blocks, bands = tl.cdiv(tl.cdiv(OW, COLS), TW), tl.cdiv(OH, ROWS)
     if LAST:
+        lane = lane[:, None]
         group = pid % channel_blocks * TC + lane % TC
         col = (pid // channel_blocks % col_blocks * TW + lane // TC) * COLS
         first = pid // (channel_blocks * col_blocks) % bands * ROWS
         n = pid // (channel_blocks * col_blocks * bands)
         c = group * VEC + tl.arange(0, VEC)[None, :]
-        kept, plane, step = group < CV, n * (CV * VEC) + c, CV * VEC
+        step = STEP if EVEN else CV * VEC
+        kept, plane = group < CV, n * step + c
         if WIDE:
             n = n.to(tl.int64)
         rows_in = (H + 1) // 2 * ((W + 1) // 2) if SPREAD else H * W
@@ -174,6 +208,7 @@ def _depthwise_kernel(
         rows_in = (H + 1) // 2 * ((W + 1) // 2) if SPREAD else H * W
         place = plane.to(tl.int64) if WIDE else plane
         base, out = place * rows_in, place * (OH * OW)
+    kept = kept & (col < OW)
     norm = norm_of(scale_ptr, offset_ptr, centre_ptr, plane, kept, NARROW)
     weights = ()
     for t in tl.static_range(K * K):
@@ -184,41 +219,61 @@ def _depthwise_kernel(
     h, w = first * S - PH, col * S - PW
     window = ()
     for i in tl.static_range(K - S):
-        row = load_row(x_ptr, base, step, kept, h + i, w, H, W, NC, SPREAD)
-        window = window + activated(row, norm, kept, h + i, w, H, W, NC, ACC, NARROW)
+        row = load_row(x_ptr, base, step, kept, h + i, w, H, W, NC, SPREAD, EVEN, VECTOR)
+        window = window + activated(row, norm, kept, h + i, w, H, W, NC, ACC, NARROW, EVEN, VECTOR)
     h += K - S
     # Rows are asked for one round ahead of their use, where there are registers for that.
     AHEAD: tl.constexpr = tl.float32 == ACC
+    PARTS: tl.constexpr = 3 if VECTOR else NC
     given = ()
     if AHEAD:
         for i in tl.static_range(S):
-            given = given + load_row(x_ptr, base, step, kept, h + i, w, H, W, NC, SPREAD)
-    for r in range(ROWS):
-        asked, more = (), h + (S if AHEAD else 0)
-        wanted = kept & (r < ROWS - AHEAD)
-        for i in tl.static_range(S):
-            asked = asked + load_row(x_ptr, base, step, wanted, more + i, w, H, W, NC, SPREAD)
-        if AHEAD:
-            now, given = given, asked
-        else:
-            now = asked
-        rows = window
-        for i in tl.static_range(S):
-            row = ()
-            for j in tl.static_range(NC):
-                row = row + (now[i * NC + j],)
-            rows = rows + activated(row, norm, kept, h + i, w, H, W, NC, ACC, NARROW)
-        for p in tl.static_range(COLS):
-            y = taps(weights, rows, p * S, K, NC)
-            if bias_ptr is not None:
-                y += bias
-            mask = kept & (first + r < OH) & (col + p < OW)
-            offs = out + ((first + r) * OW + col + p) * step
-            tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask)
-        window = ()
-        for k in tl.static_range(S * NC, K * NC):
-            window = window + (rows[k],)
-        h += S
+            given = given + load_row(
+                x_ptr, base, step, kept, h + i, w, H, W, NC, SPREAD, EVEN, VECTOR
+            )
+    # Rows move up in the window by names, and by registers once in a while.
+    UNROLLED: tl.constexpr = 4 if EVEN and ROWS >= 4 else 1
+    for block in range(ROWS // UNROLLED):
+        for k in tl.static_range(UNROLLED):
+            r = block * UNROLLED + k
+            asked, more = (), h + (S if AHEAD else 0)
+            wanted = kept & (r < ROWS - AHEAD)
+            for i in tl.static_range(S):
+                asked = asked + load_row(
+                    x_ptr, base, step, wanted, more + i, w, H, W, NC, SPREAD, EVEN, VECTOR
+                )
+            if AHEAD:
+                now, given = given, asked
+            else:
+                now = asked
+            rows = window
+            for i in tl.static_range(S):
+                one = ()
+                for j in tl.static_range(PARTS):
+                    one = one + (now[i * PARTS + j],)
+                rows = rows + activated(
+                    one, norm, kept, h + i, w, H, W, NC, ACC, NARROW, EVEN, VECTOR
+                )
+            found = ()
+            for p in tl.static_range(COLS):
+                y = taps(weights, rows, p * S, K, NC)
+                if bias_ptr is not None:
+                    y += bias
+                found = found + (y.to(y_ptr.dtype.element_ty),)
+            mask = kept & (first + r < OH)
+            offs = out + ((first + r) * OW + col) * step
+            if VECTOR:
+                offs = tl.multiple_of(offs, COLS)[:, None] + tl.arange(0, COLS)[None, :]
+                tl.store(y_ptr + offs, join(found, 0, 1, COLS), mask[:, None])
+            else:
+                line = y_ptr + offs
+                for p in tl.static_range(COLS):
+                    inside = mask if EVEN else mask & (col + p < OW)
+                    tl.store(line + p * step, found[p], inside)
+            window = ()
+            for j in tl.static_range(S * NC, K * NC):
+                window = window + (rows[j],)
+            h += S
 
 
 # --- Gradients of weight and bias -----------------------------------------------------------------
@@ -259,7 +314,7 @@ def _products_kernel(
         d = tl.load(dy_ptr + dbase + (i * OW + j) * step, valid & (i < OH) & (j < OW), 0).to(ACC)
         own = sums[K * K] + d  # before the taps: after them ptxas spills
         u = tl.load(x_ptr + base + (i * W + j) * step, inside, 0).to(ACC)
-        u = _activate(u, inside, norm, NARROW)
+        u = _activate(u, inside, norm, NARROW, False)
         new = ()
         for t in tl.static_range(K * K):
             a, b = i + PH - t // K, j + PW - t % K
@@ -327,21 +382,35 @@ def plan(
     """Of `_depthwise_kernel`: from `shape` to [N, C, *sizes]."""
     n, channels = shape[:2]
     size = VECTORS[kernel] // (stride if kernel > 3 else 1)
+    cols, whole = COLS if kernel == 3 and stride == 1 else 1, 16 // itemsize
+    even = kernel == 3 and stride == 1 and tuple(shape[2:]) == sizes and itemsize < 8
+    even = even and sizes[1] % whole == 0
+    if even:
+        cols, size = whole, 2 * itemsize
     vec = _vector(channels, last, size, itemsize)
-    groups, cols = channels // vec, COLS if kernel == 3 and stride == 1 else 1
-    strips, rows = cdiv(sizes[1], cols), _power(sizes[0], ROWS)
+    groups, strips = channels // vec, cdiv(sizes[1], cols)
     if last:
         tc = _power(groups, SIDE_BY_SIDE)
         tw = _power(strips, BLOCK // tc)
-        programs = n * cdiv(groups, tc)
+        programs = n * cdiv(groups, tc) * cdiv(strips, tw)
     else:
         tw = _power(strips, BLOCK)
         tc = _power(n * channels, BLOCK // tw)
-        programs = cdiv(n * channels, tc)
+        programs = cdiv(n * channels, tc) * cdiv(strips, tw)
+    rows = _power(sizes[0], _rows(programs * cdiv(sizes[0], ROWS), last, even))
     wide = max(math.prod(shape), n * channels * math.prod(sizes)) >= 2**31 - 2**16
-    constants = {"LAST": last, "ROWS": rows, "COLS": cols, "VEC": vec}
-    constants |= {"TC": tc, "TW": tw, "WIDE": wide}
-    return Tiles(programs * cdiv(strips, tw) * cdiv(sizes[0], rows), groups, constants)
+    constants = {"LAST": last, "ROWS": rows, "COLS": cols, "VEC": vec, "TC": tc, "TW": tw}
+    constants |= {"EVEN": even, "STEP": channels if last and even else 1, "WIDE": wide}
+    return Tiles(programs * cdiv(sizes[0], rows), groups, constants)
+
+
+def _rows(programs: int, last: bool, even: bool) -> int:
+    """Of a walk, from the number of programs that walks of ROWS make: long ones, of which less is
+    read and normed twice, where they fill a GPU as often as not, short ones where these do not."""
+    at_once = AT_ONCE[last]
+    if not even or at_once // 2 <= programs < 2 * at_once:
+        return ROWS
+    return 2 * ROWS if programs >= 2 * at_once else ROWS // 2
 
 
 class Parts(NamedTuple):
@@ -511,8 +580,12 @@ def _compiled(
             dtype,
             _arguments(function, dtype, affine, constants),
             constants,
-            load_bits=8 * itemsize * options["VEC"],
+            load_bits=8 * itemsize * _width(options),
         )
+
+
+def _width(options: dict[str, Any]) -> int:
+    return options["COLS"] if options.get("EVEN") and not options["LAST"] else options["VEC"]
 
 
 def _arguments(

@@ -19,7 +19,8 @@ of a map: **not measured yet**.
 
 3 serves with its default tile; `tuning` may choose another of its tiles, or 4.
 
-The gradients of the pointwise convolution are torch's (cuDNN's, cuBLAS's) products.
+The gradients of the pointwise convolution are torch's products: cuBLAS's of pixels' rows in 2 bytes
+an element in channels_last, and in exact float32, else cuDNN's.
 """
 
 # ruff: noqa: RUF005 (Triton's tuples do not unpack)
@@ -57,9 +58,10 @@ from dfm_fast.kernels.products import (
     tiles_of,
     to_check,
 )
-from dfm_fast.ops._layouts import empty_in, memory_format
+from dfm_fast.ops._layouts import empty_in, lay_out, memory_format
+from dfm_fast.ops._rows import exact_on_gpu
 from dfm_fast.ops.group_norms import wide_dtype
-from dfm_fast.ops.separables import pointwise_backward
+from dfm_fast.ops.separables import pointwise_backward, pointwise_backward_of_rows
 
 
 @triton.jit
@@ -180,12 +182,16 @@ def _separable_kernel(
             weights = weights + (tl.load(depthwise_ptr + c * 9 + t, kept, 0).to(ACC),)
         rows = ()
         for i in tl.static_range(2):
-            row = load_row(x_ptr, base, C, kept, h + i - 1, w, H, W, NC, False)
-            rows = rows + activated(row, norm, kept, h + i - 1, w, H, W, NC, ACC, NARROW)
+            row = load_row(x_ptr, base, C, kept, h + i - 1, w, H, W, NC, False, False, False)
+            rows = rows + activated(
+                row, norm, kept, h + i - 1, w, H, W, NC, ACC, NARROW, False, False
+            )
         tiles = ()
         for r in tl.static_range(ROWS):
-            row = load_row(x_ptr, base, C, kept, h + r + 1, w, H, W, NC, False)
-            rows = rows + activated(row, norm, kept, h + r + 1, w, H, W, NC, ACC, NARROW)
+            row = load_row(x_ptr, base, C, kept, h + r + 1, w, H, W, NC, False, False, False)
+            rows = rows + activated(
+                row, norm, kept, h + r + 1, w, H, W, NC, ACC, NARROW, False, False
+            )
             for p in tl.static_range(COLS):
                 a = taps(weights, rows, r * NC + p, 3, NC)
                 tiles = tiles + (a.to(x_ptr.dtype.element_ty),)
@@ -356,8 +362,16 @@ def _blocks(tile: Tile | Whole) -> dict[str, int]:
 def pointwise_conv2d_backward(
     dy: Tensor, a: Tensor, weight: Tensor, *, need_da: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = wide_dtype(a) if INTERPRET else a.dtype
-    return pointwise_backward(dy, a, weight, need_da, need_dweight, dtype)
+    needs = need_da, need_dweight
+    if INTERPRET or not a.numel():
+        return pointwise_backward(dy, a, weight, *needs, wide_dtype(a) if INTERPRET else a.dtype)
+    narrow = a.dtype.itemsize == 2 and is_last(a)
+    if not narrow and not exact_on_gpu(a):
+        return pointwise_backward(dy, a, weight, *needs, a.dtype)
+    da, dweight = pointwise_backward_of_rows(dy, a, weight, *needs)
+    none = a.new_empty(0)
+    da = lay_out(da, memory_format(a)) if need_da else none
+    return da, dweight.to(wide_dtype(a)) if need_dweight else none.to(wide_dtype(a))
 
 
 # --- Ahead of time --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ not for them; phase weights are summed in float32 and rounded once.
 Pixels are rows of channels: planes are transposed before and after, which moves x and y once more,
 and is a fraction of what gathering a tile from planes costs (2.8 times the whole, on an H200).
 
-The gradients are torch's (cuDNN's) convolution of dy's phases.
+The gradients are torch's (cuDNN's) convolution of dy's phases; of exact float32 products of rows.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ from dfm_fast.kernels.products import (
     to_check,
 )
 from dfm_fast.ops._layouts import empty_in, lay_out, memory_format
+from dfm_fast.ops._rows import exact_on_gpu
 from dfm_fast.ops.upsamples import (
     gradients_of_phases,
+    gradients_of_rows,
     upsample_conv2d_backward_ref,
 )
 
@@ -176,6 +178,8 @@ def upsample_conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if INTERPRET:  # cuDNN's part, on a CPU
         return upsample_conv2d_backward_ref(dy, x, weight, need_dx, need_dweight)
+    if exact_on_gpu(x):
+        return gradients_of_rows(dy, x, weight, need_dx, need_dweight)
     return gradients_of_phases(dy, x, weight, need_dx, need_dweight, x.dtype)
 
 

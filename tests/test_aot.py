@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import pytest
 
@@ -137,6 +138,27 @@ def test_products_are_those_of_tensor_cores(name):
     assert all(s.matrix for s in specs)
     assert _aot.MATRIX["sm_90"] == "HGMMA"
     assert _aot.check(specs[0], "sm_90").failures == ()
+
+
+@pytest.mark.parametrize("channels", [8, 64])
+def test_sums_of_exact_float32_are_of_sixteen_products(channels):
+    """Each begins at 0. Left to itself Triton begins with bias or residual, or goes on with all
+    products before: errors grow with either."""
+    from triton.backends.compiler import GPUTarget
+
+    from dfm_fast.kernels import _aot, separables
+
+    (spec,) = (
+        s for s in separables.specialisations() if (s.name, s.dtype) == ("pointwise NHWC", "fp32")
+    )
+    spec = dataclasses.replace(spec, constants={**spec.constants, "C": channels, "OUT": 64})
+    chains: dict[str, tuple[str, int]] = {}  # register -> what the chain to it begins with, length
+    text = _aot._compile(spec, GPUTarget("cuda", 90, 32)).asm["ptx"]
+    for to, before in re.findall(r"fma\.rn\.f32\s+(\S+), \S+, \S+, (\S+);", text):
+        first, length = chains.get(before, (before, 0))
+        chains[to] = first, length + 1
+    assert max(length for _, length in chains.values()) == 16
+    assert {first for first, length in chains.values() if length == 16} == {"0f00000000"}
 
 
 def test_a_product_without_tensor_cores_fails():

@@ -239,6 +239,10 @@ def test_sdpa_forms_by_value(view, masked):
     y, lse = _sdpa.forward("cpu", q, k, v, mask, 0.5, view, True)
     args = (q, k, v) if mask is None else (q, k, v, mask)
     torch.testing.assert_close(y, multi_query_attention_ref(*args, scale=0.5))
+    scores = torch.einsum("bthd,bshd->bths", q, k.repeat_interleave(6 // k.shape[2], 2)) / 2
+    if masked:  # a sample without any key attends to all
+        scores.masked_fill_(~(mask | ~mask.any(1, keepdim=True))[:, None, None], -torch.inf)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))  # to base e, as it came
     got = _sdpa.backward("cpu", dy, q, k, v, mask, y, lse, 0.5, view)
     want = grads(multi_query_attention_ref, args, {"scale": 0.5}, [dy])
     for g, w in zip(got, want, strict=True):

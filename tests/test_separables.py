@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import dfm_fast
 from dfm_fast._library import INTERPRET
 from dfm_fast.nn import SeparableConv2d, SeparableConvBlock
+from dfm_fast.ops import _rows
 from dfm_fast.ops.group_norms import channel_statistics_ref
 from dfm_fast.ops.separables import separable_conv2d_ref
 
@@ -89,6 +90,34 @@ def test_long_sums_stay_within_the_budget(channels, layout, dtype):
     ref = separable_conv2d_ref(*plain, num_groups=1)
     exact = separable_conv2d_ref(*(v.double() for v in plain), num_groups=1)
     assert_within_budget(got, ref, exact, cap=64, what=f"{channels} {layout}", inputs=dtype)
+
+
+@pytest.mark.skipif(INTERPRET, reason="there torch's convolution serves")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_of_rows_are_those_of_the_convolution(dtype, layout, monkeypatch):
+    """What a GPU is given, here on a CPU: float64 in place of exact float32."""
+    separables = pytest.importorskip("dfm_fast.kernels.separables")
+    for module in (separables, _rows):
+        monkeypatch.setattr(module, "exact_on_gpu", lambda x: x.dtype == torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 5, 9, 8), (2, 7, 9, 8), (5, 7, 1, 1)
+    dy, a, weight = (torch.randn(s, generator=generator).to(dtype) for s in sizes)
+    dy, a = relayout(dy, layout), relayout(a, layout)
+    got = separables.pointwise_conv2d_backward(dy, a, weight, need_da=True, need_dweight=True)
+    want = torch.ops.dfm_fast.pointwise_conv2d_backward(
+        dy, a, weight, need_da=True, need_dweight=True
+    )
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-1 if dtype == torch.bfloat16 else 1e-9, rtol=2e-2)
+        assert x.stride() == y.stride()
+    for needs in ((True, False), (False, True)):
+        some = separables.pointwise_conv2d_backward(
+            dy, a, weight, need_da=needs[0], need_dweight=needs[1]
+        )
+        for x, y, need in zip(some, got, needs, strict=True):
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y) if need else not x.numel()
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])

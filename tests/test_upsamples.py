@@ -7,7 +7,15 @@ from torch.nn import functional as F
 
 import dfm_fast
 from dfm_fast.nn import UpsampleConv2d
-from dfm_fast.ops.upsamples import phase_weights, split_phases, tap_gradients, upsample_conv2d_ref
+from dfm_fast.ops import _rows
+from dfm_fast.ops.upsamples import (
+    gradients_of_rows,
+    phase_weights,
+    split_phases,
+    tap_gradients,
+    upsample_conv2d_backward_ref,
+    upsample_conv2d_ref,
+)
 
 
 def values(*sizes, dtype=torch.float32):
@@ -32,6 +40,19 @@ def test_tap_gradients_are_the_adjoint_of_phase_weights():
     weight, dphases = (v.double() for v in values((6, 3, 3, 3), (4, 6, 3, 2, 2)))
     there, back = phase_weights(weight), tap_gradients(dphases)
     torch.testing.assert_close((there * dphases).sum(), (weight * back).sum())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_gradients_of_rows_are_those_of_the_definition(blocks, layout, monkeypatch):
+    """As exact float32 has them on a GPU: in blocks of rows, the last a rest."""
+    monkeypatch.setattr(_rows, "exact_on_gpu", lambda _: blocks)
+    given = values((2, 3, 9, 7), (5, 3, 3, 3), (2, 5, 18, 14), dtype=torch.float64)
+    x, weight, dy = (relayout(v, layout) for v in given)
+    got = gradients_of_rows(dy, x, weight, True, True)
+    for a, b in zip(got, upsample_conv2d_backward_ref(dy, x, weight, True, True), strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.stride() == b.stride()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -203,7 +203,8 @@ def forward(
     view: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y [B, T, H, d], lse [B, T, H] to base e, or [0] where it is not saved), contiguous."""
+    """(y [B, T, H, d], lse [B, T, H] to base e, as it came: by way of another base backward would
+    lose digits; [0] where it is not saved), contiguous."""
     d = q.shape[-1]
     if backend != "cpu":
         q, k, v = _to_eights(q, k, v)

@@ -9,8 +9,8 @@ attends to all keys, or to those of `mask` [B, S]; where a sample has none, y an
 
 As all heads attend to the same keys, one key head is attention of T H queries in one head, and all
 operators here see q so, without a copy. Scores are never in memory: with
-lse_th = log sum_s exp(scale q_th . k_sg), kept for backward beside q, k, v and y, in float32
-(float64 for float64; to base 2 on a CPU), and D_th = dy_th . y_th,
+lse_th = log sum_s exp(scale q_th . k_sg), to base 2 on a CPU and, as SDPA has it, to e on a GPU,
+kept for backward beside q, k, v and y, in float32 (float64 for float64), and D_th = dy_th . y_th,
 
     dv_s = sum_th p_ths dy_th
     g_ths = p_ths (dy_th . v_s - D_th)

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from dfm_fast import _checks
 from dfm_fast._library import define, differentiable, operator
 from dfm_fast.ops._layouts import dense, empty_in, lay_out, memory_format
+from dfm_fast.ops._rows import product_over_rows, rows_of
 from dfm_fast.ops.convolutions import check_depthwise, norm_silu_depthwise_conv2d_ref
 from dfm_fast.ops.group_norms import (
     ChannelStatistics,
@@ -132,6 +133,21 @@ def pointwise_backward(
         if need:
             to.copy_(grad)
     return found
+
+
+def pointwise_backward_of_rows(
+    dy: Tensor, a: Tensor, weight: Tensor, need_da: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    """As `pointwise_conv2d_backward`, maps as [pixels, channels]: (da, dweight), dy for what is not
+    asked; dweight is rounded at once."""
+    with torch.autocast(a.device.type, enabled=False):
+        (n, c, h, w), rows = a.shape, rows_of(dy)
+        da = dweight = dy
+        if need_da:
+            da = (rows @ weight.flatten(1)).view(n, h, w, c).permute(0, 3, 1, 2)
+        if need_dweight:
+            dweight = product_over_rows(rows, rows_of(a)).view(weight.shape)
+        return da, dweight
 
 
 # --- Registration ---------------------------------------------------------------------------------
@@ -249,7 +265,7 @@ def _pointwise_gradients(
         return dy, dy
     a = _ops.depthwise_conv2d(x, depthwise, None, *norm, *geometry) if need_dweight else x
     if _multiplies_rows(a):
-        return _products_of_rows(dy, a, pointwise, need_da, need_dweight)
+        return pointwise_backward_of_rows(dy, a, pointwise, need_da, need_dweight)
     return _ops.pointwise_conv2d_backward(
         dy, a, pointwise, need_da=need_da, need_dweight=need_dweight
     )
@@ -265,20 +281,6 @@ def _multiplies_rows(a: Tensor) -> bool:
 _ONEDNN_HAS_BF16 = torch.backends.mkldnn.is_available() and bool(
     torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
-
-
-def _products_of_rows(
-    dy: Tensor, a: Tensor, weight: Tensor, need_da: bool, need_dweight: bool
-) -> tuple[Tensor, Tensor]:
-    """As `pointwise_conv2d_backward`, maps as [pixels, channels]; dweight is rounded at once."""
-    with torch.autocast("cpu", enabled=False):
-        (n, c, h, w), rows = a.shape, dy.permute(0, 2, 3, 1).flatten(0, 2)
-        da = dweight = dy
-        if need_da:
-            da = (rows @ weight.flatten(1)).view(n, h, w, c).permute(0, 3, 1, 2)
-        if need_dweight:
-            dweight = (rows.t() @ a.permute(0, 2, 3, 1).flatten(0, 2)).view(weight.shape)
-        return da, dweight
 
 
 def _epilogue_gradients(ctx: Any, dy: Tensor) -> list[Tensor | None]:

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from dfm_fast import _checks
 from dfm_fast._library import define, differentiable, operator
 from dfm_fast.ops._layouts import dense, empty_in, lay_out, memory_format
+from dfm_fast.ops._rows import product_over_rows, rows_of
 from dfm_fast.ops.group_norms import wide_dtype
 from dfm_fast.ops.pyramids import nbytes
 
@@ -114,6 +115,32 @@ def gradients_of_phases(
         found[0].copy_(dx)
     if need_dweight:
         found[1].copy_(tap_gradients(dphases.unflatten(0, (4, -1))))
+    return found
+
+
+def gradients_of_rows(
+    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `gradients_of_phases`, by products of pixels' rows."""
+    found = _fake_backward(dy, x, weight, need_dx=need_dx, need_dweight=need_dweight)
+    torch.sum(dy, (0, 2, 3), dtype=wide_dtype(x), out=found[2])
+    if not x.numel():
+        return found[0], found[1].zero_(), found[2]
+    (n, c, h, w), o = x.shape, weight.shape[0]
+    taps, places = ((0, 0), (0, 1), (1, 0), (1, 1)), (n, h + 1, w + 1)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = rows_of(split_phases(dy))
+        if need_dx:
+            kernels = phase_weights(weight).permute(0, 1, 3, 4, 2).reshape(4, o, 4 * c)
+            phases = zip(rows.split(o, 1), kernels, strict=True)  # each a chain of sums of its own
+            seen = sum(a @ b for a, b in phases).view(*places, 4, c)
+            parts = (seen[:, 1 - p : 1 - p + h, 1 - q : 1 - q + w, 2 * p + q] for p, q in taps)
+            found[0].copy_(sum(parts).permute(0, 3, 1, 2))
+        if need_dweight:
+            around = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+            seen = torch.stack([around[:, p : p + h + 1, q : q + w + 1] for p, q in taps], 3)
+            dphases = product_over_rows(rows, seen.view(-1, 4 * c)).view(4, o, 2, 2, c)
+            found[1].copy_(tap_gradients(dphases.permute(0, 1, 4, 2, 3)))
     return found
 
 

@@ -21,6 +21,7 @@ CONVOLUTIONS = {
     "full": ((1, 70, 4, 19), 3, False, {"padding": 2}),
     "wide": ((1, 2, 40, 133), 3, True, {}),
     "tall": ((1, 20, 70, 21), 3, False, {}),
+    "vectors": ((2, 10, 18, 24), 3, True, {}),  # of columns, whole
 }
 
 # name: (shape of x, num_groups, side of the kernel, of weight, bias and shift those given, others)
@@ -33,6 +34,7 @@ NORMS = {
     "half": ((2, 20, 11, 18), 5, 3, "b", {"stride": 2}),
     "seven": ((1, 18, 12, 20), 3, 7, "w", {"padding": (3, 1)}),
     "tall": ((1, 35, 66, 19), 7, 3, "wbs", {}),
+    "vectors": ((2, 6, 19, 16), 3, 3, "wbs", {}),
 }
 
 
