@@ -41,8 +41,7 @@ LINE = 128  # bytes of channels side by side, in channels_last
 LINES = 16 if INTERPRET else 128  # pixels; the interpreter's numpy adds one after another
 CHANNELS = 16  # merged by a program where there are no groups
 OVER_SAMPLES = {"BLOCK_C": 64, "BLOCK_N": 16}
-# Programs: each pays 800 instructions a warp to merge again, all together 4 us to have it launched.
-AGAIN = 1024
+AGAIN = 4096  # programs: each merges in 700 instructions a warp, or all wait 4 us for a launch
 MERGING_REGISTERS = 128
 PARTIALS = 4096  # channels x blocks that are merged at once, by 8 warps: it is latency
 

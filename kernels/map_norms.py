@@ -106,12 +106,14 @@ def _moments_kernel(
     pid = tl.program_id(0)
     offs, mask, _, kept, block, c, C, pixels = _tile(pid, C, RT, CV, LAST, ROWS, COLS, VEC, WIDE)
     x = tl.load(x_ptr + offs, mask, 0).to(ACC)
-    count = 1.0 / pixels.to(ACC)
-    centre = _over_pixels(x, LAST) * count
+    pixels = pixels.to(ACC)
+    centre = _over_pixels(x, LAST) / pixels
     d = tl.where(mask, x - centre, 0.0)
     rest, squares = _over_pixels(d, LAST), _over_pixels(d * d, LAST)
-    lost = rest * count
+    lost = rest * (1.0 / pixels)
     m2 = tl.maximum(squares - rest * lost, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    # Beside a large mean its rounding shows in what is left; beside a small one that is noise.
+    lost = tl.where(centre * centre * pixels > squares, lost, 0.0)
     tl.store(mean_ptr + 2 * block + c, centre, kept)
     tl.store(mean_ptr + 2 * block + C + c, lost, kept)
     tl.store(m2_ptr + block + c, m2, kept)
