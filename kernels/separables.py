@@ -43,7 +43,7 @@ from dfm_fast.kernels import tuning
 from dfm_fast.kernels._aot import Specialisation
 from dfm_fast.kernels.convolutions import activated, depthwise_conv2d, load_row, norm_of, taps
 from dfm_fast.kernels.group_norms import Plan, applied_norm, merge_moments
-from dfm_fast.kernels.launching import cdiv, on_device, planned
+from dfm_fast.kernels.launching import cdiv, on_device, planned, registers
 from dfm_fast.kernels.products import (
     ARCHITECTURES,
     SIZES,
@@ -335,8 +335,17 @@ def _two_kernels(
         a, *rest, x.shape[2] * x.shape[3], x.shape[1], outputs,
         ACC=accumulator(x), PRECISION=precision(x), LAST=is_last(x),
         BM=tile.BM, BN=tile.BN, BK=tile.BK, WIDE=max(a.numel(), y.numel()) >= 2**31,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **_registers(x, tile),
     )  # fmt: skip
+
+
+def _registers(x: Tensor, tile: Tile) -> dict[str, int]:
+    return TWO_AT_A_TIME if architecture(x.device) == 9 and tile == TILES[2, True][0] else {}
+
+
+# Programs on a Hopper: one loads and multiplies while another adds what is added and takes moments,
+# which is half of the work of few channels. Elsewhere it spills.
+TWO_AT_A_TIME = registers(128)
 
 
 def _one_kernel(
@@ -385,7 +394,10 @@ def specialisations() -> Iterator[Specialisation]:
         for rest, tile, targets in to_check(TILES[SIZES[dtype], last], dtype):
             name = f"pointwise {'NHWC' if last else 'NCHW'}{rest}"
             given = name, _pointwise_kernel, dtype, tile, constants
-            yield _specialisation(*given, targets=targets)
+            two = {"sm_90"} & set(targets) if tile == TILES[2, True][0] else set()
+            yield _specialisation(*given, targets=tuple(t for t in targets if t not in two))
+            if two:
+                yield _specialisation(*given, targets=tuple(two), options=TWO_AT_A_TIME)
     shape = {"C": 512, "OUT": 256}
     for dtype, norm in itertools.product(("bf16", "fp16"), (True, False)):
         constants = {**shape, "ACC": tl.float32, "PRECISION": "ieee", "WIDE": False}
@@ -409,6 +421,7 @@ def _specialisation(
     constants: dict[str, Any],
     absent: tuple[str, ...] = (),
     targets: tuple[str, ...] = tuple(ARCHITECTURES),
+    options: dict[str, int] | None = None,
 ) -> Specialisation:
     constants = {**constants, **_blocks(tile)}
     wide = "*fp64" if dtype == "fp64" else "*fp32"
@@ -419,5 +432,5 @@ def _specialisation(
     }
     return Specialisation(
         name, kernel, dtype, arguments | dict.fromkeys(absent), constants, tile.warps, targets,
-        128, {"num_stages": tile.stages}, matrix=SIZES[dtype] == 2,
+        128, {"num_stages": tile.stages, **(options or {})}, matrix=SIZES[dtype] == 2,
     )  # fmt: skip
