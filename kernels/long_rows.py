@@ -10,18 +10,88 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dfm_fast.kernels.row_norms import (
-    _place,
-    _put,
-    _residual,
-    _rsqrt,
-    _scaled,
-    _store_dx,
-    _store_dy,
-    _store_modulated,
-    _store_residual,
-    _tile,
-)
+from dfm_fast.kernels.row_norms import _place, _rsqrt, _tile
+
+
+@triton.jit
+def _residual(
+    x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+    dtype: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x + gate y rounded to `dtype`, as the norm is of what is stored."""
+    y = _tile(y_ptr, b, t, y_b, y_t, offs_d, mask, VEC, ACC)
+    gate = _tile(gate_ptr, b, m_t, gate_b, gate_t, offs_d, m_mask, VEC, ACC)
+    return (x + gate * y).to(dtype).to(ACC)
+
+
+@triton.jit
+def _store_residual(
+    x, y_ptr, gate_ptr, residual_ptr, to, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+    VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x, or where there is y the residual, which is stored."""
+    if y_ptr is not None:
+        dtype: tl.constexpr = residual_ptr.dtype.element_ty
+        x = _residual(
+            x, y_ptr, gate_ptr, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+            dtype, VEC, ACC,
+        )  # fmt: skip
+        tl.store(residual_ptr + to, x.to(dtype), mask)
+    return x
+
+
+@triton.jit
+def _scaled(
+    g, scale_ptr, b, m_t, offs_d, m_mask, scale_b, scale_t,
+    RMS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    if scale_ptr is not None:
+        scale = _tile(scale_ptr, b, m_t, scale_b, scale_t, offs_d, m_mask, VEC, ACC)
+        g *= scale if RMS else 1 + scale
+    return g
+
+
+@triton.jit
+def _store_modulated(
+    xhat, out_ptr, to, scale_ptr, shift_ptr, b, m_t, offs_d, mask, m_mask,
+    scale_b, scale_t, shift_b, shift_t, RMS: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    out = _scaled(xhat, scale_ptr, b, m_t, offs_d, m_mask, scale_b, scale_t, RMS, VEC, ACC)
+    if shift_ptr is not None:
+        out += _tile(shift_ptr, b, m_t, shift_b, shift_t, offs_d, m_mask, VEC, ACC)
+    tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _store_dx(
+    dx, dr_ptr, dx_ptr, to, b, t, dr_b, dr_t, offs_d, mask, VEC: tl.constexpr, ACC: tl.constexpr
+):
+    """The norm's gradient and, where it has its own, the residual's."""
+    if dr_ptr is not None:
+        dx += _tile(dr_ptr, b, t, dr_b, dr_t, offs_d, mask, VEC, ACC)
+    tl.store(dx_ptr + to, dx.to(dx_ptr.dtype.element_ty), mask)
+    return dx
+
+
+@triton.jit
+def _store_dy(
+    dr, y_ptr, gate_ptr, dy_ptr, to, b, t, m_t, offs_d, mask, m_mask, y_b, y_t, gate_b, gate_t,
+    VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dr y: what the gate's gradient is the sum of."""
+    gate = _tile(gate_ptr, b, m_t, gate_b, gate_t, offs_d, m_mask, VEC, ACC)
+    tl.store(dy_ptr + to, (gate * dr).to(dy_ptr.dtype.element_ty), mask)
+    return dr * _tile(y_ptr, b, t, y_b, y_t, offs_d, mask, VEC, ACC)
+
+
+@triton.jit
+def _put(ptr, value, sums, to, mask, EACH: tl.constexpr):
+    """A gradient of the modulation: stored where every token has its own, else added up."""
+    if EACH:
+        tl.store(ptr + to, value.to(ptr.dtype.element_ty), mask)
+        return sums
+    else:
+        return sums + tl.sum(value, 0, keep_dims=True)
 
 
 @triton.jit

@@ -2,10 +2,12 @@
 
 Forward, a program has a tile of rows of one sample, each whole: statistics and output come from one
 read. Backward, a program walks over a block of rows of one sample and keeps the sums that its
-modulation gets in registers; a second kernel adds those of all blocks, in order. All sizes of
-blocks follow from shapes, not from the device. Rows of more than 16384 elements, 8192 backward (in
-float64 half of that), are more than a program's registers hold: kernels of their own go over them
-in chunks, twice.
+modulation gets in registers; a second kernel adds those of all blocks, in order. A warp, or a few
+of long rows, has a row for itself: what limits these kernels, next to memory, is instructions, and
+most of those are spent on lanes that have nothing to do and on exchanges between warps. All sizes
+of blocks follow from shapes, not from the device. Rows of more than 16384 elements, 8192 backward
+(in float64 half of that), are more than a program's registers hold: kernels of their own go over
+them in chunks, twice.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ LONG_FORWARD, LONG_BACKWARD = 16384, 8192  # bytes of a program's chunk of longe
 # Eight for each of an H200's multiprocessors: what a grid should have. The interpreter has one.
 PROGRAMS = 8 if INTERPRET else 1056
 COLUMNS = 1024 if INTERPRET else 32  # of a program that adds blocks
-STAGES = 2  # rows that are read ahead
+CHUNK = 128  # elements of a row that a warp has side by side
+MULTIPROCESSORS = 1 if INTERPRET else 128  # that a backward which sums has programs for
 
 
 # --- Launchers ------------------------------------------------------------------------------------
@@ -100,20 +103,33 @@ def _warps(elements: int, each: int, wide: bool, most: int = 16) -> int:
     return min(max(elements // (32 * each // (4 if wide else 1)), 1), most)
 
 
+def _chunks(D: int, size: int, each: int, most: int) -> tuple[int, int]:
+    """(elements of a chunk, warps of a row), with up to 4 `each` bytes of a row for a thread, as
+    far as `most` warps can. A warp's part of a chunk is 128 elements, for some rows are not much
+    more than a multiple of it."""
+    warps = 1
+    while warps < most and D * size > 128 * each * warps:
+        warps *= 2
+    return min(next_power_of_2(D), CHUNK * warps), warps
+
+
 @planned
 def _forward_tiles(rows: _Rows, wide: bool) -> _Tiles:
-    """4096 elements a program, less where the grid would have too few programs. wide: float64."""
-    block, size = next_power_of_2(rows.D), 8 if wide else 4
+    """wide: float64."""
+    size = 8 if wide else 4
     if rows.D * size > FORWARD:
         chunk = LONG_FORWARD // size
         return _Tiles(
             _long_forward_kernel, 1, {"ROWS": 1, "CHUNK": chunk}, _warps(chunk, 16, wide, 8)
         )
-    tile = min(max(4096 // block, 1), next_power_of_2(max(rows.T, 1)))
+    chunk, warps = _chunks(rows.D, size, 40, 8)
+    padded = cdiv(rows.D, chunk) * chunk
+    tile = max(4096 // next_power_of_2(padded), 4 // warps, 1)
+    tile = min(tile, next_power_of_2(max(rows.T, 1)))
     while tile > 1 and rows.B * cdiv(rows.T, tile) < PROGRAMS:
         tile //= 2
-    constants = {"ROWS": tile, "BLOCK": block}
-    return _Tiles(_forward_kernel, tile, constants, _warps(tile * block, 32, wide))
+    warps = min(max(tile * chunk // CHUNK, 1), max(4, warps))
+    return _Tiles(_forward_kernel, tile, {"ROWS": tile, "CHUNK": chunk}, warps)
 
 
 def _statistic(x: Tensor) -> Tensor:
@@ -150,6 +166,7 @@ def _forward(
                 *(rows.T, rows.D // constants["VEC"], blocks, *strides),
                 *(eps or 0.0, rms, each),
                 num_warps=tiles.warps,
+                **tiles.options,
                 **tiles.constants,
                 **constants,
             )
@@ -174,23 +191,25 @@ def gated_residual_ada_layer_norm(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 @planned
-def _backward_tiles(rows: _Rows, wide: bool, each: bool, sums: int, norm: bool) -> _Tiles:
-    """`sums` is bytes of x times sums, per element. A block has at least four rows, for its sums to
-    be few beside them; not so where sums fill the registers. At most 8 warps where there is a norm:
-    what threads need besides their elements is then spent fewer times, and the longest whole rows
-    just fit."""
-    block, size, T = next_power_of_2(rows.D), 8 if wide else 4, max(rows.T, 1)
-    if rows.D * size > BACKWARD:
+def _backward_tiles(rows: _Rows, itemsize: int, each: bool, sums: int, norm: bool) -> _Tiles:
+    """A block has at least four rows, for its sums to be few beside them; not so where sums fill
+    the registers, of which three sums and long rows need most. There are as many programs as are at
+    work at once: none waits for another to end."""
+    wide, T = itemsize == 8, max(rows.T, 1)
+    if rows.D * max(itemsize, 4) > BACKWARD:
         return _long_backward_tiles(rows, wide, each, norm)
-    tile = min(max(1024 // block, 1), next_power_of_2(T), 32)
+    chunk, across = _chunks(rows.D, max(itemsize, 4), 20, 8)
+    padded = cdiv(rows.D, chunk) * chunk
+    tile = max((512 if wide else 2048) // next_power_of_2(padded), 4 // across, 1)
+    tile = min(tile, next_power_of_2(T), 32)
+    warps = min(max(tile * chunk // CHUNK, 1), max(4, across))
+    most = 255 if wide or sums == 3 or across > 4 else 128
     tiles = 1
-    if not each and block * sums <= 40960:
-        length = max(cdiv(rows.B * rows.T, PROGRAMS), 4, tile)
-        tiles = next_power_of_2(cdiv(min(length, T), tile))
-    constants = {"ROWS": tile, "TILES": tiles, "STAGES": STAGES, "BLOCK": block}
-    warps = _warps(tile * block, 16, wide, 8 if norm else 16)
-    most = registers(min(255, 65536 // (32 * warps)))
-    return _Tiles(_backward_kernel, tile * tiles, constants, warps, most)
+    if not each and padded * itemsize * sums <= 40960:
+        programs = MULTIPROCESSORS * (65536 // (32 * warps * most))
+        tiles = cdiv(min(max(cdiv(rows.B * rows.T, programs), 4), T), tile)
+    constants = {"ROWS": tile, "tiles": tiles, "CHUNK": chunk}
+    return _Tiles(_backward_kernel, tile * tiles, constants, warps, registers(most))
 
 
 def _long_backward_tiles(rows: _Rows, wide: bool, each: bool, norm: bool) -> _Tiles:
@@ -221,14 +240,13 @@ def _backward(
     dx, dy = (None if v is None else _like(v) for v in (x, y))
     modulation = [gate, None if rms else scale, scale]
     sums = [None if m is None else _like(m) for m in modulation]
+    if not given.numel():
+        return [dx, dy, *(None if v is None else v.zero_() for v in sums)]
     walked = (given, dr, dn, x, y, gate, scale)
     strides, constants = _walk(rows, given.dtype, *map(layout, walked))
     each = _each_token(rows, gate if scale is None else scale)
     wanted = [v for v in sums if v is not None]
-    tiles = _backward_tiles(
-        *(rows, given.dtype == torch.float64, each),
-        *(given.element_size() * len(wanted), dn is not None),
-    )
+    tiles = _backward_tiles(rows, given.element_size(), each, len(wanted), dn is not None)
     blocks = cdiv(rows.T, tiles.rows)
     targets = sums
     if wanted and not each:
@@ -238,22 +256,22 @@ def _backward(
         parts = iter(partial)
         targets = [None if v is None else next(parts) for v in sums]
     with on_device(given):
-        if given.numel():
-            tiles.kernel[(rows.B * blocks,)](
-                *(dr, dn, x, y, gate, scale, mean, rstd, dx, dy, *targets),
-                *(rows.T, rows.D // constants["VEC"], blocks, *strides[2:]),
-                *(rms, each),
-                num_warps=tiles.warps,
-                **tiles.options,
-                **tiles.constants,
-                **constants,
-            )
-        if wanted and not each and rows.B:
+        tiles.kernel[(rows.B * blocks,)](
+            *(dr, dn, x, y, gate, scale, mean, rstd, dx, dy, *targets),
+            *(rows.T, rows.D // constants["VEC"], blocks, *strides[2:]),
+            *(rms, each),
+            num_warps=tiles.warps,
+            **tiles.options,
+            **tiles.constants,
+            **constants,
+        )
+        if wanted and not each:
             grid = cdiv(rows.D, COLUMNS), rows.B, len(wanted)
             outputs = wanted + [None] * (3 - len(wanted))
-            height = min(next_power_of_2(max(blocks, 1)), 128)
+            height = min(next_power_of_2(blocks), 2048 // partial.element_size())
             _add_blocks_kernel[grid](
-                partial, *outputs, blocks, rows.D, rows.B, constants["ACC"], height, COLUMNS
+                *(partial, *outputs, blocks, rows.D, rows.B, constants["ACC"], height, COLUMNS),
+                num_warps=_warps(height * COLUMNS, 32, False),
             )
     return [dx, dy, *sums]
 
@@ -285,7 +303,7 @@ def gated_residual_ada_layer_norm_backward(
 
 
 def _specialisation(
-    name: str, tiles: _Tiles, tensors: str, dtype: str, modulation: str, **constants: Any
+    name: str, tiles: _Tiles, D: int, tensors: str, dtype: str, modulation: str, **constants: Any
 ) -> Specialisation:
     """A launch with these tensors."""
     acc = "fp64" if dtype == "fp64" else "fp32"
@@ -301,7 +319,13 @@ def _specialisation(
     vec = {"fp32": 4, "fp64": 2}.get(dtype, 8)
     constants |= {"ACC": tl.float64 if acc == "fp64" else tl.float32, "VEC": vec, "WIDE": False}
     constants |= tiles.constants
-    more = {"load_bits": 128, "options": tiles.options}
+    whole = tiles.kernel in (_forward_kernel, _backward_kernel)
+    if whole:
+        constants["DV"] = D // vec
+    if constants.get("tiles", 1) > 1:
+        del constants["tiles"]  # one alone a launch makes a constant
+    bits = 64 if whole and dtype in ("bf16", "fp16") else 128
+    more = {"load_bits": bits, "options": tiles.options}
     return Specialisation(name, tiles.kernel, dtype, kinds, constants, tiles.warps, **more)
 
 
@@ -330,19 +354,20 @@ def specialisations() -> Iterator[Specialisation]:
             name += f" {modulation} modulation" if modulation != dtype else ""
             tiles = _forward_tiles(rows, wide)
             yield _specialisation(
-                *(f"{op} {name}", tiles, forward[op], dtype, modulation),
+                *(f"{op} {name}", tiles, D, forward[op], dtype, modulation),
                 **constants | {"EPS": 1e-6},
             )
             wanted = len({"dgate", "dshift", "dscale"} & set(backward[op].split()))
-            tiles = _backward_tiles(rows, wide, EACH, width * wanted, "dn" in backward[op].split())
+            tiles = _backward_tiles(rows, width, EACH, wanted, "dn" in backward[op].split())
             yield _specialisation(
-                *(f"{op}_backward {name}", tiles, backward[op], dtype, modulation), **constants
+                *(f"{op}_backward {name}", tiles, D, backward[op], dtype, modulation), **constants
             )
-    for dtype, rows in itertools.product(("bf16", "fp16", "fp32", "fp64"), (32, 128)):
+    for dtype, rows in itertools.product(("bf16", "fp16", "fp32", "fp64"), (32, 256)):
         acc = "fp64" if dtype == "fp64" else "fp32"
         outputs = dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), "*")
         kinds = outputs | {"sums_ptr": f"*{acc}"} | dict.fromkeys(("blocks", "D", "B"), "i32")
         constants = {"ACC": getattr(tl, acc.replace("fp", "float")), "ROWS": rows}
         name = f"norms add {rows} blocks"
         constants |= {"COLUMNS": COLUMNS}
-        yield Specialisation(name, _add_blocks_kernel, dtype, kinds, constants)
+        warps = _warps(rows * COLUMNS, 32, False)
+        yield Specialisation(name, _add_blocks_kernel, dtype, kinds, constants, warps)

@@ -35,8 +35,8 @@ TILE = 4096  # elements of a tile; half as many in backward, and of float64
 # At least, where there are tokens enough: two for each of 132 processors. The interpreter's time is
 # per program.
 PROGRAMS = 1 if INTERPRET else 264
-SUMS = 528  # programs of a backward that sums dw, at most: each sums what it has, in order
-ROWS = 32  # of partial sums that are added at a time
+SUMS = 396  # programs of a backward that sums dw, at most: as many as are at work at once
+ROWS, COLUMNS = 256, 16  # of partial sums that a program adds at a time
 
 # --- Rows -----------------------------------------------------------------------------------------
 
@@ -80,8 +80,13 @@ def _store_pairs(
 def _load_weight(
     ptr, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ACC: tl.constexpr
 ):
-    one = tl.zeros((1, 1), tl.int32)
-    return _load_pairs(ptr, one, one == 0, D, HALF, INTERLEAVED, ACC)
+    """First and second of its pairs, [1, 1, HALF]; 0 where there is none."""
+    if ptr is None:
+        zero = tl.zeros((1, 1, HALF), ACC)
+        return zero, zero
+    else:
+        one = tl.zeros((1, 1), tl.int32)
+        return _load_pairs(ptr, one, one == 0, D, HALF, INTERLEAVED, ACC)
 
 
 @triton.jit
@@ -174,14 +179,15 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_part(
-    dy_ptr, x_ptr, dx_ptr, weight_ptr, cos, sin, sample, t, mask, T, dy_b, dy_t, dy_h, x_b, x_t,
-    x_h, dw_a, dw_b, H: tl.constexpr, ROTATED: tl.constexpr, EPS: tl.constexpr, D: tl.constexpr,
-    HALF: tl.constexpr, TILE_H: tl.constexpr, VEC: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ACC: tl.constexpr,
+    dy_ptr, x_ptr, dx_ptr, weight_ptr, w_a, w_b, cos, sin, sample, t, mask, T, dy_b, dy_t, dy_h,
+    x_b, x_t, x_h, dw_a, dw_b, H: tl.constexpr, ROTATED: tl.constexpr, EPS: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, TILE_H: tl.constexpr, VEC: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """q or k; returns dw_a and dw_b [HALF] with the rows of these tokens added."""
+    """q or k; returns dw_a and dw_b [M, TILE_H, HALF] with the rows of these tokens added, each
+    where it is: summed once a program, since that is an exchange between warps."""
     mask = mask & (t < T)
-    for first in range(0, H, TILE_H):
+    for first in tl.range(0, H, TILE_H, num_stages=2):
         h = first + tl.arange(0, TILE_H)
         rows = mask[:, None] & (h < H)[None, :]
         offs = ((sample * dy_b + t * dy_t)[:, None] + (h * dy_h)[None, :]) * VEC
@@ -196,9 +202,8 @@ def _backward_part(
             rstd = _rstd(n_a, n_b, rows, D, EPS, ACC)
             n_a = n_a * rstd
             n_b = n_b * rstd
-            dw_a += tl.sum(tl.sum(a * n_a, axis=1), axis=0)
-            dw_b += tl.sum(tl.sum(b * n_b, axis=1), axis=0)
-            w_a, w_b = _load_weight(weight_ptr, D, HALF, INTERLEAVED, ACC)
+            dw_a += a * n_a
+            dw_b += b * n_b
             a = a * w_a
             b = b * w_b
             slope = (tl.sum(a * n_a + b * n_b, axis=2) / D)[:, :, None]
@@ -214,7 +219,8 @@ def _store_sums(ptr, dw_a, dw_b, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVE
     """dw of this program, to row program_id of ptr [programs, D]."""
     if ptr is not None:
         row = tl.zeros((1, 1), tl.int32) + tl.program_id(0)
-        a, b = dw_a[None, None, :], dw_b[None, None, :]
+        a = tl.sum(tl.sum(dw_a, axis=1), axis=0)[None, None, :]
+        b = tl.sum(tl.sum(dw_b, axis=1), axis=0)[None, None, :]
         _store_pairs(ptr, row * D, row >= 0, a, b, D, HALF, INTERLEAVED)
 
 
@@ -227,33 +233,34 @@ def _backward_kernel(
     TOKENS: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, VEC: tl.constexpr,
     INTERLEAVED: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    q_first = tl.zeros((HALF,), ACC)
-    q_second = tl.zeros((HALF,), ACC)
-    k_first = tl.zeros((HALF,), ACC)
-    k_second = tl.zeros((HALF,), ACC)
+    q_first = tl.zeros((TOKENS, TILE_Q, HALF), ACC)
+    k_first = tl.zeros((TOKENS, TILE_K, HALF), ACC)
+    q_second, k_second = q_first, k_first
+    q_weight = _load_weight(q_weight_ptr, D, HALF, INTERLEAVED, ACC)
+    k_weight = _load_weight(k_weight_ptr, D, HALF, INTERLEAVED, ACC)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         sample, t, mask = _tokens(block, B, T, TOKENS, WIDE)
         cos, sin = _angles(cos_ptr, sin_ptr, sample, t, mask, table_stride, D, HALF, ACC)
         q_first, q_second = _backward_part(
-            dq_ptr, q_ptr, q_out_ptr, q_weight_ptr, cos, sin, sample, t, mask, T_q, dq_b, dq_t,
-            dq_h, q_b, q_t, q_h, q_first, q_second, H_q, cos_ptr is not None, EPS, D, HALF,
-            TILE_Q, VEC, INTERLEAVED, ACC,
+            dq_ptr, q_ptr, q_out_ptr, q_weight_ptr, q_weight[0], q_weight[1], cos, sin, sample, t,
+            mask, T_q, dq_b, dq_t, dq_h, q_b, q_t, q_h, q_first, q_second, H_q,
+            cos_ptr is not None, EPS, D, HALF, TILE_Q, VEC, INTERLEAVED, ACC,
         )  # fmt: skip
         k_first, k_second = _backward_part(
-            dk_ptr, k_ptr, k_out_ptr, k_weight_ptr, cos, sin, sample, t, mask, T_k, dk_b, dk_t,
-            dk_h, k_b, k_t, k_h, k_first, k_second, H_k, cos_ptr is not None, EPS, D, HALF,
-            TILE_K, VEC, INTERLEAVED, ACC,
+            dk_ptr, k_ptr, k_out_ptr, k_weight_ptr, k_weight[0], k_weight[1], cos, sin, sample, t,
+            mask, T_k, dk_b, dk_t, dk_h, k_b, k_t, k_h, k_first, k_second, H_k,
+            cos_ptr is not None, EPS, D, HALF, TILE_K, VEC, INTERLEAVED, ACC,
         )  # fmt: skip
     _store_sums(q_sums_ptr, q_first, q_second, D, HALF, INTERLEAVED)
     _store_sums(k_sums_ptr, k_first, k_second, D, HALF, INTERLEAVED)
 
 
 @triton.jit
-def _add_rows(ptr, out_ptr, n, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr):
+def _add_rows(ptr, out_ptr, n, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """out [D] = sum of ptr [n, D], always in the same order."""
     if ptr is not None:
-        i = tl.arange(0, D_PAD)[None, :]
-        total = tl.zeros((ROWS, D_PAD), ptr.dtype.element_ty)
+        i = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        total = tl.zeros((ROWS, COLUMNS), ptr.dtype.element_ty)
         for first in range(0, n, ROWS):
             row = first + tl.arange(0, ROWS)[:, None]
             total += tl.load(ptr + row * D + i, (row < n) & (i < D), other=0.0)
@@ -263,13 +270,13 @@ def _add_rows(ptr, out_ptr, n, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.co
 
 @triton.jit
 def _sum_kernel(
-    q_sums_ptr, k_sums_ptr, q_out_ptr, k_out_ptr, n, D: tl.constexpr, D_PAD: tl.constexpr,
+    q_sums_ptr, k_sums_ptr, q_out_ptr, k_out_ptr, n, D: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    if tl.program_id(0) == 0:
-        _add_rows(q_sums_ptr, q_out_ptr, n, D, D_PAD, ROWS)
+    if tl.program_id(1) == 0:
+        _add_rows(q_sums_ptr, q_out_ptr, n, D, COLUMNS, ROWS)
     else:
-        _add_rows(k_sums_ptr, k_out_ptr, n, D, D_PAD, ROWS)
+        _add_rows(k_sums_ptr, k_out_ptr, n, D, COLUMNS, ROWS)
 
 
 # --- Launching ------------------------------------------------------------------------------------
@@ -277,13 +284,18 @@ def _sum_kernel(
 
 @planned
 def _tiles(
-    tokens: int, heads: tuple[int, int], d: int, dtype: torch.dtype, tile: int
+    tokens: int, heads: tuple[int, int], d: int, dtype: torch.dtype, tile: int, backward: bool
 ) -> dict[str, Any]:
-    """Constants of a launch: how many tokens and heads a program has at a time."""
+    """Constants of a launch: how many tokens and heads a program has at a time. Backward, half as
+    many heads where more would be of lanes that have none: 24 are three times 8, not twice 16."""
     half = next_power_of_2(d // 2)
     tile //= 2 if dtype == torch.float64 else 1
     most = min(HEADS, max(1, tile // (2 * half)))
-    tile_q, tile_k = (min(most, next_power_of_2(h)) for h in heads)
+    sizes = (most, max(1, most // 2)) if backward else (most,)
+    tile_q, tile_k = (
+        min((min(s, next_power_of_2(h)) for s in sizes), key=lambda s, h=h: cdiv(h, s) * s)
+        for h in heads
+    )
     n = max(1, tile // (2 * half * max(tile_q, tile_k)))
     while n > 1 and cdiv(tokens, n) < PROGRAMS:
         n //= 2
@@ -349,7 +361,7 @@ def qk_norm_rope(
     out = _empty(q), _empty(k)
     tokens = q.shape[0] * max(q.shape[1], k.shape[1])
     if tokens:
-        constants = _tiles(tokens, (q.shape[2], k.shape[2]), q.shape[3], q.dtype, TILE)
+        constants = _tiles(tokens, (q.shape[2], k.shape[2]), q.shape[3], q.dtype, TILE, False)
         constants = constants | {"EPS": eps, "INTERLEAVED": interleaved}
         pointers = (*out, q_weight, k_weight)
         _launch(_forward_kernel, None, pointers, (q, k), cos, sin, constants)
@@ -371,15 +383,17 @@ def qk_norm_rope_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, d = (_empty(q), _empty(k)), q.shape[3]
     wanted = [w is not None and weights for w in (q_weight, k_weight)]
+    tokens = q.shape[0] * max(q.shape[1], k.shape[1])
+    new = q.new_empty if tokens else q.new_zeros
     grads = [
-        q.new_zeros(d if want else 0, dtype=torch.float32 if w is None else w.dtype)
+        new(d if want else 0, dtype=torch.float32 if w is None else w.dtype)
         for w, want in zip((q_weight, k_weight), wanted, strict=True)
     ]
-    tokens = q.shape[0] * max(q.shape[1], k.shape[1])
     if not tokens:
         return *out, *grads
-    constants = _tiles(tokens, (q.shape[2], k.shape[2]), d, q.dtype, TILE // 2)
-    programs = min(SUMS, cdiv(tokens, constants["TOKENS"]))
+    constants = _tiles(tokens, (q.shape[2], k.shape[2]), d, q.dtype, TILE // 2, True)
+    blocks = cdiv(tokens, constants["TOKENS"])
+    programs = cdiv(blocks, cdiv(blocks, SUMS))  # as many blocks for each
     acc = torch.promote_types(q.dtype, torch.float32)
     sums = [q.new_empty((programs, d), dtype=acc) if want else None for want in wanted]
     constants = constants | {"EPS": eps, "INTERLEAVED": interleaved}
@@ -387,8 +401,8 @@ def qk_norm_rope_backward(
     _launch(_backward_kernel, programs, pointers, (dq, dk, q, k), cos, sin, constants)
     if any(wanted):
         with on_device(q):
-            shape = {"D": d, "D_PAD": next_power_of_2(d), "ROWS": ROWS}
-            _sum_kernel[(2,)](*sums, *grads, programs, **shape)
+            rows = min(ROWS, next_power_of_2(programs))
+            _sum_kernel[(cdiv(d, COLUMNS), 2)](*sums, *grads, programs, d, COLUMNS, rows)
     return *out, *grads
 
 
@@ -409,7 +423,7 @@ def specialisations() -> Iterator[Specialisation]:
         constants |= {"INTERLEAVED": interleaved, "WIDE": False}
         for kernel, tile in (_forward_kernel, TILE), (_backward_kernel, TILE // 2):
             backward = kernel is _backward_kernel
-            shape = _tiles(2**20, tuple(heads), d, real.get(dtype, torch.float64), tile)
+            shape = _tiles(2**20, tuple(heads), d, real.get(dtype, torch.float64), tile, backward)
             more = {"dq_ptr": "*", "dk_ptr": "*", "q_sums_ptr": table, "k_sums_ptr": table}
             given = arguments | (more | {"blocks": "i32"} if backward else {})
             given = {name: kind for name, kind in given.items() if name in kernel.arg_names}
@@ -422,5 +436,5 @@ def specialisations() -> Iterator[Specialisation]:
         table = "*fp64" if dtype == "fp64" else "*fp32"
         arguments = {"q_sums_ptr": table, "k_sums_ptr": table, "n": "i32"}
         arguments |= {"q_out_ptr": "*", "k_out_ptr": "*"}
-        constants = {"D": 128, "D_PAD": 128, "ROWS": ROWS}
+        constants = {"D": 128, "COLUMNS": COLUMNS, "ROWS": ROWS}
         yield Specialisation("qk_norm_rope sums", _sum_kernel, dtype, arguments, constants)
