@@ -8,7 +8,7 @@
 # A step that fails or runs out of time stops nothing; the summary at the end says which did.
 # With no GPU (or --dry-run as third argument) it runs the same steps on the CPU, cut short.
 # SKIP="tests memcheck" leaves steps out. TESTS is pytest's -k; ROWS, of lines, what is passed to
-# benchmarks.turns; BESIDE one more command beside them; SECONDS_OF_ROW the timing of each.
+# benchmarks.turns, and BESIDE of more commands beside them; SECONDS_OF_ROW the timing of each.
 # Kernels compiled before (`benchmarks.ahead .whl/kernels.tar.xz`) are not compiled again.
 # DFM_FAST_COMMIT names the commit where the folder is no git repository.
 set -uo pipefail
@@ -179,7 +179,7 @@ case " ${SKIP:-} " in
     *" tests "*) ;;
     *) beside=(--beside "$limit env OMP_NUM_THREADS=1 $python $tests -k '${TESTS:-$selected}'") ;;
 esac
-[ -z "${BESIDE:-}" ] || beside+=(--beside "$BESIDE")
+while read -r command; do beside+=(--beside "$command"); done < <(sed '/^ *$/d' <<<"${BESIDE:-}")
 [ -z "${ROWS:-}" ] || asked=$ROWS
 mapfile -t asked < <(sed 's/^ *//; /^$/d' <<<"$asked")
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$work/inductor} TORCHINDUCTOR_COMPILE_THREADS=2
