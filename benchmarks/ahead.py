@@ -2,9 +2,10 @@
 
 A visit has minutes, and compiling would take most of them. This runs the GPU's launchers on tensors
 without memory and compiles for sm_90 what they launch: for rows whose id matches a ROW, such as
-"geglu-*" (all rows of a GPU: "*"), and with --suite for the cases of the test suite. OUT holds
-Triton's cache, of each kernel what a launch reads; unpacked at --folder it serves the same versions
-of Python, Triton and this library, which `gpu_visit.sh` does with .whl/kernels.tar.xz.
+"geglu-*" (all rows of a GPU: "*"), and with --suite for the test suite's cases of all operators,
+or of those that match its value. OUT holds Triton's cache, of each kernel what a launch reads;
+unpacked at --folder it serves the same versions of Python, Triton and this library, which
+`gpu_visit.sh` does with .whl/kernels.tar.xz.
 
     python -m benchmarks.ahead .whl/kernels.tar.xz "*" --suite --jobs 2
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,8 +39,8 @@ DRIVER = "cuCtxGetCurrent cuCtxSetCurrent cuDeviceGet cuDevicePrimaryCtxRetain c
 DRIVER += " cuGetErrorString cuPointerGetAttribute cuLaunchKernelEx"
 
 
-def suite(launches: list[Any]) -> Iterator[Callable[[], Any]]:
-    """Every case of the shared tests, forward and backward, as they have it on a GPU."""
+def suite(pattern: str) -> Iterator[Callable[[], Any]]:
+    """Cases of the shared tests, forward and backward, as they have them on a GPU."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     from cases import CASES
     from helpers import LAYOUTS, detached, grads, tensors, variables
@@ -60,25 +62,25 @@ def suite(launches: list[Any]) -> Iterator[Callable[[], Any]]:
                 out = [y for y in tensors(public(*args, **case.kwargs)) if y.requires_grad]
                 torch.autograd.grad(out, variables(args)[alone], [torch.empty_like(y) for y in out])
 
-    for case in CASES:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for layout in LAYOUTS:
-                yield lambda c=case, d=dtype, at=layout: run(c, d, at)
-        count = len(variables(case.args(torch.float32, "cpu")))
-        for i in range(count):
+    cases = [case for case in CASES if fnmatch(case.operator, pattern)]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for case, layout in itertools.product(cases, LAYOUTS):
+            yield lambda c=case, d=dtype, at=layout: run(c, d, at)
+    for case in cases:
+        for i in range(sum(not shape.mask for shape in case.shapes())):
             yield lambda c=case, i=i: run(c, torch.float32, "contiguous", i)
 
 
 def rows(launches: list[Any], patterns: list[str]) -> Iterator[Callable[[], Any]]:
     for row in gpu_rows("*", full=True):
         if any(fnmatch(row.id, pattern) for pattern in patterns):
-            yield lambda r=row: launches.extend(record(r, launches))
+            yield lambda r=row: record(r, launches)
             if row.dtype.itemsize == 2 and not row.whole:  # who also takes part in float32
                 wide = dataclasses.replace(row, dtype=torch.float32)
-                yield lambda r=wide: launches.extend(record(r, launches))
+                yield lambda r=wide: record(r, launches)
 
 
-def compile_part(part: int, parts: int, patterns: list[str], with_suite: bool) -> int:
+def compile_part(part: int, parts: int, patterns: list[str], operators: str) -> int:
     """How many launches were compiled of this process's part of the work."""
     from triton.backends.nvidia import driver
 
@@ -86,7 +88,7 @@ def compile_part(part: int, parts: int, patterns: list[str], with_suite: bool) -
 
     done = 0
     with recording() as launches:
-        work = [*rows(launches, patterns), *(suite(launches) if with_suite else [])]
+        work = [*rows(launches, patterns), *suite(operators)]
         for i, run in enumerate(work):
             if i % parts != part:
                 continue
@@ -139,7 +141,9 @@ def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.ahead", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("rows", nargs="*", metavar="ROW")
-    parser.add_argument("--suite", action="store_true", help="the cases of the test suite, too")
+    parser.add_argument(
+        "--suite", nargs="?", const="*", default="", metavar="OPERATOR", help="its test cases, too"
+    )
     parser.add_argument("--folder", default=FOLDER, help="where it will be unpacked")
     parser.add_argument("--cache", type=Path, help="a folder to keep between runs")
     parser.add_argument("--jobs", type=int, default=1)
