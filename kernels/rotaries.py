@@ -315,8 +315,12 @@ def _walk(itemsize: int, *layouts: Layout) -> tuple[int, list[int], bool]:
     return vec, [s // vec for s in strides], wide
 
 
-def _options(backward: bool) -> dict[str, int]:
-    return registers(168 if backward else 128)
+def _options(backward: bool, constants: dict[str, Any]) -> dict[str, int]:
+    if not backward:
+        return registers(128)
+    # Three programs on a multiprocessor, for which the rarer ways have too much to keep.
+    few = constants["INTERLEAVED"] and constants["ACC"] != tl.float64
+    return registers(168 if few else 255)
 
 
 def _launch(
@@ -340,7 +344,7 @@ def _launch(
         kernel[(programs or blocks,)](
             *strided, *pointers, cos, sin, B, T, q.shape[1], k.shape[1], *loop, table_stride,
             *strides, q.shape[2], k.shape[2], VEC=vec, WIDE=wide, **constants,
-            **_options(programs is not None),
+            **_options(programs is not None, constants),
         )  # fmt: skip
 
 
@@ -430,8 +434,9 @@ def specialisations() -> Iterator[Specialisation]:
             name = f"qk_norm_rope{'_backward' if backward else ''} {d}"
             name += "" if interleaved else " halves"
             bits = 128 if interleaved or d != 72 else 64
-            more = {"load_bits": bits, "options": _options(backward)}
-            yield Specialisation(name, kernel, dtype, given, {**constants, **shape}, **more)
+            shape = shape | constants
+            more = {"load_bits": bits, "options": _options(backward, shape)}
+            yield Specialisation(name, kernel, dtype, given, shape, **more)
     for dtype in dtypes:
         table = "*fp64" if dtype == "fp64" else "*fp32"
         arguments = {"q_sums_ptr": table, "k_sums_ptr": table, "n": "i32"}
