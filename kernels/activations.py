@@ -153,30 +153,29 @@ def _sums_kernel(
     """dx of ROWS rows, GROUP at a time, their sum, and y where it is asked for; of no x, for which
     dx is dy, the sum alone."""
     first = tl.program_id(0) * ROWS
-    column = tl.program_id(1) * (COLUMNS // VEC) + tl.arange(0, COLUMNS // VEC)[None, :, None]
-    lane = tl.arange(0, VEC)[None, None, :]
-    inside = column < D
-    total = tl.zeros((GROUP, COLUMNS // VEC, VEC), ACC)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = column < D * VEC
+    total = tl.zeros((GROUP, COLUMNS), ACC)
     for start in range(0, ROWS, GROUP):
-        row = first + start + tl.arange(0, GROUP)[:, None, None]
+        row = first + start + tl.arange(0, GROUP)[:, None]
         mask = inside & (row < rows)
         if WIDE:
             row = row.to(tl.int64)
-        dx = tl.load(dy_ptr + (row * dy_stride + column) * VEC + lane, mask, other=0).to(ACC)
+        dx = tl.load(dy_ptr + row * dy_stride * VEC + column, mask, other=0).to(ACC)
         if x_ptr is not None:
             dtype = dx_ptr.dtype.element_ty
-            x = tl.load(x_ptr + (row * x_stride + column) * VEC + lane, mask, other=0).to(ACC)
+            x = tl.load(x_ptr + row * x_stride * VEC + column, mask, other=0).to(ACC)
             if bias_ptr is not None:
-                x += tl.load(bias_ptr + column * VEC + lane, inside).to(ACC)
+                x += tl.load(bias_ptr + column, inside).to(ACC)
             value, slope = _slope(x, 1, dtype.primitive_bitwidth == 16)
             dx *= slope
-            to = (row * D + column) * VEC + lane
+            to = row * D * VEC + column
             tl.store(dx_ptr + to, dx.to(dtype), mask)
             if y_ptr is not None:
                 tl.store(y_ptr + to, value.to(dtype), mask)
         total += dx
-    to = partial_ptr + (tl.program_id(0).to(tl.int64) * D + column) * VEC + lane
-    tl.store(to, tl.sum(total, 0)[None, :, :], inside)
+    to = partial_ptr + tl.program_id(0).to(tl.int64) * D * VEC + column
+    tl.store(to, tl.sum(total, 0)[None, :], inside)
 
 
 @triton.jit

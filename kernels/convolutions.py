@@ -291,12 +291,12 @@ def _products_kernel(
     """Pixels are those of a map that holds both x and dy, DW wide."""
     NARROW: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
     pid = tl.program_id(0)
-    lane = tl.arange(0, TP)[:, None, None]
-    group = pid % tl.cdiv(CV, TC) * TC + tl.arange(0, TC)[None, :, None]
+    lane = tl.arange(0, TP)[:, None]
     part = pid // tl.cdiv(CV, TC) % parts
     n = pid // (tl.cdiv(CV, TC) * parts)
-    C, kept = CV * VEC, group < CV
-    c = group * VEC + tl.arange(0, VEC)[None, None, :]
+    C = CV * VEC
+    c = pid % tl.cdiv(CV, TC) * (TC * VEC) + tl.arange(0, TC * VEC)[None, :]
+    kept = c < C
     place = n.to(tl.int64) if WIDE else n
     if LAST:
         base, dbase, step = place * (H * W) * C + c, place * (OH * OW) * C + c, C
@@ -305,7 +305,7 @@ def _products_kernel(
     norm = norm_of(scale_ptr, offset_ptr, centre_ptr, n * C + c, kept, NARROW)
     sums = ()
     for _ in tl.static_range(K * K + 1):
-        sums = sums + (tl.zeros([TP, TC, VEC], ACC),)
+        sums = sums + (tl.zeros([TP, TC * VEC], ACC),)
     for k in range(STEPS):
         pixel = (part * STEPS + k) * TP + lane
         i, j = pixel // DW, pixel % DW
