@@ -4,6 +4,7 @@ parameters, written out in plain torch."""
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -48,13 +49,15 @@ class Sampling(nn.Module):
     def __init__(self, network: nn.Module, side: int, steps: Sequence[int]) -> None:
         super().__init__()
         self.network, self.shape, self.steps = network, (1, 4, side, side), steps
-        self.flow, self.graphs = DecomposableFlow(Laplacian(2)), Graphs()
+        self.flow = DecomposableFlow(Laplacian(2))
+        # Of each dtype: those of another kind would replace them.
+        self.graphs: dict[torch.dtype, Graphs] = defaultdict(Graphs)
 
     @torch.no_grad()
     def forward(self) -> Tensor:
         w = next(self.network.parameters())
         options = {"steps": self.steps, "seed": 0, "device": w.device, "dtype": w.dtype}
-        options["cuda_graph"] = self.graphs if w.is_cuda else None
+        options["cuda_graph"] = self.graphs[w.dtype] if w.is_cuda else None
         return self.flow.sample(self.network, self.shape, **options)
 
 

@@ -129,7 +129,8 @@ def _forward_tiles(rows: _Rows, wide: bool) -> _Tiles:
     while tile > 1 and rows.B * cdiv(rows.T, tile) < PROGRAMS:
         tile //= 2
     warps = min(max(tile * chunk // CHUNK, 1), max(4, warps))
-    return _Tiles(_forward_kernel, tile, {"ROWS": tile, "CHUNK": chunk}, warps)
+    options = registers(255) if wide else {}
+    return _Tiles(_forward_kernel, tile, {"ROWS": tile, "CHUNK": chunk}, warps, options)
 
 
 def _statistic(x: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ def _backward_tiles(rows: _Rows, itemsize: int, each: bool, sums: int, norm: boo
     tile = max((512 if wide else 2048) // next_power_of_2(padded), 4 // across, 1)
     tile = min(tile, next_power_of_2(T), 32)
     warps = min(max(tile * chunk // CHUNK, 1), max(4, across))
-    most = 255 if wide or sums == 3 or across > 4 else 128
+    most = 255 if wide or sums == 3 or across > 4 else 168 if sums == 2 and itemsize == 4 else 128
     tiles = 1
     if not each and padded * itemsize * sums <= 40960:
         programs = MULTIPROCESSORS * (65536 // (32 * warps * most))
