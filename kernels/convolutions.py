@@ -32,11 +32,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dfm_fast._library import INTERPRET
-from dfm_fast.kernels._aot import Specialisation
+from dfm_fast.kernels._aot import TARGETS, Specialisation
 from dfm_fast.kernels.functions import silu
 from dfm_fast.kernels.group_norms import applied_norm
-from dfm_fast.kernels.launching import cdiv, next_power_of_2, on_device, planned
+from dfm_fast.kernels.launching import cdiv, next_power_of_2, on_device, planned, registers
 from dfm_fast.kernels.patches import join, split
+from dfm_fast.kernels.products import ARCHITECTURES, architecture
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops.convolutions import out_sizes
 
@@ -477,8 +478,14 @@ def depthwise_conv2d(
             x, y, weight, bias, *norm,
             x.shape[0] * x.shape[1], tiles.groups, *x.shape[2:], *sizes, *padding,
             K=kernel, S=stride, TURNED=False, SPREAD=False, ACC=_acc(x), **tiles.constants,
+            **_registers(architecture(x.device), tiles.constants),
         )  # fmt: skip
     return y
+
+
+def _registers(arch: int, constants: dict[str, Any]) -> dict[str, int]:
+    """Of `_depthwise_kernel`, which spills on Blackwell unless told what is enough."""
+    return registers(128) if arch == 10 and constants.get("EVEN") and constants["LAST"] else {}
 
 
 def _input_gradient(
@@ -491,6 +498,7 @@ def _input_gradient(
         dy, du, weight, None, None, None, None,
         dy.shape[0] * dy.shape[1], tiles.groups, *seen, *sizes, *(kernel - 1 - p for p in padding),
         K=kernel, S=1, TURNED=True, SPREAD=stride == 2, ACC=_acc(dy), **tiles.constants,
+        **_registers(architecture(dy.device), tiles.constants),
     )  # fmt: skip
 
 
@@ -574,14 +582,13 @@ def _compiled(
         affine = norm and options.get("TURNED") is not True
         acc = tl.float64 if dtype == "fp64" else tl.float32
         constants = {"K": kernel, "ACC": acc, **options}
-        yield Specialisation(
-            f"{what} {name}",
-            function,
-            dtype,
-            _arguments(function, dtype, affine, constants),
-            constants,
-            load_bits=8 * itemsize * _width(options),
-        )
+        arguments = _arguments(function, dtype, affine, constants)
+        for target in TARGETS:
+            limits = _registers(ARCHITECTURES[target], options)
+            yield Specialisation(
+                f"{what} {name}", function, dtype, arguments, constants, targets=(target,),
+                load_bits=8 * itemsize * _width(options), options=limits,
+            )  # fmt: skip
 
 
 def _width(options: dict[str, Any]) -> int:
