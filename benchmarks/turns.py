@@ -1,9 +1,9 @@
 """Many rows of a GPU in little time, side by side: `python -m benchmarks.turns ROW ... [options]`.
 
 A ROW is what `-k` of pytest takes, and picks rows of those that --full has; after " -- " it may
-have options of its own. Each has a process of its own, the later ones yielding to the first. They
-compile and pass the gate side by side, and who is to be timed stops all others meanwhile, also what
---beside names, such as tests. Other options go to the benchmarks. Results are merged into
+have options of its own. Each has a process of its own. They compile and pass the gate side by side,
+and who is to be timed stops all others meanwhile, also what --beside names, such as tests: so many
+that each still has a processor. Other options go to the benchmarks. Results are merged into
 --results, a file for each family, also when it is interrupted.
 
     python -m benchmarks.turns "dfm_xl_512 and training" "test_norms and bfloat16" \
@@ -61,14 +61,11 @@ def send(number: int, to: list[int]) -> None:
             os.killpg(group, number)
 
 
-def start(command: list[str], log: Path, nice: int = 0) -> subprocess.Popen[bytes]:
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     """In a process group of its own, which takes part in the turns."""
     with log.open("w") as file:
         process = subprocess.Popen(
-            ["nice", "-n", str(nice), *command],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
     (Path(os.environ[FOLDER]) / str(process.pid)).touch()
     return process
@@ -110,7 +107,7 @@ def main() -> int:
             commands[row] = [*bench, "-k", names, "--results", str(part), *shlex.split(own)]
         commands |= {command: shlex.split(command) for command in args.beside}
         running = {
-            name: (start(command, folder / f"log-{k}", min(19, k)), folder / f"log-{k}")
+            name: (start(command, folder / f"log-{k}"), folder / f"log-{k}")
             for k, (name, command) in enumerate(commands.items())
         }
         failed = len(running)
