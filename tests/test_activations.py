@@ -441,7 +441,7 @@ def test_biases_of_many_rows(activation):
     given = [x.requires_grad_(), *layer.parameters()]
     with torch.profiler.profile() as profile:
         got = torch.autograd.grad(layer(x), given, dy)
-    sums = [e.name for e in profile.events() if e.name == "dfm_fast::sum_of_rows"]
+    sums = [e.name for e in profile.events() if e.name == "dfm_fast::bias_backward"]
     assert len(sums) == (1 if activation == "gelu-approximate" else 2)
 
     def layer_by_layer(layer, x, dy):
@@ -464,7 +464,7 @@ def test_sum_of_rows(shape):
     for dtype in dtypes(device):
         x = torch.randn(shape, device=device).to(dtype)
         for rows in (x, torch.randn(*shape[:-1], 64 + shape[-1]).to(x)[..., : shape[-1]]):
-            got = torch.ops.dfm_fast.sum_of_rows(rows)
+            got = torch.ops.dfm_fast.bias_backward(rows)
             exact, theirs = (r.flatten(0, -2).sum(0) for r in (rows.cpu().double(), rows))
             assert_within_budget(got, theirs, exact, cap=64.0, what=f"{shape} {dtype}")
 

@@ -169,9 +169,9 @@ define(
     kernel="activations:gelu_tanh_again",
     flops=lambda dy, x, *_: 30 * math.prod(x),
 )
-# The gradient of a linear layer's bias: x [..., D] -> [D].
+# Of a linear layer: dy [..., D] -> [D], the sum of its rows.
 define(
-    "sum_of_rows(Tensor x) -> Tensor",
+    "bias_backward(Tensor dy) -> Tensor",
     reference=_sum_of_rows,
     fake=lambda x: x.new_empty(x.shape[-1]),
     kernel="activations:sum_of_rows",
