@@ -3,14 +3,14 @@
 `recording()` runs the library's own launchers on tensors without memory (device "meta"): every
 kernel is recorded as it is launched, and compiled as the launch would have it. A prediction is
 
-    launch + max(memory, issue, special, products, latency)
+    launch + max(memory, instructions, special, products, latency)
 
-    memory    least bytes (each tensor read or written once) at a copy's rate, and its ramp
-    issue     instructions of all warps, four a clock on each multiprocessor
-    special   MUFU and conversions, 16 lanes a clock on each multiprocessor
-    products  FLOPs of matrix instructions at the measured rate of large products
-    latency   waves, each as long as one warp takes alone: `PACE` clocks an instruction, and what it
-              waits for its loads
+    memory        least bytes (each tensor read or written once) at a copy's rate, and its ramp
+    instructions  of all warps, four a clock on each multiprocessor
+    special       MUFU and conversions, 16 lanes a clock on each multiprocessor
+    products      FLOPs of matrix instructions at the measured rate of large products
+    latency       waves, each as long as one warp takes alone: `PACE` clocks an instruction, and
+                  what it waits for its loads
 
 `_code` counts the instructions, of both sides of a branch and of masked lanes too.
 """
@@ -55,7 +55,7 @@ class Machine:
 
 
 H200 = Machine()
-BUSY = 0.8  # of issue slots, where warps abound
+BUSY = 0.8  # of the slots for instructions, where warps abound
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ def _work(code: Code, warps: int, grid: int, waves: float, machine: Machine) -> 
     """Seconds by bound, of all but memory. A grid smaller than the GPU leaves some of it idle."""
     share = min(grid, machine.multiprocessors) * machine.clock
     return {
-        "issue": code.instructions * warps / (4 * BUSY * share),
+        "instructions": code.instructions * warps / (4 * BUSY * share),
         "special": code.special * 32 * warps / (16 * share),
         "products": code.products * warps / machine.products
         * (machine.multiprocessors * machine.clock / share),

@@ -145,23 +145,23 @@ def test_a_launch_predicted():
 
 def test_the_longest_bounds():
     bound, machine = _predictions._bound, _predictions.H200
-    assert bound({"memory": 9e-6, "issue": 8e-6}, machine) == ("memory", machine.launch + 9e-6)
-    assert bound({"memory": 1e-6, "issue": 8e-6}, machine)[0] == "issue"
-    assert bound({"memory": 1e-6, "issue": 2e-6}, machine) == ("launch", machine.launch + 2e-6)
+    assert bound({"memory": 9e-6, "instructions": 8e-6}, machine) == ("memory", machine.launch + 9e-6)
+    assert bound({"memory": 1e-6, "instructions": 8e-6}, machine)[0] == "instructions"
+    assert bound({"memory": 1e-6, "instructions": 2e-6}, machine) == ("launch", machine.launch + 2e-6)
     code = _code.Code(1000, 0, 0, 5000, 128, True)
     work = _predictions._work(code, 4 * 1320, 1320, 10.0, machine)
     assert work["latency"] == pytest.approx(10 * 5000 / machine.clock)
-    assert work["issue"] == pytest.approx(1000 * 40 / (4 * 0.8 * machine.clock))
+    assert work["instructions"] == pytest.approx(1000 * 40 / (4 * 0.8 * machine.clock))
     few = _predictions._work(code, 4 * 66, 66, 0.1, machine)
     assert few["latency"] == pytest.approx(5000 / machine.clock)
-    assert few["issue"] == pytest.approx(1000 * 4 / (4 * 0.8 * machine.clock))
+    assert few["instructions"] == pytest.approx(1000 * 4 / (4 * 0.8 * machine.clock))
 
 
 def test_faults_and_stated_reasons():
     good = {
         "kernel": "k", "dtype": "bfloat16", "registers": 64, "waves": 3.9, "load_bits": 128,
         "least": 1 << 24, "spills": 0, "occupancy": 0.5, "grid": 4096, "reason": "",
-        "microseconds": 30.0, "floor": 10.0, "bound": "issue",
+        "microseconds": 30.0, "floor": 10.0, "bound": "instructions",
     }  # fmt: skip
     assert predictions.faults(good) == []
     bad = {
