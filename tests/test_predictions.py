@@ -145,9 +145,10 @@ def test_a_launch_predicted():
 
 def test_the_longest_bounds():
     bound, machine = _predictions._bound, _predictions.H200
-    assert bound({"memory": 9e-6, "instructions": 8e-6}, machine) == ("memory", machine.launch + 9e-6)
+    launch = machine.launch
+    assert bound({"memory": 9e-6, "instructions": 8e-6}, machine) == ("memory", launch + 9e-6)
     assert bound({"memory": 1e-6, "instructions": 8e-6}, machine)[0] == "instructions"
-    assert bound({"memory": 1e-6, "instructions": 2e-6}, machine) == ("launch", machine.launch + 2e-6)
+    assert bound({"memory": 1e-6, "instructions": 2e-6}, machine) == ("launch", launch + 2e-6)
     code = _code.Code(1000, 0, 0, 5000, 128, True)
     work = _predictions._work(code, 4 * 1320, 1320, 10.0, machine)
     assert work["latency"] == pytest.approx(10 * 5000 / machine.clock)
