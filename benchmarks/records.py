@@ -41,8 +41,14 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine() or "cpu")
+    facts = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name", platform.machine() or "cpu")
+    if "model" in facts and not re.search(r"\d", name):  # as virtual machines call it
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return name
 
 
 def _nvidia_smi(fields: str) -> str | None:
@@ -55,7 +61,7 @@ def _nvidia_smi(fields: str) -> str | None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The device that results are filed under, e.g. amd-epyc-avx512-2c or h200."""
+    """The device that results are filed under, e.g. amd-epyc-7763-avx2-8c or h200."""
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name = properties.name

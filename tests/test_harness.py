@@ -309,6 +309,20 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["family.json"]
 
 
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        ({"model": 17, "model name": "AMD EPYC"}, "AMD EPYC (family 25, model 17)"),
+        ({"model": 1, "model name": "AMD EPYC 7763"}, "AMD EPYC 7763"),
+        ({"model name": "Some processor"}, "Some processor"),
+    ],
+)
+def test_processors_that_do_not_say_their_name_are_told_apart(monkeypatch, facts, name):
+    text = "".join(f"{key}\t: {value}\n" for key, value in {"cpu family": 25, **facts}.items())
+    monkeypatch.setattr(records.Path, "read_text", lambda _: text)
+    assert records.cpu_name() == name
+
+
 def test_results_name_no_host_user_or_folder():
     text = json.dumps(records.header("cpu", "pyramids", full=False))
     assert str(records.ROOT) not in text

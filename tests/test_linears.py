@@ -8,12 +8,12 @@ from dfm_fast.nn import _linears
 from dfm_fast.nn._linears import linear, serves
 
 
-@pytest.fixture
-def leading(monkeypatch):
+@pytest.fixture(params=[25, 26], ids=["Zen 4", "Zen 5"])
+def leading(monkeypatch, request):
     """As on a processor where oneDNN is faster."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
-    monkeypatch.setattr(_linears, "onednn_leads", lambda: True)
+    monkeypatch.setattr(_linears, "amd_family", lambda: request.param)
 
 
 def given(shape=(3, 100, 96), outputs=40, bias=True):
@@ -67,3 +67,24 @@ def test_where_it_does_not_serve(leading):
 def test_turned_off_with_onednn():
     with torch.backends.mkldnn.flags(enabled=False):
         assert not _linears.onednn_leads()
+
+
+INTEL = "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "family"),
+    [(INTEL, 0), (INTEL.replace("Intel", "").replace("Genuine", "AuthenticAMD"), 6), ("", 0)],
+)
+def test_families_of_processors(monkeypatch, text, family):
+    monkeypatch.setattr(_linears.Path, "read_text", lambda *_, **__: text)
+    monkeypatch.setattr(_linears.Path, "exists", lambda _: True)
+    assert _linears.amd_family.__wrapped__() == family
+
+
+def test_weights_are_transposed_where_that_repays(leading, request, monkeypatch):
+    calls, product = [], _linears.product
+    monkeypatch.setattr(_linears, "product", lambda *given: calls.append(1) or product(*given))
+    x, weight, _ = given()
+    linear(x, weight).sum().backward()
+    assert len(calls) == (2 if "Zen 5" in request.node.name else 1)

@@ -1,14 +1,17 @@
 """Linear layers: in float32 on a CPU by oneDNN, and on a GPU with a bias's gradient of our own.
 
-On a CPU torch's own products are MKL's, which take twice oneDNN's time on an AMD processor (1024
-rows, 384 -> 1152: 4.2 and 2.0 ms; the gradient of the input 4.2 and 2.2, of the weight 4.3 and 3.1
-with two transpositions: not worth it). On a GPU a bias's gradient, the sum of 8192 rows, takes
-torch 2.3 times what reading them does. Everywhere else these are `torch.nn.functional.linear`.
+On a CPU torch's own products are MKL's, which use half of an AMD processor's vectors. From Zen 5 on
+they take twice oneDNN's time (1024 rows, 384 -> 1152: 4.2 and 2.0 ms; the gradient of the input 4.2
+and 2.2, of the weight 4.3 and 3.1 with two transpositions: not worth it); on Zen 4, where a wide
+vector is two halves, 5 to 10 % more, which a copy of a transposed weight does not repay. On a GPU a
+bias's gradient, the sum of 8192 rows, takes torch 2.3 times what reading them does. Everywhere else
+these are `torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import torch
@@ -25,6 +28,8 @@ FEWEST_ROWS = 256
 # A sum of so many products at most: longer ones, which oneDNN adds up one by one, have more than
 # twice the rounding error of MKL's.
 LONGEST_SUM = 1024
+# `amd_family` whose multiply-adds are of whole 512-bit vectors.
+ZEN_5 = 26
 # Fewer rows are summed by torch in one launch.
 SUMMED_ROWS = 1024
 
@@ -77,13 +82,30 @@ def sum_of_rows(rows: Tensor) -> Tensor:
 
 def onednn_leads() -> bool:
     """On a processor where MKL's products are slow, unless oneDNN is turned off."""
-    return _amd() and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return (
+        amd_family() > 0
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def repays_transposing(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's product x [M, O] times weight [O, K] is faster with the copy it takes."""
+    return serves(x, weight) and amd_family() >= ZEN_5
+
+
+def gradient_of_input(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy [M, O] times weight [O, K]."""
+    return product(dy, weight.t()) if repays_transposing(dy, weight) else dy @ weight
 
 
 @functools.cache
-def _amd() -> bool:
+def amd_family() -> int:
+    """Of the processor; 0 where it is no AMD's."""
     info = Path("/proc/cpuinfo")
-    return info.exists() and "AuthenticAMD" in info.read_text(errors="replace")[:1000]
+    text = info.read_text(errors="replace")[:1000] if info.exists() else ""
+    family = re.search(r"^cpu family\s*: (\d+)$", text, re.MULTILINE)
+    return int(family[1]) if family and "AuthenticAMD" in text else 0
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -120,7 +142,7 @@ class _Linear(torch.autograd.Function):
         need_dx, need_dweight, need_dbias = ctx.needs_input_grad
         rows = dy.flatten(0, -2)
         return (
-            product(rows, weight.t()).view(x.shape) if need_dx else None,
+            gradient_of_input(rows, weight).view(x.shape) if need_dx else None,
             rows.t() @ x.flatten(0, -2) if need_dweight else None,
             rows.sum(0) if need_dbias else None,
         )

@@ -18,8 +18,9 @@ from dfm_fast.kernels import tuning
 from dfm_fast.nn._linears import (
     FEWEST_ROWS,
     LONGEST_SUM,
+    gradient_of_input,
     linear,
-    serves,
+    repays_transposing,
     sum_of_rows,
     sums_serve,
 )
@@ -159,11 +160,12 @@ def _weight_gradient(dy: Tensor, h: Tensor, activation: _Activation) -> Tensor:
 
 def _hidden_gradient(dy: Tensor, weight: Tensor, h: Tensor, activation: _Activation) -> Tensor:
     """That of h, for dy of the linear layer, all [rows, ...]."""
-    weight, dh, blocks = weight.to(dy.dtype).t(), torch.empty_like(h), _blocks(h)
-    weight = weight.contiguous() if serves(dy, weight) else weight
+    weight, dh, blocks = weight.to(dy.dtype), torch.empty_like(h), _blocks(h)
+    if repays_transposing(dy, weight):
+        weight = weight.t().contiguous().t()  # once
     assert activation.gradient is not None  # see `_recomputes`
     for part in blocks:
-        part_dh = activation.gradient(linear(dy[part], weight).to(h.dtype), h[part])
+        part_dh = activation.gradient(gradient_of_input(dy[part], weight).to(h.dtype), h[part])
         if len(blocks) == 1:
             return part_dh
         dh[part] = part_dh
