@@ -15,7 +15,6 @@ Instructions per normal in the sm_90 code of `dfm-fast check`, all of the kernel
     add_noise                      29.7       35.0
     pyramid_add_noise              31.0       36.3     beside the launch that makes the levels
     velocity_loss                  40.5       38.9     its sums are float32's
-    velocity_loss_backward         32.5       37.2
 
 These are counts, not timings.
 """
@@ -46,7 +45,8 @@ from dfm_fast.ops._scales import accumulation
 BLOCK = 1024 if INTERPRET else 128  # the interpreter's time is per operation
 EACH = 16, 32  # elements a lane, of small levels and of large ones: keys are made once a lane
 LEVELS = 4  # a launch
-NOISE, LOSS, LOSS_BACKWARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SCALED = 4  # vectors of a lane, where nothing is drawn
+NOISE, LOSS = tl.constexpr(0), tl.constexpr(1)
 
 # --- One part of a level --------------------------------------------------------------------------
 
@@ -55,30 +55,26 @@ NOISE, LOSS, LOSS_BACKWARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 def _element(
     x_ptr, g_ptr, out_ptr, v_ptr, offs, mask, eps, t, gain, keep, acc, DO: tl.constexpr
 ):  # fmt: skip
-    """What is done with normals: returns acc, to which LOSS adds squares."""
+    """What is done with normals: returns acc, to which LOSS adds squares of what it puts in v."""
     if x_ptr is None:
         tl.store(out_ptr + offs, eps.to(out_ptr.dtype.element_ty), mask)
     else:
         x = tl.load(x_ptr + offs, mask, 0).to(eps.dtype)
         if gain is not None:
             x = x * gain
-        if DO == NOISE:
-            x_t, v = tl.fma(t, eps, (1 - t) * x), eps - x
-        else:
-            x_t = tl.load(g_ptr + offs, mask, 0).to(eps.dtype) - (eps - x)  # the residual
         if DO == LOSS:
-            x_t = tl.where(mask, x_t, 0)
-            acc = tl.fma(x_t, x_t, acc)
+            v = tl.load(g_ptr + offs, mask, 0).to(eps.dtype) - (eps - x)
+            v = tl.where(mask, v, 0)
+            acc = tl.fma(v, v, acc)
         else:
-            if DO == LOSS_BACKWARD:
-                x_t = x_t * t
+            x_t, v = tl.fma(t, eps, (1 - t) * x), eps - x
             if keep is not None:
                 x_t = tl.where(keep, x_t, 0)
             tl.store(out_ptr + offs, x_t.to(out_ptr.dtype.element_ty), mask)
-            if v_ptr is not None:
-                if keep is not None:
-                    v = tl.where(keep, v, 0)
-                tl.store(v_ptr + offs, v.to(v_ptr.dtype.element_ty), mask)
+        if v_ptr is not None:
+            if keep is not None:
+                v = tl.where(keep, v, 0)
+            tl.store(v_ptr + offs, v.to(v_ptr.dtype.element_ty), mask)
     return acc
 
 
@@ -222,8 +218,8 @@ def _levels_kernel(
 ):  # fmt: skip
     """Up to four levels x, as `_add_noise_kernel`; level s has programs from end(s - 1) on.
 
-    NOISE: x_t to out and v to v. LOSS: a sum of squares of g - v per program to out0.
-    LOSS_BACKWARD: with t the loss's gradient, dg to out. t and mask are [N, COLUMNS], from COLUMN.
+    NOISE: x_t to out and v to v. LOSS: a sum of squares of g - v per program to out0, and these
+    differences to v, if it is there. t and mask are [N, COLUMNS], from COLUMN.
     """
     ACC: tl.constexpr = tl.float64 if x0_ptr.dtype.element_ty == tl.float64 else tl.float32
     n, block = tl.program_id(0) // end3, tl.program_id(0) % end3
@@ -237,14 +233,12 @@ def _levels_kernel(
     if DO != LOSS:
         out_ptr = _pick(s, out0_ptr, out1_ptr, out2_ptr, out3_ptr)
         t = tl.load(t_ptr + n.to(tl.int64) * COLUMNS + COLUMN + s)
-        if mask_ptr is not None:
-            keep = tl.load(mask_ptr + n.to(tl.int64) * COLUMNS + COLUMN + s)
+    if mask_ptr is not None:
+        keep = tl.load(mask_ptr + n.to(tl.int64) * COLUMNS + COLUMN + s)
     if v0_ptr is not None:
         v_ptr = _pick(s, v0_ptr, v1_ptr, v2_ptr, v3_ptr)
     if GAINED:
         gain = _pick(s, gain0, gain1, gain2, gain3).to(ACC)
-    if DO == LOSS_BACKWARD:
-        t = t * (2.0 / (size.to(ACC) * groups * VEC))
     at = stream(state_ptr, seed, _pick(s, offset0, offset1, offset2, offset3))
     acc = _aligned_part(
         x_ptr, g_ptr, out_ptr, v_ptr, at, t, gain, keep, n, block, size, groups, ALIGNED, DO, HOW,
@@ -275,12 +269,42 @@ def _loss_kernel(
     tl.store(loss_ptr + at, loss)
 
 
+@triton.jit
+def _loss_backward_kernel(
+    r0_ptr, r1_ptr, r2_ptr, r3_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr, grad_ptr, mask_ptr,
+    end0, end1, end2, end3, SIZE0, SIZE1, SIZE2, SIZE3, COLUMN, COLUMNS, EACH: tl.constexpr,
+    VEC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Differences r of up to four levels, [N, SIZE] in vectors, in programs as those of
+    `_levels_kernel` -> 2 r grad[n, s] / (elements of a sample)."""
+    n, block = tl.program_id(0) // end3, tl.program_id(0) % end3
+    s = (block >= end0).to(tl.int32) + (block >= end1).to(tl.int32) + (block >= end2).to(tl.int32)
+    block -= _pick(s, 0, end0, end1, end2)
+    size = _pick(s, SIZE0, SIZE1, SIZE2, SIZE3)
+    r_ptr = _pick(s, r0_ptr, r1_ptr, r2_ptr, r3_ptr)
+    out_ptr = _pick(s, out0_ptr, out1_ptr, out2_ptr, out3_ptr)
+    at = n.to(tl.int64) * COLUMNS + COLUMN + s
+    grad = tl.load(grad_ptr + at)
+    grad = grad * (2.0 / (size.to(grad.dtype) * VEC))
+    across, first = tl.arange(0, VEC)[None, :], block.to(tl.int64) * (BLOCK * EACH)
+    left = tl.minimum(size - first, BLOCK * EACH).to(tl.int32)
+    first = (n.to(tl.int64) * size + first) * VEC
+    r_ptr += first
+    out_ptr += first
+    for k in tl.static_range(EACH):
+        lane = k * BLOCK + tl.arange(0, BLOCK)
+        offs, mask = lane[:, None] * VEC + across, (lane < left)[:, None]
+        r = tl.load(r_ptr + offs, mask, 0).to(grad.dtype) * grad
+        if mask_ptr is not None:
+            r = tl.where(tl.load(mask_ptr + at), r, 0)
+        tl.store(out_ptr + offs, r.to(out_ptr.dtype.element_ty), mask)
+
+
 # --- Launching ------------------------------------------------------------------------------------
 
 
 def _options(last: bool, nvidia: bool = not torch.version.hip) -> dict[str, int]:
-    """ptxas spills 16 bytes for occupancy (sm_120, loss backward) unless told what is enough. Of
-    contraction: see `philox`."""
+    """ptxas spills for occupancy unless told what is enough. Of contraction: see `philox`."""
     if INTERPRET:
         return {}
     return {"enable_fp_fusion": False, **({"maxnreg": 128} if nvidia and not last else {})}
@@ -400,7 +424,7 @@ def _launch_levels(
     some = next(v for v in part[0] if v is not None)
     acc, columns = accumulation(some), len(x)
     shapes = tuple((some.shape[0], 0, 0, 0) if v is None else v.shape for v in part[0])
-    itemsize = max(v.element_size() for values in part for v in values if v is not None)
+    itemsize = max(v.element_size() for values in part[:3] for v in values if v is not None)
     ((*sizes,), constants) = _plan(shapes, last, itemsize)
     sizes += [(0, 0, 0)] * (LEVELS - len(sizes))
     ends = list(itertools.accumulate(s[0] for s in sizes))
@@ -484,10 +508,15 @@ def velocity_loss(
     filter: str,
     factor: Sequence[int],
     gains: Sequence[float],
-) -> Tensor:
+    *,
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
     """Three launches: the pyramid, sums of squares of each program, and their sums."""
     levels, count = _build(x, wanted, filter, factor), len(wanted)
     none, acc = [None] * count, accumulation(x)
+    like = x.new_empty(0, dtype=acc)
+    saved = [empty_in(memory_format(x), like, g.shape) for g in predictions] if save else []
+    r = _spread(saved, wanted) if save else none
     mask = None if mask is None else mask.contiguous()
     g = _spread(predictions, wanted)
     chunks = list(_chunks(g, count)) if x.numel() else []
@@ -496,33 +525,34 @@ def velocity_loss(
     loss = (x.new_empty if all_written else x.new_zeros)((x.shape[0], count), dtype=acc)
     for part in chunks:
         stream = state, seed, offsets, gains
-        _launch_levels(LOSS, levels, g, none, none, None, mask, *stream, part, is_last(x), loss)
-    return loss
+        _launch_levels(LOSS, levels, g, none, r, None, mask, *stream, part, is_last(x), loss)
+    return loss, saved
 
 
 def velocity_loss_backward(
     grad: Tensor,
-    predictions: Sequence[Tensor],
-    x: Tensor,
+    residuals: Sequence[Tensor],
     mask: Tensor | None,
     wanted: Sequence[bool],
-    state: Tensor | None,
-    seed: int,
-    offsets: Sequence[int],
-    filter: str,
-    factor: Sequence[int],
-    gains: Sequence[float],
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Two launches: the pyramid, then the gradients of all levels."""
-    levels, count = _build(x, wanted, filter, factor), len(wanted)
-    layout = memory_format(x)
-    grads = [empty_in(layout, g, g.shape) for g in predictions]
-    g, dg, none = _spread(predictions, wanted), _spread(grads, wanted), [None] * count
-    grad = grad.to(accumulation(x)).contiguous()
-    mask = None if mask is None else mask.contiguous()
-    for part in _chunks(g, count) if x.numel() else ():
-        stream = state, seed, offsets, gains
-        _launch_levels(LOSS_BACKWARD, levels, g, dg, none, grad, mask, *stream, part, is_last(x))
+    """One launch for all levels."""
+    like = grad.new_empty(0, dtype=dtype)
+    grads = [empty_in(memory_format(r), like, r.shape) for r in residuals]
+    count, n = len(wanted), len(grad)
+    r, dg = _spread(residuals, wanted), _spread(grads, wanted)
+    grad, mask = grad.contiguous(), None if mask is None else mask.contiguous()
+    for part in _chunks(r, count) if any(g.numel() for g in grads) else ():
+        elements = [0 if v is None else v[:1].numel() for v in r[part]]
+        some = next(v for v in r[part] if v is not None)
+        vec = math.gcd(16 // dtype.itemsize, *elements)
+        sizes = [*(size // vec for size in elements), *[0] * LEVELS][:LEVELS]
+        ends = list(itertools.accumulate(cdiv(size, BLOCK * SCALED) for size in sizes))
+        with on_device(some):
+            _loss_backward_kernel[(n * ends[-1],)](
+                *_four(r[part]), *_four(dg[part]), grad, mask, *ends, *sizes, part.start, count,
+                SCALED, vec, BLOCK, num_warps=BLOCK // WARP,
+            )  # fmt: skip
     return grads
 
 
@@ -575,7 +605,7 @@ def _of_levels(full: torch.dtype, last: bool, common: dict[str, Any]) -> Iterato
     for name, do, more in (
         ("pyramid_add_noise", NOISE, out | v | {"t_ptr": wide}),
         ("velocity_loss", LOSS, g | {"out0_ptr": wide}),
-        ("velocity_loss_backward", LOSS_BACKWARD, g | out | {"t_ptr": wide}),
+        ("velocity_loss training", LOSS, g | _per_level("v0_ptr", wide) | {"out0_ptr": wide}),
     ):
         how = _how(acc if do == LOSS else full, acc)
         fields = _levels_kernel, dtype, given | more, constants | {"DO": do.value}
@@ -584,6 +614,11 @@ def _of_levels(full: torch.dtype, last: bool, common: dict[str, Any]) -> Iterato
         given = integers | {"sums_ptr": wide, "loss_ptr": wide, "mask_ptr": "*i1", "levels": "i32"}
         fields = {"VEC": constants["VEC"], "BLOCK": BLOCK}
         yield Specialisation("velocity_loss sums", _loss_kernel, dtype, given, fields)
+        given = {k: v for k, v in integers.items() if not k.startswith("CG")}
+        given |= _per_level("r0_ptr", wide) | out | {"grad_ptr": wide, "mask_ptr": "*i1"}
+        fields = fields | {"EACH": SCALED}
+        name = "velocity_loss_backward"
+        yield Specialisation(name, _loss_backward_kernel, dtype, given, fields, load_bits=128)
 
 
 def _per_target(name: str, how: int, fields: Any, **rest: Any) -> Iterator[Specialisation]:

@@ -270,6 +270,26 @@ def test_loss_is_the_masked_mean_square_and_so_is_its_gradient(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_loss_keeps_what_its_gradient_is_of_and_nothing_else(device):
+    """So the targets' noise is made once, and predictions may be written over."""
+    x = torch.randn(2, 3, 8, 8, device=device)
+    _, v = dfm_fast.pyramid_add_noise(x, torch.rand(2, 2, device=device), 4)
+    guesses = [torch.randn_like(level).requires_grad_() for level in v]
+    mask, saved = torch.tensor([[True, False], [True, True]], device=device), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = dfm_fast.velocity_loss(guesses, x, 4, active=mask)
+    kept = [t for t in saved if t.is_floating_point()]
+    for s, (r, g, w) in enumerate(zip(kept, guesses, v, strict=True)):
+        on = mask[:, s].view(-1, 1, 1, 1)
+        torch.testing.assert_close(r, (g.detach() - w) * on, atol=1e-6, rtol=1e-6)
+    with torch.no_grad():
+        want = [2 * r / r[0].numel() for r in kept]
+        for g in guesses:
+            g.zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), guesses), tuple(want))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_mixed_dtypes_of_training(device):
     """float32 data, bfloat16 inputs of the model, bfloat16 predictions."""
     low = torch.float16 if INTERPRET else torch.bfloat16

@@ -26,6 +26,8 @@ using at::Tensor;
 using at::TensorList;
 using State = std::optional<Tensor>;
 
+constexpr int64_t kGrain = 1 << 14;  // elements that are worth another thread
+
 // --- Arguments ---
 
 void check_dense(const char* op, const char* argument, const Tensor& x, at::MemoryFormat layout) {
@@ -343,32 +345,43 @@ std::vector<Tensor> place_predictions(const Scales& scales, TensorList predictio
   return placed;
 }
 
-Tensor velocity_loss_cpu(TensorList predictions, const Tensor& x, const State& mask,
-                         c10::List<bool> wanted, const State& state, int64_t seed,
-                         IntArrayRef offsets, std::string_view filter, IntArrayRef factor,
-                         ArrayRef<double> gains) {
+std::tuple<Tensor, std::vector<Tensor>> velocity_loss_cpu(
+    TensorList predictions, const Tensor& x, const State& mask, c10::List<bool> wanted,
+    const State& state, int64_t seed, IntArrayRef offsets, std::string_view filter,
+    IntArrayRef factor, ArrayRef<double> gains, bool save) {
   const char* op = "velocity_loss";
   Scales scales{op, x, mask, wanted, state, seed, offsets, filter, factor, gains};
   scales.check();
   int64_t N = x.size(0), L = scales.levels;
   auto placed = place_predictions(scales, predictions);
+  std::vector<Tensor> residuals(L);
   // Of every tile, so that their order does not depend on threads.
   std::vector<std::vector<double>> sums(L);
-  for (int64_t s = 0; s < L; ++s)
-    if (wanted[s]) sums[s].resize(scales.tiles(s));
+  for (int64_t s = 0; s < L; ++s) {
+    if (!wanted[s]) continue;
+    sums[s].resize(scales.tiles(s));
+    if (save) residuals[s] = scales.empty(s, accumulation(x));
+  }
   scales.for_parts([&](int64_t s, const Part& part) {
-    if (!scales.active(part.n, s)) return;
     dispatch_beside(x, placed[s].scalar_type(), op, [&](auto zero, auto given_zero) {
       using T = decltype(zero);
       using G = decltype(given_zero);
       using A = acc_t<T>;
+      A* to = save ? mutable_data<A>(residuals[s]) + part.at : nullptr;
+      if (!scales.active(part.n, s)) {
+        if (save) std::fill_n(to, part.samples.elements(), A{});
+        return;
+      }
       Residual<T, G> residual{static_cast<const T*>(part.x), data<G>(placed[s]) + part.at,
                               static_cast<A>(gains[s])};
       for_tiles<A>(part.samples, [&](int64_t, int64_t tile, NoiseBuffer<A>& buffer) {
         SquareSum<A> sum;
         for_tile(part.normals, part.samples, 0, tile, buffer,
-                 [&](int64_t m, Vec<A> z, auto count)
-                     DFM_INLINE { sum.add(residual(m, z, count), count); });
+                 [&](int64_t m, Vec<A> z, auto count) DFM_INLINE {
+                   Vec<A> r = residual(m, z, count);
+                   if (save) store(to + m, r, count);
+                   sum.add(r, count);
+                 });
         sums[s][part.slot + tile] = sum.total();
       });
     });
@@ -386,45 +399,58 @@ Tensor velocity_loss_cpu(TensorList predictions, const Tensor& x, const State& m
       else
         mutable_data<float>(loss)[n * L + s] = static_cast<float>(mean);
     }
-  return loss;
+  std::erase_if(residuals, [](const Tensor& r) { return !r.defined(); });
+  return {loss, residuals};
 }
 
-std::vector<Tensor> velocity_loss_backward_cpu(const Tensor& grad, TensorList predictions,
-                                               const Tensor& x, const State& mask,
-                                               c10::List<bool> wanted, const State& state,
-                                               int64_t seed, IntArrayRef offsets,
-                                               std::string_view filter, IntArrayRef factor,
-                                               ArrayRef<double> gains) {
+std::vector<Tensor> velocity_loss_backward_cpu(const Tensor& grad, TensorList residuals,
+                                               const State& mask, c10::List<bool> wanted,
+                                               at::ScalarType dtype) {
   const char* op = "velocity_loss_backward";
-  Scales scales{op, x, mask, wanted, state, seed, offsets, filter, factor, gains};
-  scales.check();
-  check_table(op, "grad", grad, accumulation(x), {x.size(0), scales.levels});
-  auto placed = place_predictions(scales, predictions);
-  std::vector<Tensor> dg(scales.levels), out;
-  for (int64_t s = 0; s < scales.levels; ++s)
-    if (wanted[s]) dg[s] = scales.empty(s, placed[s].scalar_type());
-  scales.for_parts([&](int64_t s, const Part& part) {
-    dispatch_beside(x, placed[s].scalar_type(), op, [&](auto zero, auto given_zero) {
+  std::vector<int64_t> levels;
+  for (int64_t s = 0; s < static_cast<int64_t>(wanted.size()); ++s)
+    if (wanted[s]) levels.push_back(s);
+  TORCH_CHECK(residuals.size() == levels.size(), op, ": expected residuals of ", levels.size(),
+              " levels, got ", residuals.size());
+  int64_t N = grad.size(0), L = static_cast<int64_t>(wanted.size());
+  check_table(op, "grad", grad, accumulation(grad), {N, L});
+  if (mask) check_table(op, "mask", *mask, at::kBool, {N, L});
+  std::vector<Tensor> out;
+  for (size_t i = 0; i < residuals.size(); ++i) {
+    const Tensor& r = residuals[i];
+    auto layout = layout_of(r);
+    check_dense(op, "residuals", r, layout);
+    TORCH_CHECK(r.dim() > 0 && r.size(0) == N, op, ": expected residuals of ", N,
+                " samples, got sizes ", r.sizes());
+    at::ScalarType type = beside(r, dtype);
+    Tensor dg = at::empty(r.sizes(), r.options().dtype(type), layout);
+    int64_t each = r.numel() / std::max<int64_t>(N, 1), s = levels[i];
+    dispatch_beside(r, type, op, [&](auto zero, auto to_zero) {
       using T = decltype(zero);
-      using G = decltype(given_zero);
+      using To = decltype(to_zero);
       using A = acc_t<T>;
-      G* to = mutable_data<G>(dg[s]) + part.at;
-      if (!scales.active(part.n, s)) {
-        std::fill_n(to, part.samples.elements(), G{});
-        return;
-      }
-      Residual<T, G> residual{static_cast<const T*>(part.x), data<G>(placed[s]) + part.at,
-                              static_cast<A>(gains[s])};
-      A scale = scales.of<A>(grad, part.n, s) * static_cast<A>(2. / scales.elements(s));
-      for_tiles<A>(part.samples, [&](int64_t, int64_t tile, NoiseBuffer<A>& buffer) {
-        for_tile(part.normals, part.samples, 0, tile, buffer,
-                 [&](int64_t m, Vec<A> z, auto count)
-                     DFM_INLINE { store(to + m, scale * residual(m, z, count), count); });
+      const T* from = data<T>(r);
+      To* to = mutable_data<To>(dg);
+      at::parallel_for(0, r.numel(), kGrain, [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+          int64_t n = begin / each, stop = std::min(end, (n + 1) * each), at = n * L + s;
+          const T* part = from + begin;
+          To* part_to = to + begin;
+          double upstream =
+              grad.scalar_type() == at::kDouble ? data<double>(grad)[at] : data<float>(grad)[at];
+          A scale = static_cast<A>(upstream * (2. / each));
+          if (mask && !data<bool>(*mask)[at])
+            std::fill_n(part_to, stop - begin, To{});
+          else
+            for_vectors<A>(stop - begin, [&](int64_t k, auto count) DFM_INLINE {
+              store(part_to + k, scale * load(part + k, count), count);
+            });
+          begin = stop;
+        }
       });
     });
-  });
-  for (int64_t s = 0; s < scales.levels; ++s)
-    if (wanted[s]) out.push_back(dg[s].to(predictions[out.size()].scalar_type()));
+    out.push_back(dg.to(dtype));
+  }
   return out;
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,27 +68,30 @@ def _velocity_loss(
     mask: Tensor | None,
     wanted: Sequence[bool],
     *rest: Any,
-) -> Tensor:
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The means of squares, and with `save` what they are of."""
     columns = [x.new_zeros(x.shape[0], dtype=accumulation(x)) for _ in wanted]
+    saved, layout = [], memory_format(x)
     for s, r in _residuals(predictions, x, wanted, *rest):
         columns[s] = where_active(r.square().flatten(1).mean(1), mask, s)
-    return torch.stack(columns, 1)
+        if save:
+            saved.append(lay_out(where_active(r, mask, s), layout))
+    return torch.stack(columns, 1), saved
 
 
 def _velocity_loss_backward(
     grad: Tensor,
-    predictions: Sequence[Tensor],
-    x: Tensor,
+    residuals: Sequence[Tensor],
     mask: Tensor | None,
     wanted: Sequence[bool],
-    *rest: Any,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """dG_s = 2 (G_s - v_s) grad[n, s] / (elements of a sample), of the wanted levels."""
-    layout, out = memory_format(x), []
-    residuals = _residuals(predictions, x, wanted, *rest)
-    for (s, r), g in zip(residuals, predictions, strict=True):
+    out, levels = [], [s for s, w in enumerate(wanted) if w]
+    for s, r in zip(levels, residuals, strict=True):
         scale = per_sample(grad[:, s].to(r.dtype), r) * (2 / max(1, r[:1].numel()))
-        out.append(lay_out(where_active(r * scale, mask, s).to(g.dtype), layout))
+        out.append(lay_out(where_active(r * scale, mask, s).to(dtype), memory_format(r)))
     return out
 
 
@@ -109,67 +113,75 @@ def velocity_loss_ref(
     offsets = level_offsets(level_shapes(x.shape, count, filter, factor), offset)
     given = [g for g, w in zip(predictions, wanted, strict=True) if w and g is not None]
     options = filter, factor, gains_of(std, count)
-    return _velocity_loss(given, x, mask, wanted, *split(seed), offsets, *options)
+    rest = *split(seed), offsets, *options
+    return _velocity_loss(given, x, mask, wanted, *rest, save=False)[0]
 
 
 # --- Registration ---------------------------------------------------------------------------------
 
 
-def _loss_fake(predictions: Any, x: Tensor, mask: Any, wanted: Any, *_: Any) -> Tensor:
-    return x.new_empty((x.shape[0], len(wanted)), dtype=accumulation(x))
+def _loss_fake(
+    predictions: Sequence[Tensor], x: Tensor, mask: Any, wanted: Any, *_: Any, save: bool
+) -> tuple[Tensor, list[Tensor]]:
+    loss = x.new_empty((x.shape[0], len(wanted)), dtype=accumulation(x))
+    saved = [empty_in(memory_format(x), loss, g.shape) for g in predictions] if save else []
+    return loss, saved
 
 
-def _loss_backward_fake(grad: Any, predictions: Any, x: Tensor, *_: Any) -> list[Tensor]:
-    return [empty_in(memory_format(x), g, g.shape) for g in predictions]
+def _loss_backward_fake(
+    grad: Any, residuals: Sequence[Tensor], mask: Any, wanted: Any, dtype: torch.dtype
+) -> list[Tensor]:
+    return [empty_in(memory_format(r), r.to(dtype), r.shape) for r in residuals]
 
 
 define(
     f"velocity_loss(Tensor[] predictions, Tensor x, Tensor? mask, bool[] wanted, {STREAM}, "
-    f"int[] offsets, {PYRAMID}) -> Tensor",
+    f"int[] offsets, {PYRAMID}, *, bool save) -> (Tensor, Tensor[])",
     reference=_velocity_loss,
     fake=_loss_fake,
     kernel="noises:velocity_loss",
-    flops=lambda p, x, mask, wanted, state, seed, offsets, filter, factor, *_: level_flops(
+    flops=lambda p, x, mask, wanted, state, seed, offsets, filter, factor, *_, **__: level_flops(
         x, wanted, filter, factor, NORMAL_FLOPS + 5
     ),
 )
 define(
-    f"velocity_loss_backward(Tensor grad, Tensor[] predictions, Tensor x, Tensor? mask, "
-    f"bool[] wanted, {STREAM}, int[] offsets, {PYRAMID}) -> Tensor[]",
+    "velocity_loss_backward(Tensor grad, Tensor[] residuals, Tensor? mask, bool[] wanted, "
+    "ScalarType dtype) -> Tensor[]",
     reference=_velocity_loss_backward,
     fake=_loss_backward_fake,
     kernel="noises:velocity_loss_backward",
-    flops=lambda g, p, x, mask, wanted, state, seed, offsets, filter, factor, *_: level_flops(
-        x, wanted, filter, factor, NORMAL_FLOPS + 4
-    ),
+    flops=lambda grad, residuals, *_: sum(map(math.prod, residuals)),
 )
 
 # --- Gradients ------------------------------------------------------------------------------------
 
 
 class _VelocityLoss(torch.autograd.Function):
+    """Keeps G_s - v_s in place of G_s and x: a training step makes its noise once."""
+
     @staticmethod
     def forward(ctx, x, mask, wanted, state, seed, offsets, options, *predictions):
-        ctx.save_for_backward(x, mask, state, *predictions)
-        ctx.rest = wanted, seed, offsets, options
-        stream = state, seed, offsets
-        return _ops.velocity_loss(list(predictions), x, mask, wanted, *stream, *options)
+        given = list(predictions), x, mask, wanted, state, seed, offsets
+        loss, residuals = _ops.velocity_loss(*given, *options, save=True)
+        ctx.save_for_backward(mask, *residuals)
+        ctx.rest = wanted, options, [g.dtype for g in predictions]
+        ctx.x = x.shape, x.dtype, memory_format(x)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, mask, state, *predictions = ctx.saved_tensors
-        wanted, seed, offsets, options = ctx.rest
-        filter, factor, gains = options
-        stream = state, seed, offsets
-        grad = grad.contiguous()
-        dg = _ops.velocity_loss_backward(grad, predictions, x, mask, wanted, *stream, *options)
+        mask, *residuals = ctx.saved_tensors
+        wanted, (filter, factor, gains), dtypes = ctx.rest
+        dtype = dtypes[0] if len(set(dtypes)) == 1 else grad.dtype
+        dg = _ops.velocity_loss_backward(grad.contiguous(), residuals, mask, wanted, dtype)
+        dg = [g.to(own) for g, own in zip(dg, dtypes, strict=True)]
         dx = None
         if ctx.needs_input_grad[0]:  # v_s = eps - gain X_s: what G_s gets, times the gain
-            given, levels = iter(dg), []
-            for s, shape in enumerate(level_shapes(x.shape, len(wanted), filter, factor)):
-                g = next(given) * gains[s] if wanted[s] else x.new_zeros(shape)
-                levels.append(lay_out(g.to(x.dtype), memory_format(x)))
+            (shape, dtype, layout), given, levels = ctx.x, iter(dg), []
+            for s, sizes in enumerate(level_shapes(shape, len(wanted), filter, factor)):
+                g = next(given) * gains[s] if wanted[s] else grad.new_zeros(sizes)
+                levels.append(lay_out(g.to(dtype), layout))
             dx = build_backward(levels, filter, factor)
         return dx, *[None] * 6, *dg
 
@@ -211,7 +223,7 @@ def velocity_loss_shard(
     arguments, options = (x, mask, wanted, state, seed, offsets), (filter, factor, gains)
     if differentiable(x, *given):
         return _VelocityLoss.apply(*arguments, options, *given)
-    return _ops.velocity_loss(given, *arguments, *options)
+    return _ops.velocity_loss(given, *arguments, *options, save=False)[0]
 
 
 def _check_predictions(
@@ -260,7 +272,8 @@ def velocity_loss(
 ) -> Tensor:
     """Mean squared error of predicted velocities, per sample and level: mean (G_s - v_s)^2.
 
-    The targets v_s = eps_s - X_s are made again from x and the seed; nothing was stored.
+    The targets v_s = eps_s - X_s are made again from x and the seed; nothing was stored. For
+    gradients autograd keeps G_s - v_s, in float32, and neither G_s nor x.
 
     Args:
         predictions: L tensors G_s like the levels of x, coarse to fine, any floating dtype; None

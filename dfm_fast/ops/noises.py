@@ -12,10 +12,12 @@ Level s starts at offset + sum over r < s of the elements of level r of the whol
 rounded up to 4, whether r is active or not. So a loss, a recomputed activation, another device or
 another sharding sees the same noise.
 
-Saved for backward: x and t. All arithmetic in float32 (float64 for float64), rounded once; levels
+Saved for backward: x and t; of a loss G_s - v_s in float32, so that a training step makes the noise
+of its targets once. All arithmetic in float32 (float64 for float64), rounded once; levels
 are rounded to x's dtype first, as `laplacian_build` does. Bytes moved at least, N elements of x and
 N_tot of all levels, b bytes each: add_noise 3 N b; pyramid_add_noise (N + 2 N_tot) b, or
-(N + N_tot) b without targets; velocity_loss (N + N_tot) b; its backward (N + 2 N_tot) b.
+(N + N_tot) b without targets; velocity_loss (N + N_tot) b, 4 N_tot more where autograd will ask for
+gradients, and N_tot (4 + b) for these.
 """
 
 from __future__ import annotations
