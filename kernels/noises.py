@@ -336,7 +336,8 @@ def _plan(
     """((blocks a sample, SIZE, CG) of each level, (EACH, VEC, LAST, BLOCK, WIDE))."""
     runs = [s[1] if last else math.prod(s[1:]) for s in shapes if math.prod(s)]
     vec = math.gcd(16 // itemsize, *runs)
-    each = 4 if last else EACH[sum(map(math.prod, shapes)) >= 1 << 22]
+    each = EACH[sum(map(math.prod, shapes)) >= 1 << 22]
+    each = 4 if last or itemsize == 8 else each  # float64's constants fill the scalar registers
     sizes = []
     for shape in shapes:
         size, groups = math.prod(shape[1:]) // vec, 1
