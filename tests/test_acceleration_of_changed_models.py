@@ -5,7 +5,7 @@ import copy
 import accelerated_models as models
 import pytest
 import torch
-from accelerated_models import fill, make, operators, output, randn, relative, run
+from accelerated_models import cast, fill, make, operators, output, randn, relative, run
 from helpers import INTERPRET
 from torch import nn
 
@@ -67,6 +67,31 @@ def test_pefts_own_model():
     want = output(adapted, inputs, given)
     assert dfm_fast.accelerate(adapted).swapped
     assert relative(output(adapted, inputs, given), want) < 1e-5
+
+
+@pytest.mark.parametrize("first", ["accelerate", "quantize"])
+@pytest.mark.parametrize("name", ["dreamlite", "sdxl", "sd3", "flux", "official_dit"])
+@torch.no_grad()
+def test_quantized_weights(name, first):
+    """Of torchao, against their values in float64."""
+    quantization = pytest.importorskip("torchao.quantization")
+    config = quantization.Int8WeightOnlyConfig()
+    model, inputs, given = make(name)
+    theirs = copy.deepcopy(model)
+    quantization.quantize_(theirs, config)
+    if first == "accelerate":
+        dfm_fast.accelerate(model)
+        quantization.quantize_(model, config)
+    else:
+        model = copy.deepcopy(theirs)
+        assert dfm_fast.accelerate(model).swapped
+    exact = copy.deepcopy(theirs)
+    for layer in exact.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+    ex = output(exact.double(), *cast((inputs, given), torch.float64))
+    got, low = output(model, inputs, given), output(theirs, inputs, given)
+    assert relative(got, ex) <= 2 * relative(low, ex) + torch.finfo(torch.float32).eps / 2
 
 
 def inner_calls(model, inputs, given):

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--levels", type=int, help="of a DFM transformer: how many are active; default: all")
     add("--size", type=int, nargs="+", help="(frames) height width to fix; default: any, of images")
     add("--opset", type=int, help="of ONNX, 18 to 23; default: 20")
+    add("--weights", help="float32 (default), or int8: a quarter of the file; needs torchao")
     add("--no-check", action="store_true", help="do not run the file")
 
 
@@ -44,6 +45,8 @@ def _run(args: argparse.Namespace) -> None:
     format = exports.check_file(args.out, args.format, opset)
     model = _model(args.model, args.part, args.size)
     options = {"levels": args.levels, "size": args.size, "opset": opset}
+    if args.weights is not None:
+        options["weights"] = args.weights
     try:
         made = exports.export_model(
             model, args.out, format=format, check=not args.no_check, **options
@@ -57,6 +60,8 @@ def _tell(made: Exported, format: str, unchecked: bool) -> None:
     width = max(map(len, made.inputs))
     for name, sizes in made.inputs.items():
         print(f"{name:<{width}} [{', '.join(map(str, sizes))}]")
+    if made.rounding is not None:
+        print(f"int8 weights: at most {made.rounding:.1e} of the largest value from the model")
     if made.parity:
         error, plain = (max(getattr(p, key) for p in made.parity) for key in ("error", "plain"))
         print(f"run: {error:.1e} from the model in float64 (plain torch in float32: {plain:.1e})")

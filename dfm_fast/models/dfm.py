@@ -40,7 +40,7 @@ from dfm_fast.models._functions import (
     unpatchify,
 )
 from dfm_fast.models._pretrained import Pretrained
-from dfm_fast.nn._linears import linear
+from dfm_fast.nn._linears import linear, plain_weights, whole_weight
 from dfm_fast.nn._lists import ModuleList
 from dfm_fast.nn.activations import FeedForward
 from dfm_fast.ops import (
@@ -277,7 +277,7 @@ class DFMTransformer(Pretrained):
         """[N, tokens, D]: one product for all levels that are given, and the biases of all."""
         given = [(s, level) for s, level in enumerate(levels) if level is not None]
         patches = torch.cat([patchify(level, self.patch_sizes[s]) for s, level in given], -1)
-        weight: Tensor = self.patch_embedding.weight
+        weight = whole_weight(self.patch_embedding.weight)
         if len(given) < self.num_levels:
             columns = weight.split(self.sizes, 1)
             weight = torch.cat([columns[s] for s, _ in given], 1)
@@ -302,7 +302,8 @@ class DFMTransformer(Pretrained):
         # A product for each block, of its own c [depth, N, D] and its rows of the weight.
         own = F.silu(self.block_conditioning(c)).unflatten(-1, (self.depth, -1)).transpose(0, 1)
         sizes = [6 * self.depth * self.hidden_size, 2 * self.num_levels * self.hidden_size]
-        weights, biases = self.modulation.weight.split(sizes), self.modulation.bias.split(sizes)
+        weights = whole_weight(self.modulation.weight).split(sizes)
+        biases = self.modulation.bias.split(sizes)
         weight, bias = weights[0].unflatten(0, (self.depth, -1)), biases[0].view(self.depth, 1, -1)
         blocks = torch.baddbmm(bias, own, weight.transpose(1, 2))
         heads = F.linear(F.silu(c), weights[1], biases[1])
@@ -323,7 +324,7 @@ class DFMTransformer(Pretrained):
         """
         steps, batch = t.shape[:2]
         # FSDP2's and other subclasses are whole in forward only.
-        sharded = type(self.modulation.weight) not in (Tensor, nn.Parameter)
+        sharded = not plain_weights(self.modulation.weight)
         if sharded or steps * batch > self.hidden_size:
             return None
         self._check_labels(y, batch)
@@ -357,7 +358,8 @@ class DFMTransformer(Pretrained):
     ) -> list[Tensor | None]:
         """(normed (1 + scale) + shift) H + h of all levels that are given, in one product."""
         given = [(s, level) for s, level in enumerate(levels) if level is not None]
-        rows, biases = self.heads.weight.split(self.sizes), self.heads.bias.split(self.sizes)
+        rows = whole_weight(self.heads.weight).split(self.sizes)
+        biases = self.heads.bias.split(self.sizes)
         weights, constants = [], []
         for s, _ in given:
             shift, scale = vectors[self.depth + s]

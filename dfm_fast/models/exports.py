@@ -1,8 +1,8 @@
 """Models as one graph of standard operators, for runtimes that know nothing of this library.
 
 "pt2" is `torch.export`'s file, which any torch loads. "onnx" has operators of ONNX's own domain
-alone. What stands for our operators: `ops/_decompositions.py`. A file is looked at before it is
-there: computed with in its runtime, and held to the model in float64.
+alone. What stands for our operators: `ops/_decompositions.py`; weights of 8 bits: `_int8.py`. What
+is written is looked at first: computed with in its runtime, held to the model in float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from dfm_fast import _checks
+from dfm_fast.models import _int8
 from dfm_fast.models._exportable import OP, Examples, Exportable, exportable
 from dfm_fast.models._pretrained import Pretrained
 from dfm_fast.ops._decompositions import FORMS, ONNX_FORMS, StandardForms
 
 FORMATS = ("onnx", "pt2")
+WEIGHTS = ("float32", "int8")
 OPSETS = range(18, 24)
 OPSET = 20
 # Beyond it weights are a file of their own: a protobuf message ends at 2^31 bytes.
@@ -57,6 +59,7 @@ class Exported:
     inputs: dict[str, list[int | str]]  # names and sizes, those that are free by name
     outputs: tuple[str, ...]
     parity: tuple[Parity, ...]  # none where nothing could run the file
+    rounding: float | None  # of int8: how far from the model, relative to an output's largest value
 
 
 def export_model(
@@ -67,6 +70,7 @@ def export_model(
     levels: int | None = None,
     size: Sequence[int] | None = None,
     opset: int = OPSET,
+    weights: str = "float32",
     check: bool = True,
 ) -> Exported:
     """Write a SnapGenUNet, SnapGenDecoder or DFMTransformer as one file.
@@ -83,17 +87,30 @@ def export_model(
         size: ((frames,) height, width) of the UNet's x, the decoder's latents or the DFM's finest
             level; None: any. Frames are always given.
         opset: of ONNX's domain.
+        weights: "float32", or "int8": a quarter of the file. Those of linear layers and
+            convolutions, but depthwise ones, are rounded by torchao, with a scale per output
+            channel; a runtime computes in float32. The file is then held to the model with
+            rounded weights, and this one to the given one: see `Exported.rounding`.
         check: run the file where its runtime is installed, and raise where it is not the model.
 
     Raises:
-        TypeError, ValueError: arguments. ImportError: no onnx. ParityError: the file's results
-            are further from the model in float64 than twice plain torch's in float32 and one
-            rounding.
+        TypeError, ValueError: arguments. ImportError: no onnx, no torchao. ParityError: the file's
+            results are further from the model in float64 than twice plain torch's in float32 and
+            one rounding; or 8 bits move an output by more than 5 % of its largest value.
     """
     file = Path(file)
     format = check_file(file, format, opset)
-    given = exportable(model, levels, size)
-    program = _traced(given, FORMS if format == "pt2" else FORMS | ONNX_FORMS)
+    if _checks.choice(OP, "weights", weights, WEIGHTS) == "int8":
+        _int8.check_installed(OP)
+    given, rounding = exportable(model, levels, size), None
+    traced = given.model
+    if weights == "int8":
+        traced = _int8.narrow(_twin(given.model))
+        rounded = replace(given, model=_int8.rounded(_twin(given.model)))
+        rounding, given = _rounding(given, rounded), rounded
+        if check:
+            _raise_if_rounded_off(rounding)
+    program = _traced(given, traced, FORMS if format == "pt2" else FORMS | ONNX_FORMS)
     # In a folder of its own and renamed: never half of a file, nor one that is wrong.
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as made:
         written = Path(made) / file.name
@@ -106,7 +123,7 @@ def export_model(
         _raise_if_off(parity)
         for part in sorted(Path(made).iterdir(), reverse=True):  # .data first
             os.replace(part, file.parent / part.name)
-    return Exported(file, _sizes(program, given), given.outputs, parity)
+    return Exported(file, _sizes(program, given), given.outputs, parity, rounding)
 
 
 # --- Arguments ------------------------------------------------------------------------------------
@@ -137,9 +154,11 @@ def check_file(file: Path, format: str | None, opset: Any) -> str:
 # --- The graph ------------------------------------------------------------------------------------
 
 
-def _traced(given: Exportable, forms: dict[Any, Callable[..., Any]]) -> ExportedProgram:
-    """Without an operator of ours, nor what nobody reads."""
-    module, examples = given.wrap(given.model).eval(), given.examples(2, given.grids[0])
+def _traced(
+    given: Exportable, model: nn.Module, forms: dict[Any, Callable[..., Any]]
+) -> ExportedProgram:
+    """`model` as `given` has it: without an operator of ours, nor what nobody reads."""
+    module, examples = given.wrap(model).eval(), given.examples(2, given.grids[0])
     with torch.no_grad(), StandardForms(forms):
         program = torch.export.export(
             module, (), kwargs=examples, dynamic_shapes=given.dynamic, strict=False
@@ -196,6 +215,7 @@ def _write_onnx(program: ExportedProgram, given: Exportable, file: Path, opset: 
             verbose=False, optimize=False,
         )  # fmt: skip
         assert made is not None  # as dynamo=True
+        _int8.to_dequantize_linear(made.model.graph)
         _simplify(made.model)
     _rename_sizes(made.model, _symbols(program, given))
     values = (value.const_value for value in made.model.graph.initializers.values())
@@ -279,7 +299,7 @@ def _runner(file: Path, format: str) -> Run | None:
 @torch.no_grad()
 def _parities(given: Exportable, run: Run) -> Iterator[Parity]:
     """With the sizes of the trace, and with others."""
-    wide = given.wrap(_double(given.model))
+    wide = given.wrap(_twin(given.model, torch.float64))
     for batch, grid in ((2, given.grids[0]), (1, given.grids[-1])):
         examples = given.examples(batch, grid)
         exact = pytree.tree_leaves(wide(**pytree.tree_map(_to_double, examples)))
@@ -294,13 +314,32 @@ def _parity(name: str, got: Tensor, plain: Tensor, exact: Tensor) -> Parity:
     return Parity(name, tuple(got.shape), *errors)
 
 
-def _double(model: Pretrained) -> Pretrained:
+def _twin(model: Pretrained, dtype: torch.dtype = torch.float32) -> Pretrained:
+    """With weights of its own."""
     with torch.device("meta"):
-        wide = type(model)(**model.config)
-    wide = wide.double().to_empty(device="cpu").eval()
-    wide.load_state_dict(model.state_dict())
-    wide.reset_buffers()
-    return wide
+        twin = type(model)(**model.config)
+    twin = twin.to(dtype).to_empty(device="cpu").eval()
+    twin.load_state_dict(model.state_dict())
+    twin.reset_buffers()
+    return twin
+
+
+@torch.no_grad()
+def _rounding(given: Exportable, rounded: Exportable) -> float:
+    """The largest of all outputs'."""
+    examples = given.examples(2, given.grids[0])
+    exact, found = (pytree.tree_leaves(g.wrap(g.model)(**examples)) for g in (given, rounded))
+    return max(
+        ((b - a).abs().max() / a.abs().max()).item() for a, b in zip(exact, found, strict=True)
+    )
+
+
+def _raise_if_rounded_off(rounding: float) -> None:
+    if not rounding <= _int8.BUDGET:
+        raise ParityError(
+            f"{OP}: weights: expected int8 to move no output by more than {_int8.BUDGET:.0%} of "
+            f"its largest value, got {rounding:.1%}; nothing is written"
+        )
 
 
 def _to_double(value: Any) -> Any:

@@ -52,7 +52,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == torch.float32 == weight.dtype
         and type(x) is Tensor
-        and type(weight) in (Tensor, torch.nn.Parameter)
+        and plain_weights(weight)
         and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -65,12 +65,23 @@ def sums_serve(x: Tensor, *weights: Tensor) -> bool:
     return (
         (x.is_cuda or INTERPRET)
         and type(x) is Tensor
-        and all(type(w) in (Tensor, torch.nn.Parameter) and w.dtype == x.dtype for w in weights)
+        and plain_weights(*weights)
+        and all(w.dtype == x.dtype for w in weights)
         and x.numel() >= SUMMED_ROWS * x.shape[-1] > 0
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(x.device.type)
     )
+
+
+def plain_weights(*weights: Tensor) -> bool:
+    """Whether they are torch's own, and not those of a subclass: quantized, sharded."""
+    return all(type(w) in (Tensor, torch.nn.Parameter) for w in weights)
+
+
+def whole_weight(weight: Tensor) -> Tensor:
+    """The values of a quantized weight, which knows linear layers and little else."""
+    return weight if type(weight).dequantize is Tensor.dequantize else weight.dequantize()
 
 
 def sum_of_rows(rows: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from dfm_fast.nn._linears import (
     LONGEST_SUM,
     gradient_of_input,
     linear,
+    plain_weights,
     repays_transposing,
     sum_of_rows,
     sums_serve,
@@ -326,6 +327,7 @@ def _recomputes(
         and type(last) is nn.Linear
         and first.activation.gradient is not None
         and type(x) is Tensor
+        and plain_weights(*first.proj.parameters(), *last.parameters())
         and differentiable(x, *first.proj.parameters(), *last.parameters())
     )
 
@@ -363,6 +365,7 @@ def _one_kernel_can(x: Tensor, first: _ActivatedLinear) -> bool:
         and x.ndim >= 2
         and x.shape[-1] == proj.in_features
         and x.shape[-1] % 8 == 0  # rows of whole vectors
+        and plain_weights(*proj.parameters())
         and not differentiable(x, *proj.parameters())
         and not torch.is_autocast_enabled(x.device.type)
         and all(
@@ -401,6 +404,7 @@ def _epilogues_serve(
         x.ndim >= 2
         and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
         and type(x) is Tensor
+        and plain_weights(*parameters)
         and not differentiable(x, *parameters)
         and not torch.is_autocast_enabled("cpu")
         and all(p.dtype == x.dtype and p.is_contiguous() for p in parameters)

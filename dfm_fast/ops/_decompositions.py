@@ -76,7 +76,8 @@ def _group_norm_silu(
     silu: bool,
 ) -> tuple[Tensor, ...]:
     u = x if shift is None else x + of_channels(shift, x)
-    z = F.group_norm(u, num_groups, weight, bias, eps)
+    # Of channels_last torch takes E[x²] - m² on a CPU.
+    z = F.group_norm(u.contiguous(), num_groups, weight, bias, eps)
     found = _channel_statistics(x) if mean is None else _none(x)
     return F.silu(z) if silu else z, *found
 
