@@ -138,7 +138,7 @@ def test_forms_are_the_operators(case):
 @pytest.mark.parametrize("forms", ["pt2", "onnx"])
 @torch.no_grad()
 def test_norms_keep_their_digits_far_from_zero(forms, layout):
-    """torch takes E[x²] - m² of maps in channels_last on a CPU: at mean 100 all digits but three."""
+    """torch takes E[x²] - m² of channels_last on a CPU: at mean 100 that leaves three digits."""
     torch.manual_seed(0)
     x = (100 + torch.randn(2, 8, 16, 16)).contiguous(memory_format=layout)
     exact = torch.nn.functional.group_norm(x.double(), 4)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dfm_fast.models._pretrained import Pretrained
+
 # What rounding may change an output by, relative to its largest value.
 BUDGET = 5e-2
 
@@ -29,7 +31,7 @@ def check_installed(op: str) -> None:
 # --- Of a module ----------------------------------------------------------------------------------
 
 
-def narrow(model: nn.Module) -> nn.Module:
+def narrow(model: Pretrained) -> Pretrained:
     """In place: a layer keeps int8 and scales, and multiplies them where its weight is read."""
     model.requires_grad_(False)
     for layer in _products(model):
@@ -38,7 +40,7 @@ def narrow(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def rounded(model: nn.Module) -> nn.Module:
+def rounded(model: Pretrained) -> Pretrained:
     """In place: the values of those weights, in float32."""
     form = _Int8()
     for layer in _products(model):
@@ -83,11 +85,12 @@ def to_dequantize_linear(graph: Any) -> None:
         layer = weight.name.removesuffix(".parametrizations.weight.original0")
         weight.name = f"{layer}.weight"
         graph.initializers.pop(scale.name)
-        values = onnx_ir.tensor(scale.const_value.numpy().reshape(-1), name=f"{layer}.weight_scale")
+        values = scale.const_value.numpy().reshape(-1)
+        name, kept = f"{layer}.weight_scale", onnx_ir.tensor(values)
+        kept.name = name
         scale = onnx_ir.Value(
-            name=values.name, shape=values.shape, type=onnx_ir.TensorType(values.dtype),
-            const_value=values,
-        )  # fmt: skip
+            name=name, shape=onnx_ir.Shape(values.shape), type=scale.type, const_value=kept
+        )
         graph.register_initializer(scale)
         node = onnx_ir.node("DequantizeLinear", [weight, scale], {"axis": 0})
         graph.insert_after(product, node)
