@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from helpers import run_python
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -208,3 +209,9 @@ def test_wrong_arguments_are_one_line(arguments, expected, capsys, monkeypatch):
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("check: expected")
     assert expected in line
+
+
+def test_the_installed_command_finds_the_rows():
+    """Whose path of modules does not begin with the current folder."""
+    result = run_python("-P", "-m", "dfm_fast.cli", "check", "--predict", "--rows", "nothing")
+    assert "rows like 'nothing'" in result.stdout, result

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def _predict(args: argparse.Namespace) -> int:
     if args.target not in (None, ["sm_90"]) or args.dtype:
         print("check: expected no --dtype and at most --target sm_90 with --predict, got others")
         return 1
+    if (here := os.getcwd()) not in sys.path:  # an installed command's path is without it
+        sys.path.insert(0, here)
     try:
         from benchmarks import predictions
     except ImportError as error:
