@@ -25,8 +25,10 @@ setup: .venv/installed
 	$(BIN)/pip install -q --no-index --no-build-isolation --no-deps -e .
 	touch $@
 
+# Most of a test is the work of one thread. WORKERS=0 runs them one after the other.
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results $(RESULTS)
