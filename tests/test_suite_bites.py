@@ -6,7 +6,7 @@ The toy multiplies x [N, C, H, W] by a weight [C]; a defect is one mistake real 
 import pytest
 import torch
 from helpers import Bad, Case, Shape
-from properties import PROPERTIES, clear_error, compiles
+from properties import FEW, PROPERTIES, assert_all_within_budget, clear_error, compiles
 from torch.autograd.function import once_differentiable
 from torch.testing._internal.optests import OpCheckError
 from torch.utils.flop_counter import flop_registry, register_flop_formula
@@ -225,3 +225,23 @@ def test_defect_is_caught(toy):
 
 def test_every_property_has_a_defect():
     assert set(DEFECTS.values()) == set(CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("count", "times", "holds"), [(4, 1.9, True), (4, 2.1, False), (FEW + 1, 1.9, False)]
+)
+def test_few_numbers_may_be_as_far_off_as_the_reference_is_of_others(count, times, holds):
+    exact, error = torch.zeros(count, dtype=torch.float64), 1e-3
+    given = {"case": CASE, "cap": 1e9, "what": "output"}
+
+    def of(other):
+        """Exact by chance of the values that were asked for."""
+        found = exact.float() + (0 if other.id == CASE.id else error)
+        return [exact], [found]
+
+    got = [exact.float() + times * error]
+    if holds:
+        assert_all_within_budget(got, of(CASE), of, **given)
+    else:
+        with pytest.raises(AssertionError, match="over the budget"):
+            assert_all_within_budget(got, of(CASE), of, **given)
