@@ -168,7 +168,8 @@ def backward_parity(op: Operator, case: Case, device: str) -> None:
             got = grads(op.public, case.args(dtype, device, layout), case.kwargs, dy)
             assert len(got) == len(exact), f"{len(got)} gradients, expected {len(exact)}"
             assert_all_within_budget(
-                got, (exact, ref), lambda other, dtype=dtype: expected_grads(op, other, device, dtype)[1:],
+                got, (exact, ref),
+                lambda other, dtype=dtype: expected_grads(op, other, device, dtype)[1:],
                 case=case, cap=4 * case.cap, what=f"{case.id} {dtype} {layout} gradient",
                 inputs=dtype,
             )  # fmt: skip
