@@ -274,6 +274,10 @@ def test_what_folders_hold(pipeline, tmp_path):
         (["--out", "a.txt"], "out: expected a file that ends in .onnx or .pt2, or a format"),
         (["--out", "a.onnx", "--format", "coreml"], "format: expected one of onnx, pt2, got 'cor"),
         (["--out", "none/a.onnx"], "out: expected a file in a folder that is there, got none/a.on"),
+        (
+            ["--out", "a.onnx", "--weights", "int4"],
+            "weights: expected one of float32, int8, got 'i",
+        ),
         (["--out", "a.onnx", "--opset", "17"], "opset: expected at least 18, got 17"),
         (["--out", "a.onnx", "--opset", "99"], "opset: expected at most 23, got 99"),
         (["--out", "a.onnx", "--part", "vae"], "--part: expected one of unet, decoder, got 'vae'"),

@@ -29,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--levels", type=int, help="of a DFM transformer: how many are active; default: all")
     add("--size", type=int, nargs="+", help="(frames) height width to fix; default: any, of images")
     add("--opset", type=int, help="of ONNX, 18 to 23; default: 20")
-    add("--weights", help="float32 (default), or int8: a quarter of the file; needs torchao")
+    add(
+        "--weights",
+        default="float32",
+        help="float32 (default), or int8: a quarter of the file; needs torchao",
+    )
     add("--no-check", action="store_true", help="do not run the file")
 
 
@@ -43,10 +47,9 @@ def _run(args: argparse.Namespace) -> None:
 
     opset = exports.OPSET if args.opset is None else args.opset
     format = exports.check_file(args.out, args.format, opset)
+    weights = exports.check_weights(args.weights)
     model = _model(args.model, args.part, args.size)
-    options = {"levels": args.levels, "size": args.size, "opset": opset}
-    if args.weights is not None:
-        options["weights"] = args.weights
+    options = {"levels": args.levels, "size": args.size, "opset": opset, "weights": weights}
     try:
         made = exports.export_model(
             model, args.out, format=format, check=not args.no_check, **options

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +46,22 @@ class Exportable:
     def examples(self, batch: int, grid: Sides) -> Examples:
         """float32, the same for the same sizes."""
         return self.draw(batch, grid, torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Without the warnings of other packages."""
+    found = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in found]
+    for logger in found:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(found, levels, strict=True):
+            logger.setLevel(level)
 
 
 def exportable(model: Any, levels: int | None, size: Sequence[int] | None) -> Exportable:

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dfm_fast.models._exportable import OP, quiet
 from dfm_fast.models._pretrained import Pretrained
 
 # What rounding may change an output by, relative to its largest value.
 BUDGET = 5e-2
 
 
-def check_installed(op: str) -> None:
+def check_installed() -> None:
     """Raises ImportError."""
     if find_spec("torchao") is None:
         raise ImportError(
-            f"{op}: weights: expected torchao to round them to int8, got none: "
+            f"{OP}: weights: expected torchao to round them to int8, got none: "
             "pip install 'dfm_fast[export]'"
         )
 
@@ -62,8 +63,9 @@ class _Int8(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """int8 like the weight; float32 [O, 1, ...]."""
-        from torchao.quantization import Int8Tensor
-        from torchao.quantization.granularity import PerRow
+        with quiet("torchao", "torch.utils._pytree"):  # of kernels for other machines
+            from torchao.quantization import Int8Tensor
+            from torchao.quantization.granularity import PerRow
 
         found = Int8Tensor.from_hp(weight.flatten(1), PerRow())
         return found.qdata.view(weight.shape), found.scale.view(-1, *[1] * (weight.ndim - 1))

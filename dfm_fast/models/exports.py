@@ -7,13 +7,10 @@ is written is looked at first: computed with in its runtime, held to the model i
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from dfm_fast import _checks
 from dfm_fast.models import _int8
-from dfm_fast.models._exportable import OP, Examples, Exportable, exportable
+from dfm_fast.models._exportable import OP, Examples, Exportable, exportable, quiet
 from dfm_fast.models._pretrained import Pretrained
 from dfm_fast.ops._decompositions import FORMS, ONNX_FORMS, StandardForms
 
@@ -100,8 +97,7 @@ def export_model(
     """
     file = Path(file)
     format = check_file(file, format, opset)
-    if _checks.choice(OP, "weights", weights, WEIGHTS) == "int8":
-        _int8.check_installed(OP)
+    check_weights(weights)
     given, rounding = exportable(model, levels, size), None
     traced = given.model
     if weights == "int8":
@@ -149,6 +145,13 @@ def check_file(file: Path, format: str | None, opset: Any) -> str:
                 "pip install 'dfm_fast[export]'"
             )
     return format
+
+
+def check_weights(weights: Any) -> str:
+    """Raises as `export_model`."""
+    if _checks.choice(OP, "weights", weights, WEIGHTS) == "int8":
+        _int8.check_installed()
+    return weights
 
 
 # --- The graph ------------------------------------------------------------------------------------
@@ -209,7 +212,8 @@ def _renamed(size: str, names: dict[str, str]) -> str:
 
 
 def _write_onnx(program: ExportedProgram, given: Exportable, file: Path, opset: int) -> None:
-    with _quiet():
+    # Of packages that no model here needs, of what it leaves.
+    with quiet("torch.onnx", "onnxscript"):
         made = torch.onnx.export(
             program, output_names=given.outputs, opset_version=opset, dynamo=True,
             verbose=False, optimize=False,
@@ -251,22 +255,6 @@ def _rename_sizes(model: Any, names: dict[str, str]) -> None:
             value.shape = onnx_ir.Shape(sizes)
     for node in model.graph:
         node.metadata_props.clear()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's warnings: of packages that no model here needs, of what it leaves."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 # --- What was written -----------------------------------------------------------------------------
