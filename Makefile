@@ -25,10 +25,8 @@ setup: .venv/installed
 	$(BIN)/pip install -q --no-index --no-build-isolation --no-deps -e .
 	touch $@
 
-# Most of a test is the work of one thread. WORKERS=0 runs them one after the other.
-WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest tests
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results $(RESULTS)
