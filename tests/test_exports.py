@@ -319,6 +319,22 @@ def test_a_file_that_is_off_is_not_left(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_other_values_are_asked_for_before_a_file_is_off(tmp_path, monkeypatch):
+    asked = []
+
+    def parities(given, run, seed=0):
+        asked.append(seed)
+        yield exports.Parity("images", (1,), 2.5e-7, 1e-8 if seed < 2 else plain)
+
+    monkeypatch.setattr(exports, "_parities", parities)
+    plain = 1e-7
+    assert export_model(decoder(), tmp_path / "a.pt2").parity
+    assert asked == [0, 1, 2, 3]
+    plain = 8e-8
+    with pytest.raises(exports.ParityError, match=r"expected within 2\.2e-07 of the model"):
+        export_model(decoder(), tmp_path / "a.pt2")
+
+
 def _without_bias(x, depthwise, pointwise, bias, *rest, **options):
     return decompositions._separable_conv2d(x, depthwise, pointwise, None, *rest, **options)
 

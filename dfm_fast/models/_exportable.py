@@ -43,9 +43,9 @@ class Exportable:
     draw: Callable[[int, Sides, torch.Generator], Examples]
     grids: tuple[Sides, ...]  # to trace with, to look at: one if it is fixed
 
-    def examples(self, batch: int, grid: Sides) -> Examples:
-        """float32, the same for the same sizes."""
-        return self.draw(batch, grid, torch.Generator().manual_seed(0))
+    def examples(self, batch: int, grid: Sides, seed: int = 0) -> Examples:
+        """float32, the same for the same sizes and seed."""
+        return self.draw(batch, grid, torch.Generator().manual_seed(seed))
 
 
 @contextmanager
