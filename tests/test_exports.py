@@ -322,9 +322,10 @@ def test_a_file_that_is_off_is_not_left(tmp_path, monkeypatch):
 def test_other_values_are_asked_for_before_a_file_is_off(tmp_path, monkeypatch):
     asked = []
 
-    def parities(given, run, seed=0):
-        asked.append(seed)
-        yield exports.Parity("images", (1,), 2.5e-7, 1e-8 if seed < 2 else plain)
+    def parities(given, run, seeds=(0,)):
+        for seed in seeds:
+            asked.append(seed)
+            yield exports.Parity("images", (1,), 2.5e-7, 1e-8 if seed < 2 else plain)
 
     monkeypatch.setattr(exports, "_parities", parities)
     plain = 1e-7
