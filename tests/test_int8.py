@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from dfm_fast import cli
-from dfm_fast.models import _int8, exports
+from dfm_fast.models import DFMTransformer, _int8, exports
 from dfm_fast.models._exportable import exportable
 from dfm_fast.models.exports import export_model
 
@@ -148,6 +148,13 @@ def test_the_model_that_was_given_stays(tmp_path):
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
     assert requires == [p.requires_grad for p in model.parameters()]
+
+
+def test_outputs_of_zero_are_not_moved(tmp_path):
+    """As those of a new DFM transformer."""
+    model = DFMTransformer(hidden_size=32, depth=1, num_heads=2, input_size=(8, 8)).eval()
+    exported = export_model(model, tmp_path / "a.pt2", weights="int8")
+    assert exported.rounding == 0
 
 
 def test_the_command_says_what_rounding_does(tmp_path, capsys):

@@ -322,9 +322,8 @@ def _rounding(given: Exportable, rounded: Exportable) -> float:
     """The largest of all outputs'."""
     examples = given.examples(2, given.grids[0])
     exact, found = (pytree.tree_leaves(g.wrap(g.model)(**examples)) for g in (given, rounded))
-    return max(
-        ((b - a).abs().max() / a.abs().max()).item() for a, b in zip(exact, found, strict=True)
-    )
+    pairs = zip(given.outputs, found, found, exact, strict=True)
+    return max(_parity(*pair).error for pair in pairs)
 
 
 def _raise_if_rounded_off(rounding: float) -> None:
