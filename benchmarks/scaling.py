@@ -14,6 +14,7 @@ import contextlib
 import copy
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -204,10 +205,8 @@ def timed(calls: Calls, device: str, seconds: float, rounds: tuple[int, int]) ->
         before = cpu_seconds()
         times = interleave(samplers, seconds, rounds)
         others = crowd(before, cpu_seconds())
-        peaks = {name: peak_mib(call, device) for name, call in calls.items()}
-    ms = {name: harness.spread(samples) for name, samples in times.items()}
     return {
-        "providers": {name: {"ms": ms[name], "peak_mib": peaks[name]} for name in times},
+        "providers": {name: {"ms": harness.spread(samples)} for name, samples in times.items()},
         "speedup": harness.ratios(times["eager"], times["ours"]),
         "others": others,
         "steady": others <= 0.1,
@@ -243,14 +242,19 @@ def measured(point: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     with threads(point["threads"]):
         gate(f"{point['work']}, {point['axis']} {point['value']}", calls)
         rounds = (2, 2) if args.quick else ROUNDS
-        return completed(point, timed(calls, args.device, args.seconds, rounds))
+        found = timed(calls, args.device, args.seconds, rounds)
+        for name, call in calls.items():
+            found["providers"][name]["peak_mib"] = peak_mib(call, args.device)
+        return completed(point, found)
 
 
 # --- Ranks ----------------------------------------------------------------------------------------
 
 
 def as_rank(args: argparse.Namespace) -> int:
-    """What each of torchrun's processes does: DFM_S training under DDP. All take the same turns."""
+    """What each of torchrun's processes does: DFM_S training under DDP. All take the same turns.
+    No peaks of memory, which are torch's profiler's: a thread of gloo completes an operation before
+    it notes its end in the profile, which may be gone by then."""
     world = distributed.start("cpu")
     torch.set_num_threads(args.threads)
     batch, side = BASE[args.quick]["batch"], BASE[args.quick]["side"]
@@ -284,10 +288,11 @@ def ranks(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def run_process(command: Sequence[str]) -> str:
-    """Its output; what it complained of, where it failed."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=records.ROOT)
-    if done.returncode:
-        raise RuntimeError(f"{command[1:4]} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    """Its output; what it complained of, where it failed (also where an abort came from)."""
+    env = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=records.ROOT, env=env)
+    if done.returncode:  # torchrun's own report comes after what a rank said
+        raise RuntimeError(f"{command[1:4]} ended with {done.returncode}:\n{done.stderr[-20000:]}")
     return done.stdout
 
 
@@ -404,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def line(point: dict[str, Any]) -> str:
     ours, speedup = point["providers"]["ours"], point["speedup"]["median"]
     parts = [f"{point['work']}, {point['axis']} {point['value']}: {ours['ms']['median']:.3g} ms"]
-    parts += [f"{ours['per_s']:.3g} per second", f"{ours['peak_mib']:.3g} MiB"]
+    parts += [f"{ours['per_s']:.3g} per second"]
+    parts += [f"{ours['peak_mib']:.3g} MiB"] if "peak_mib" in ours else []
     parts += [f"{speedup:.3g}x eager", *([] if point["steady"] else ["UNSTEADY: repeat"])]
     return ", ".join(parts)
 

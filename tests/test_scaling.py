@@ -62,6 +62,8 @@ def test_two_ranks_train_by_turns():
     (point,) = scaling.ranks(ARGS)
     assert (point["axis"], point["value"]) == ("ranks", 2)
     ours = point["providers"]["ours"]
+    assert "peak_mib" not in ours  # profiling a rank may abort it
+    assert "MiB" not in scaling.line(point)
     assert ours["per_s"] == pytest.approx(2e3 * point["batch"] / ours["ms"]["median"], rel=1e-3)
 
 
@@ -69,3 +71,5 @@ def test_a_process_that_fails_says_why():
     code = "import sys; print('no reason', file=sys.stderr); sys.exit(3)"
     with pytest.raises(RuntimeError, match="ended with 3:\nno reason"):
         scaling.run_process([sys.executable, "-c", code])
+    with pytest.raises(RuntimeError, match=r"ended with -6:\n(.*\n)*.*in <module>"):
+        scaling.run_process([sys.executable, "-c", "import os; os.abort()"])
