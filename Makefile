@@ -25,8 +25,10 @@ setup: .venv/installed
 	$(BIN)/pip install -q --no-index --no-build-isolation --no-deps -e .
 	touch $@
 
+# Waiting threads sleep: spinning, those of one worker would take the cores of another.
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest tests
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results $(RESULTS)
