@@ -1,8 +1,6 @@
 """Noise per element and per scale in Triton: see `dfm_fast.ops.noises` for what is computed.
 
-Philox and Box-Muller are all that costs anything (`philox`), so a lane draws four neighbouring
-normals of the logical, row-major order at once: in contiguous levels 16 bytes along a sample, in
-channels_last four pixels of 16 bytes of channels.
+Philox and Box-Muller are all that costs anything (`philox`); `noise_parts` says how lanes draw.
 
 Whether normals start at a multiple of 4 is known on the host, or, where the offset lies in a
 tensor, asked on the device: a program then takes one of two ways, and nothing is synchronised.
@@ -36,8 +34,8 @@ from dfm_fast._library import INTERPRET
 from dfm_fast.kernels import pyramids
 from dfm_fast.kernels._aot import TARGETS, Specialisation
 from dfm_fast.kernels.launching import cdiv, on_device
-from dfm_fast.kernels.patches import join
-from dfm_fast.kernels.philox import PLAIN, four, stream
+from dfm_fast.kernels.noise_parts import LOSS, NOISE, aligned_part
+from dfm_fast.kernels.philox import stream
 from dfm_fast.kernels.tiles import WARP, is_last
 from dfm_fast.ops._layouts import empty_in, memory_format
 from dfm_fast.ops._scales import accumulation
@@ -46,136 +44,6 @@ BLOCK = 1024 if INTERPRET else 128  # the interpreter's time is per operation
 EACH = 16, 32  # elements a lane, of small levels and of large ones: keys are made once a lane
 LEVELS = 4  # a launch
 SCALED = 4  # vectors of a lane, where nothing is drawn
-NOISE, LOSS = tl.constexpr(0), tl.constexpr(1)
-
-# --- One part of a level --------------------------------------------------------------------------
-
-
-@triton.jit
-def _element(
-    x_ptr, g_ptr, out_ptr, v_ptr, offs, mask, eps, t, gain, keep, acc, DO: tl.constexpr
-):  # fmt: skip
-    """What is done with normals: returns acc, to which LOSS adds squares of what it puts in v."""
-    if x_ptr is None:
-        tl.store(out_ptr + offs, eps.to(out_ptr.dtype.element_ty), mask)
-    else:
-        x = tl.load(x_ptr + offs, mask, 0).to(eps.dtype)
-        if gain is not None:
-            x = x * gain
-        if DO == LOSS:
-            v = tl.load(g_ptr + offs, mask, 0).to(eps.dtype) - (eps - x)
-            v = tl.where(mask, v, 0)
-            acc = tl.fma(v, v, acc)
-        else:
-            x_t, v = tl.fma(t, eps, (1 - t) * x), eps - x
-            if keep is not None:
-                x_t = tl.where(keep, x_t, 0)
-            tl.store(out_ptr + offs, x_t.to(out_ptr.dtype.element_ty), mask)
-        if v_ptr is not None:
-            if keep is not None:
-                v = tl.where(keep, v, 0)
-            tl.store(v_ptr + offs, v.to(v_ptr.dtype.element_ty), mask)
-    return acc
-
-
-@triton.jit
-def _part(
-    x_ptr, g_ptr, out_ptr, v_ptr, at, t, gain, keep, n, block, SIZE, CG, ALIGNED: tl.constexpr,
-    DO: tl.constexpr, HOW: tl.constexpr, ACC: tl.constexpr, EACH: tl.constexpr, VEC: tl.constexpr,
-    LAST: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Part `block` of sample n. [BLOCK, VEC] sums of squares for LOSS."""
-    acc = tl.zeros([BLOCK, VEC], ACC)
-    lane = tl.arange(0, BLOCK)
-    across = tl.arange(0, VEC)[None, :]
-    if LAST:  # SIZE pixels of CG VEC channels; a lane has EACH = 4 pixels of VEC channels
-        start = n.to(tl.int64) * SIZE * (CG * VEC)
-        lane += block * BLOCK
-        if WIDE:
-            lane = lane.to(tl.int64)
-        pixel, channel = lane // CG * EACH, lane % CG * VEC
-        z = ()
-        for c in tl.static_range(VEC):
-            first = (channel + c) * SIZE + pixel
-            z = z + four(at, start, first, ALIGNED, ACC, HOW)
-        for k in tl.static_range(EACH):
-            offs = ((pixel + k) * (CG * VEC) + channel)[:, None] + across
-            acc = _element(
-                _at(x_ptr, start), _at(g_ptr, start), _at(out_ptr, start), _at(v_ptr, start),
-                offs, (pixel + k < SIZE)[:, None], join(z, k, EACH, VEC), t, gain, keep, acc, DO,
-            )  # fmt: skip
-    else:  # SIZE vectors of VEC; a lane has EACH elements
-        start = block.to(tl.int64) * (BLOCK * EACH)
-        size = tl.cast(SIZE, tl.int64) * VEC  # a SIZE of 1 is a constant, without `to`
-        left = tl.minimum(size - start, BLOCK * EACH).to(tl.int32)
-        start += n.to(tl.int64) * SIZE * VEC
-        GROUP: tl.constexpr = VEC if VEC > 4 else 4
-        if ALIGNED and HOW != PLAIN:
-            for j in tl.static_range(EACH // GROUP):
-                acc = _vectors(
-                    _at(x_ptr, start), _at(g_ptr, start), _at(out_ptr, start), _at(v_ptr, start),
-                    at, t, gain, keep, start, left, (j * BLOCK + lane) * GROUP, acc, ALIGNED, DO,
-                    HOW, ACC, GROUP, VEC,
-                )  # fmt: skip
-        else:  # unrolled it would take many registers, from the fast way too
-            for j in range(EACH // GROUP):
-                acc = _vectors(
-                    _at(x_ptr, start), _at(g_ptr, start), _at(out_ptr, start), _at(v_ptr, start),
-                    at, t, gain, keep, start, left, (j * BLOCK + lane) * GROUP, acc, ALIGNED, DO,
-                    HOW, ACC, GROUP, VEC,
-                )  # fmt: skip
-    return acc
-
-
-@triton.jit
-def _vectors(
-    x_ptr, g_ptr, out_ptr, v_ptr, at, t, gain, keep, start, left, first, acc,
-    ALIGNED: tl.constexpr, DO: tl.constexpr, HOW: tl.constexpr, ACC: tl.constexpr,
-    GROUP: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """GROUP elements from `first` on, a multiple of 4 or 8, of each lane."""
-    z = four(at, start, first, ALIGNED, ACC, HOW)
-    if GROUP == 8:
-        z = z + four(at, start, first + 4, ALIGNED, ACC, HOW)
-    for k in tl.static_range(0, GROUP, VEC):
-        offs, mask = (first + k)[:, None] + tl.arange(0, VEC)[None, :], (first + k < left)[:, None]
-        eps = join(z, k, 1, VEC)
-        acc = _element(x_ptr, g_ptr, out_ptr, v_ptr, offs, mask, eps, t, gain, keep, acc, DO)
-    return acc
-
-
-@triton.jit
-def _at(ptr, offset):
-    at = None  # Triton 3.6 takes no None from `... if ... else ...`
-    if ptr is not None:
-        at = ptr + offset
-    return at
-
-
-@triton.jit
-def _aligned_part(
-    x_ptr, g_ptr, out_ptr, v_ptr, at, t, gain, keep, n, block, SIZE, CG, ALIGNED: tl.constexpr,
-    DO: tl.constexpr, HOW: tl.constexpr, ACC: tl.constexpr, EACH: tl.constexpr, VEC: tl.constexpr,
-    LAST: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """`_part` the fast way where that is right; ALIGNED None: as the offset on the device says."""
-    if ALIGNED is not None:
-        acc = _part(
-            x_ptr, g_ptr, out_ptr, v_ptr, at, t, gain, keep, n, block, SIZE, CG, ALIGNED,
-            DO, HOW, ACC, EACH, VEC, LAST, BLOCK, WIDE,
-        )  # fmt: skip
-    elif at[2] == 0:
-        acc = _part(
-            x_ptr, g_ptr, out_ptr, v_ptr, at, t, gain, keep, n, block, SIZE, CG, True,
-            DO, HOW, ACC, EACH, VEC, LAST, BLOCK, WIDE,
-        )  # fmt: skip
-    else:
-        acc = _part(
-            x_ptr, g_ptr, out_ptr, v_ptr, at, t, gain, keep, n, block, SIZE, CG, False,
-            DO, HOW, ACC, EACH, VEC, LAST, BLOCK, WIDE,
-        )  # fmt: skip
-    return acc
-
 
 # --- Kernels --------------------------------------------------------------------------------------
 
@@ -194,7 +62,7 @@ def _add_noise_kernel(
     t = None
     if t_ptr is not None:
         t = tl.load(t_ptr + n)
-    _aligned_part(
+    aligned_part(
         x_ptr, None, out_ptr, v_ptr, at, t, None, None, n, block, SIZE, CG, ALIGNED, NOISE, HOW,
         ACC, EACH, VEC, LAST, BLOCK, WIDE,
     )  # fmt: skip
@@ -203,6 +71,15 @@ def _add_noise_kernel(
 @triton.jit
 def _pick(s, a, b, c, d):
     return tl.where(s == 0, a, tl.where(s == 1, b, tl.where(s == 2, c, d)))
+
+
+@triton.jit
+def _whose(end0, end1, end2, end3):
+    """(sample, level, block of it) of this program: level s of a sample has programs from
+    end(s - 1) on."""
+    n, block = tl.program_id(0) // end3, tl.program_id(0) % end3
+    s = (block >= end0).to(tl.int32) + (block >= end1).to(tl.int32) + (block >= end2).to(tl.int32)
+    return n, s, block - _pick(s, 0, end0, end1, end2)
 
 
 @triton.jit(do_not_specialize=("seed", "offset0", "offset1", "offset2", "offset3"))
@@ -216,15 +93,13 @@ def _levels_kernel(
     EACH: tl.constexpr, VEC: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Up to four levels x, as `_add_noise_kernel`; level s has programs from end(s - 1) on.
+    """Up to four levels x, as `_add_noise_kernel`.
 
     NOISE: x_t to out and v to v. LOSS: a sum of squares of g - v per program to out0, and these
     differences to v, if it is there. t and mask are [N, COLUMNS], from COLUMN.
     """
     ACC: tl.constexpr = tl.float64 if x0_ptr.dtype.element_ty == tl.float64 else tl.float32
-    n, block = tl.program_id(0) // end3, tl.program_id(0) % end3
-    s = (block >= end0).to(tl.int32) + (block >= end1).to(tl.int32) + (block >= end2).to(tl.int32)
-    block -= _pick(s, 0, end0, end1, end2)
+    n, s, block = _whose(end0, end1, end2, end3)
     size, groups = _pick(s, SIZE0, SIZE1, SIZE2, SIZE3), _pick(s, CG0, CG1, CG2, CG3)
     x_ptr = _pick(s, x0_ptr, x1_ptr, x2_ptr, x3_ptr)
     g_ptr, out_ptr, v_ptr, t, gain, keep = None, None, None, None, None, None
@@ -240,7 +115,7 @@ def _levels_kernel(
     if GAINED:
         gain = _pick(s, gain0, gain1, gain2, gain3).to(ACC)
     at = stream(state_ptr, seed, _pick(s, offset0, offset1, offset2, offset3))
-    acc = _aligned_part(
+    acc = aligned_part(
         x_ptr, g_ptr, out_ptr, v_ptr, at, t, gain, keep, n, block, size, groups, ALIGNED, DO, HOW,
         ACC, EACH, VEC, LAST, BLOCK, WIDE,
     )  # fmt: skip
@@ -277,9 +152,7 @@ def _loss_backward_kernel(
 ):  # fmt: skip
     """Differences r of up to four levels, [N, SIZE] in vectors, in programs as those of
     `_levels_kernel` -> 2 r grad[n, s] / (elements of a sample)."""
-    n, block = tl.program_id(0) // end3, tl.program_id(0) % end3
-    s = (block >= end0).to(tl.int32) + (block >= end1).to(tl.int32) + (block >= end2).to(tl.int32)
-    block -= _pick(s, 0, end0, end1, end2)
+    n, s, block = _whose(end0, end1, end2, end3)
     size = _pick(s, SIZE0, SIZE1, SIZE2, SIZE3)
     r_ptr = _pick(s, r0_ptr, r1_ptr, r2_ptr, r3_ptr)
     out_ptr = _pick(s, out0_ptr, out1_ptr, out2_ptr, out3_ptr)
