@@ -1,10 +1,10 @@
 """How cost grows: `python -m benchmarks.scaling [--out DIR] [--device cuda] [--quick]`.
 
-Time, throughput and peak memory of whole models as the batch, the resolution, the threads and the
-ranks grow, ours and the same network in plain torch by turns; and the cold start: what a new
-process waits for. Writes scaling.json, cold_start.csv and scaling.png, which `dfm-fast report`
-includes. Each rank has a batch of its own, and all share the machine's cores: on one machine they
-show what DDP costs, not what a second machine gives.
+Time, throughput and peak memory (of ranks the first two) of whole models as the batch, the
+resolution, the threads and the ranks grow, ours and the same network in plain torch by turns; and
+the cold start: what a new process waits for. Writes scaling.json, cold_start.csv and scaling.png,
+which `dfm-fast report` includes. Each rank has a batch of its own, and all share the machine's
+cores: on one machine they show what DDP costs, not what a second machine gives.
 """
 
 from __future__ import annotations
