@@ -1,11 +1,16 @@
-"""Linear layers by oneDNN: those of torch, up to rounding, where they serve and where not."""
+"""Linear layers, one or several as one: those of torch, up to rounding, where they serve and where
+not."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from dfm_fast.nn import _linears
-from dfm_fast.nn._linears import linear, serves
+from dfm_fast.nn._linears import linear, serves, stacked
+from dfm_fast.nn._packs import linears, pack, packed
 
 
 @pytest.fixture(params=[25, 26], ids=["Zen 4", "Zen 5"])
@@ -88,3 +93,78 @@ def test_weights_are_transposed_where_that_repays(leading, request, monkeypatch)
     x, weight, _ = given()
     linear(x, weight).sum().backward()
     assert len(calls) == (2 if "Zen 5" in request.node.name else 1)
+
+
+# --- Several as one -------------------------------------------------------------------------------
+
+
+def gradients(y, *given):
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.autograd.grad(y, given, dy.to(y.dtype))
+
+
+def assert_as_exact(ours, plain, exact):
+    """Twice the error of plain torch, and the rounding of the result."""
+    for got, ref, want in zip(ours, plain, exact, strict=True):
+        rounding = torch.finfo(torch.float32).eps / 2 * want.norm()
+        assert (got - want).norm() <= 2 * (ref - want).norm() + rounding
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 17, 80])
+@pytest.mark.parametrize("widths", [[512] * 8 + [1792] * 8, [300] * 61], ids=["even", "odd"])
+def test_packed_layers_of_many_outputs(rows, widths):
+    """18,000 products in each element of the gradient of x: one chain of them is four times off."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(64, width) for width in widths)
+    x, exact = torch.randn(rows, 64, requires_grad=True), copy.deepcopy(layers).double()
+    wide = x.detach().double().requires_grad_()
+    want = gradients(torch.cat([f(wide) for f in exact], -1), wide, *exact.parameters())
+    plain = gradients(torch.cat([f(x) for f in layers], -1), x, *layers.parameters())
+    pack(*layers)
+    assert packed(*layers) is not None
+    ours = gradients(torch.cat(linears(x, *layers), -1), x, *layers.parameters())
+    assert_as_exact(ours, plain, want)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 80])
+def test_stacked_layers(rows, compiled):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(96, 200 * 96), torch.randn(rows, 96, requires_grad=True)
+    exact, wide = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    split = layer.weight.split(96), layer.bias.split(96)
+    plain = torch.stack([F.linear(x, w, b) for w, b in zip(*split, strict=True)])
+    values = exact(wide).unflatten(-1, (200, 96)).transpose(0, 1)
+    run = torch.compile(stacked, fullgraph=True, backend="aot_eager") if compiled else stacked
+    got = run(layer, x, 200)
+    assert_as_exact([got], [plain], [values])
+    want = gradients(values, wide, *exact.parameters())
+    plain = gradients(plain, x, *layer.parameters())
+    assert_as_exact(gradients(got, x, *layer.parameters()), plain, want)
+    with torch.no_grad():
+        assert torch.equal(run(layer, x, 200), got)
+    for i, given in enumerate((x, *layer.parameters())):
+        for v in (x, *layer.parameters()):
+            v.requires_grad_(v is given)
+        (alone,) = gradients(stacked(layer, x, 200), given)
+        assert_as_exact([alone], [plain[i]], [want[i]])
+
+
+def test_stacked_layers_of_other_kinds():
+    """What is no plain layer in float32 on a CPU is called as it is."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 48), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stacked(layer, x, 6).dtype == torch.bfloat16
+    half = copy.deepcopy(layer).bfloat16()
+    narrow = half(x.bfloat16()).view(3, 6, 8).transpose(0, 1)
+    assert torch.equal(stacked(half, x.bfloat16(), 6), narrow)
+    without = nn.Linear(8, 48, bias=False)
+    assert torch.equal(stacked(without, x, 6), without(x).view(3, 6, 8).transpose(0, 1))
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    hooked = stacked(layer, x, 6)
+    assert calls == [1]
+    torch.testing.assert_close(hooked, layer(x).view(3, 6, 8).transpose(0, 1))
+    more = nn.Sequential(layer, nn.Tanh())
+    assert torch.equal(stacked(more, x, 6), more(x).view(3, 6, 8).transpose(0, 1))

@@ -40,7 +40,7 @@ from dfm_fast.models._functions import (
     unpatchify,
 )
 from dfm_fast.models._pretrained import Pretrained
-from dfm_fast.nn._linears import linear, plain_weights, whole_weight
+from dfm_fast.nn._linears import by_layers, linear, plain_weights, stacked, whole_weight
 from dfm_fast.nn._lists import ModuleList
 from dfm_fast.nn.activations import FeedForward
 from dfm_fast.ops import (
@@ -297,17 +297,14 @@ class DFMTransformer(Pretrained):
 
     def modulations(self, c: Tensor) -> Tensor:
         """[N, (6 depth + 2 L) D]: six vectors for each block, then two for each level's head."""
+        of_blocks, of_heads = 6 * self.depth, 2 * self.num_levels
         if self.block_conditioning is None:
-            return self.modulation(F.silu(c))
-        # A product for each block, of its own c [depth, N, D] and its rows of the weight.
-        own = F.silu(self.block_conditioning(c)).unflatten(-1, (self.depth, -1)).transpose(0, 1)
-        sizes = [6 * self.depth * self.hidden_size, 2 * self.num_levels * self.hidden_size]
-        weights = whole_weight(self.modulation.weight).split(sizes)
-        biases = self.modulation.bias.split(sizes)
-        weight, bias = weights[0].unflatten(0, (self.depth, -1)), biases[0].view(self.depth, 1, -1)
-        blocks = torch.baddbmm(bias, own, weight.transpose(1, 2))
-        heads = F.linear(F.silu(c), weights[1], biases[1])
-        return torch.cat((blocks.transpose(0, 1).flatten(1), heads), -1)
+            vectors = stacked(self.modulation, F.silu(c), of_blocks + of_heads)
+        else:
+            own = F.silu(stacked(self.block_conditioning, c, self.depth)).repeat_interleave(6, 0)
+            seen = torch.cat((own, F.silu(c).expand(of_heads, -1, -1)))
+            vectors = by_layers(seen, whole_weight(self.modulation.weight), self.modulation.bias)
+        return vectors.transpose(0, 1).flatten(1)
 
     def modulation_table(
         self, t: Tensor, active: Tensor | None = None, *, y: Tensor | None = None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dfm_fast._library import INTERPRET, differentiable
@@ -28,6 +28,8 @@ FEWEST_ROWS = 256
 # A sum of so many products at most: longer ones, which oneDNN adds up one by one, have more than
 # twice the rounding error of MKL's.
 LONGEST_SUM = 1024
+# Rows up to which MKL adds up a product one by one, the last of them at least.
+MOST_CHAINED = 64
 # `amd_family` whose multiply-adds are of whole 512-bit vectors.
 ZEN_5 = 26
 # Fewer rows are summed by torch in one launch.
@@ -44,6 +46,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if differentiable(*given):
         return _Linear.apply(x, weight, bias)
     return _forward(x, weight, bias)
+
+
+def stacked(layer: nn.Linear, x: Tensor, layers: int) -> Tensor:
+    """[layers, N, O] of x [N, K]: layer(x), whose weight is that of so many layers.
+
+    On a CPU a product for each: in the gradient of x one sum over all outputs, 58,000 in DFM-B, has
+    four times the rounding error of a sum for each; and few rows take MKL a third of the time.
+    """
+    alone = (
+        type(layer) is nn.Linear
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and layer.bias is not None
+        and _on_cpu(x, layer.weight, layer.bias)
+        and not torch.compiler.is_exporting()
+    )
+    if not alone:
+        return layer(x).unflatten(-1, (layers, -1)).transpose(0, 1)
+    return by_layers(x.expand(layers, -1, -1), layer.weight, layer.bias)
+
+
+def by_layers(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[L, N, O] of x [L, N, K], weight [L * O, K], bias [L * O]: each layer has an x of its own."""
+    given = x, weight, bias
+    if _on_cpu(*given) and differentiable(*given) and not torch.compiler.is_compiling():
+        return _ByLayers.apply(*given)
+    return _by_layers(*given)
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
@@ -107,7 +135,15 @@ def repays_transposing(x: Tensor, weight: Tensor) -> bool:
 
 def gradient_of_input(dy: Tensor, weight: Tensor) -> Tensor:
     """dy [M, O] times weight [O, K]."""
-    return product(dy, weight.t()) if repays_transposing(dy, weight) else dy @ weight
+    if repays_transposing(dy, weight):
+        return product(dy, weight.t())
+    rows, size = dy.shape
+    if rows > MOST_CHAINED or size <= LONGEST_SUM or not _on_cpu(dy, weight):
+        return dy @ weight
+    count, rest = divmod(size, LONGEST_SUM // 2)
+    parts, weights = dy[:, : size - rest], weight[: size - rest]
+    dx = _sums(parts.unflatten(1, (count, -1)).transpose(0, 1), weights).sum(0)
+    return dx if rest == 0 else dx.add_(dy[:, -rest:] @ weight[-rest:])
 
 
 @functools.cache
@@ -138,6 +174,47 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+
+
+def _by_layers(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    weights, biases = (v.unflatten(0, (len(x), -1)) for v in (weight, bias))
+    return torch.baddbmm(biases.unsqueeze(-1), weights, x.transpose(1, 2)).transpose(1, 2)
+
+
+def _on_cpu(x: Tensor, *weights: Tensor) -> bool:
+    """Whether they are there, plain, and in float32."""
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor
+        and plain_weights(*weights)
+        and all(v.dtype == torch.float32 for v in (x, *weights))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _sums(dy: Tensor, weight: Tensor) -> Tensor:
+    """[L, N, K] of dy [L, N, O], weight [L * O, K]: by layer."""
+    return torch.bmm(dy, weight.unflatten(0, (len(dy), -1)))
+
+
+class _ByLayers(torch.autograd.Function):
+    """Torch's own gradient of x takes MKL five times as long where rows are few."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _by_layers(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need_dx, need_dweight, need_dbias = ctx.needs_input_grad
+        return (
+            _sums(dy, weight) if need_dx else None,
+            torch.bmm(dy.transpose(1, 2), x).flatten(0, 1) if need_dweight else None,
+            dy.sum(1).flatten() if need_dbias else None,
+        )
 
 
 class _Linear(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dfm_fast._library import differentiable
+from dfm_fast.nn._linears import gradient_of_input
 
 
 def pack(*layers: nn.Linear) -> None:
@@ -69,7 +70,7 @@ class _PackedLinear(torch.autograd.Function):
         (x, *parts), needs = ctx.saved_tensors, ctx.needs_input_grad
         rows, dx, dbias, grads = dy.flatten(0, -2), None, None, [None] * len(parts)
         if needs[0]:
-            dx = (dy @ ctx.whole.to(dy.dtype)).to(x.dtype)
+            dx = gradient_of_input(rows, ctx.whole.to(dy.dtype)).view(x.shape).to(x.dtype)
         if needs[2]:
             dbias = rows.sum(0).to(ctx.bias)
         if any(needs[3:]):
