@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Rival, Row, compile_
 from dfm_fast.flow import DecomposableFlow, Graphs, Laplacian
-from dfm_fast.models import DFM_S, DFM_XL, DFMTransformer
+from dfm_fast.models import DFM_B, DFM_S, DFM_XL, DFMTransformer
 from dfm_fast.models._functions import sincos_2d
 from dfm_fast.models.dfm_plain import plain_forward
 
@@ -23,6 +23,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 # name: (model, batch, sides of the levels). Latents of pictures of 256 and 512 px.
 MODELS = {
     "dfm_s_256": (DFM_S, 4, (16, 32)),
+    "dfm_b_256": (DFM_B, 2, (16, 32)),
     "dfm_xl_512": (DFM_XL, 8, (32, 64)),
 }
 # Steps of a row of sampling: on a CPU a quarter of the usual 40.
@@ -161,6 +162,8 @@ def rows() -> Iterator[Row]:
     yield model_row("dfm_s_256", direction="training", quick=True)
     yield model_row("dfm_s_256")
     yield sampling_row("dfm_s_256")
+    yield model_row("dfm_b_256", direction="training")
+    yield sampling_row("dfm_b_256")
     yield sampling_row("dfm_xl_512", BF16, "cuda", quick=True)
     yield model_row("dfm_xl_512", BF16, direction="training", device="cuda", quick=True)
 
