@@ -76,7 +76,8 @@ sanitize: setup
 	  ATEN_CPU_CAPABILITY=$(BUILD:_C_%=%) PYTHONPATH=$(SANITIZE)/lib \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	  $(BIN)/pytest -q -p no:cacheprovider tests/test_drawn_operators.py tests/test_library.py \
-	  tests/test_threads.py -k "drawn or parity or empty_batch or layout_kept or threads"
+	  tests/test_matrices.py tests/test_threads.py \
+	  -k "drawn or parity or empty_batch or layout or threads"
 
 types: setup
 	$(BIN)/mypy

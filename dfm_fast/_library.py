@@ -64,20 +64,22 @@ def define(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    kernel: str,
+    kernel: str | None,
     flops: Callable[..., int],
 ) -> None:
-    """Register `dfm_fast::<schema>`; `kernel` is "<family>:<launcher>" in `dfm_fast.kernels`."""
+    """Register `dfm_fast::<schema>`; `kernel` is "<family>:<launcher>" in `dfm_fast.kernels`, None
+    where a GPU has the reference."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=_TAGS)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    launch = _on_first_call(name, kernel)
-    _LIBRARY.impl(name, launch, "CUDA")
-    if INTERPRET:
-        _LIBRARY.impl(name, launch, "CPU")
+    if kernel is not None:
+        launch = _on_first_call(name, kernel)
+        _LIBRARY.impl(name, launch, "CUDA")
+        if INTERPRET:
+            _LIBRARY.impl(name, launch, "CPU")
+        RAW[name] = kernel
     torch.library.register_fake(f"dfm_fast::{name}", fake, lib=_LIBRARY)
     register_flop_formula(getattr(torch.ops.dfm_fast, name))(_without_out(flops))
-    RAW[name] = kernel
 
 
 def operator(

@@ -28,6 +28,7 @@ SUITE = (
     "-q",
     "-x",
     "tests/test_library.py",
+    "tests/test_matrices.py",
     "tests/test_pyramids.py",
     "-k",
 )

@@ -172,6 +172,30 @@ def test_a_new_model_gives_zeros():
     assert all(not v.any() for v in model(*inputs(model)[:3]))
 
 
+def test_hooks_and_replaced_layers_count():
+    model = small(block_conditioning=True)
+    levels, t, active, y = inputs(model)
+    block, calls = model.blocks[0], []
+    layers = [block.attn.qkv, block.attn.proj, model.block_conditioning]
+    layers += [block.mlp.net[0].proj, block.mlp.net[2]]
+    hooks = [m.register_forward_hook(lambda *_: calls.append("forward")) for m in layers]
+    hooks += [m.register_full_backward_hook(lambda *_: calls.append("backward")) for m in layers]
+    sum(v.sum() for v in model(levels, t, active, y=y)).backward()
+    assert sorted(calls) == ["backward"] * 5 + ["forward"] * 5
+    for hook in hooks:
+        hook.remove()
+    plain = small()
+    seen = plain.modulation.register_forward_hook(lambda *_: calls.append("modulation"))
+    plain(levels, t, active, y=y)
+    assert calls[-1] == "modulation"
+    seen.remove()
+    for owner, name in ((plain.blocks[0].attn, "qkv"), (plain.blocks[0].attn, "proj")):
+        layer = getattr(owner, name)
+        setattr(owner, name, nn.Sequential(layer, nn.Tanh()))
+        assert_close(plain(levels, t, active, y=y), plain_forward(plain, levels, t, active, y=y))
+        setattr(owner, name, layer)
+
+
 def test_preconditioning_gives_unit_variances():
     """Of what the network sees and of its target, uncorrelated: 2^20 values of each."""
     generator = torch.Generator().manual_seed(0)

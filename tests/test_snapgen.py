@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -115,33 +116,39 @@ VARIANTS = {
 }
 
 
+def results(module, forward, dtype, x, t, text, options):
+    """Velocity and all gradients."""
+    x, text = (a.detach().to(dtype).requires_grad_() for a in (x, text))
+    ids = None if options["ids"] is None else options["ids"].to(dtype)
+    y = forward(x, t.to(dtype), text, mask=options["mask"], ids=ids)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
+    module.zero_grad()
+    (y * weights).sum().backward()
+    return {"y": y, "dx": x.grad, "dtext": text.grad} | {
+        n: p.grad for n, p in module.named_parameters()
+    }
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_itself_written_out(name, device):
-    """Velocity and all gradients, whose errors against float64 are at most twice those of the
-    written-out form."""
-    model = small(**VARIANTS[name]).to(device)
-    x, t, text, options = inputs(model, device=device)
-    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(device)
-
-    def results(module, forward, dtype):
-        x_, text_ = (a.detach().to(dtype).requires_grad_() for a in (x, text))
-        ids = None if options["ids"] is None else options["ids"].to(dtype)
-        y = forward(x_, t.to(dtype), text_, mask=options["mask"], ids=ids)
-        module.zero_grad()
-        (y * weights.to(dtype)).sum().backward()
-        grads = {n: p.grad for n, p in module.named_parameters()}
-        return {"y": y, "dx": x_.grad, "dtext": text_.grad, **grads}
-
-    wide = copy.deepcopy(model).double()
-    ours = results(model, model, torch.float32)
-    plain = results(model, lambda *a, **k: plain_forward(model, *a, **k), torch.float32)
-    exact = results(wide, lambda *a, **k: plain_forward(wide, *a, **k), torch.float64)
-    for key, want in exact.items():
-        assert ours[key] is not None, key
-        assert want.norm() > 0, key
-        allowed = 2 * relative(plain[key], want) + 2e-6
-        assert relative(ours[key], want) <= allowed, key
+    """Errors against float64 are at most twice those of the written-out form: over three draws, as
+    one gradient alone may be more exact there by chance."""
+    errors = {}
+    for seed in range(3):
+        model = small(seed, **VARIANTS[name]).to(device)
+        given, wide = inputs(model, device=device), copy.deepcopy(model).double()
+        ours = results(model, model, torch.float32, *given)
+        plain = results(model, partial(plain_forward, model), torch.float32, *given)
+        exact = results(wide, partial(plain_forward, wide), torch.float64, *given)
+        for key, want in exact.items():
+            assert ours[key] is not None, key
+            assert want.norm() > 0, key
+            found = relative(ours[key], want), relative(plain[key], want)
+            errors.setdefault(key, []).append(found)
+    for key, found in errors.items():
+        of_ours, of_plain = (math.hypot(*e) / 3**0.5 for e in zip(*found, strict=True))
+        assert of_ours <= 2 * of_plain + 2e-6, key
 
 
 def dreamlite(**options):

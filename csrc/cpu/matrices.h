@@ -304,10 +304,18 @@ class RowsOf {
   static int64_t padded(const Matrix<T>& m) { return m.columns + kLanes<A>; }
 };
 
-// c [rows of a, columns of b] (+)= a b. A task is some rows times a panel, which changes no sum; it
-// goes over the terms once, and what it needs of b for a chain of them stays in the nearest cache.
+// What is added to a product: a row of numbers for all rows (ld 0), a matrix, or nothing (null).
+template <class T>
+struct Addend {
+  const T* at = nullptr;
+  int64_t ld = 0;
+};
+
+// c [rows of a, columns of b] = a b + plus, which may be c itself. A task is some rows times a
+// panel, which changes no sum; it goes over the terms once, and what it needs of b for a chain of
+// them stays in the nearest cache.
 template <class T, class To>
-void multiply(const Matrix<T>& a, const Matrix<T>& b, bool add, To* c) {
+void multiply(const Matrix<T>& a, const Matrix<T>& b, const Addend<To>& plus, To* c) {
   using A = acc_t<T>;
   const int64_t M = a.rows, K = a.columns, N = b.columns, panels = panels_of(N, kPanel<A>);
   // Parts alike, of rows that stay in the second-level cache while all panels pass; enough of them
@@ -339,10 +347,11 @@ void multiply(const Matrix<T>& a, const Matrix<T>& b, bool add, To* c) {
       }
       for (int64_t r = 0; r < rows; ++r) {
         To* to = c + (row + r) * N + first;
+        const To* more = plus.at ? plus.at + (row + r) * plus.ld + first : nullptr;
         const A* from = &tile[r * kPanel<A>];
         for_vectors<A>(columns, [=](int64_t j, auto count) DFM_INLINE {
           Vec<A> v = load(from + j, count);
-          store(to + j, add ? v + load(to + j, count) : v, count);
+          store(to + j, more ? v + load(more + j, count) : v, count);
         });
       }
     }

@@ -444,13 +444,14 @@ void pointwise_backward(const Tensor& dy, const Tensor& a, const Tensor& weight,
     const Matrix<T> d = last ? Matrix<T>{dy_n, P, O, O, false} : Matrix<T>{dy_n, O, P, P, false};
     if (da) {
       T* to = da + n * C * P;
-      last ? multiply(d, w, false, to) : multiply(w.transpose(), d, false, to);
+      last ? multiply(d, w, {}, to) : multiply(w.transpose(), d, {}, to);
     }
     if (!dweight) continue;
+    const Addend<acc_t<T>> before = {n > 0 ? dweight : nullptr, C};
     if (last)
-      multiply(d.transpose(), {a_n, P, C, C, false}, n > 0, dweight);
+      multiply(d.transpose(), {a_n, P, C, C, false}, before, dweight);
     else
-      multiply(d, {a_n, P, C, P, true}, n > 0, dweight);
+      multiply(d, {a_n, P, C, P, true}, before, dweight);
   }
 }
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from dfm_fast import _checks
+from dfm_fast.nn._hooks import hooked
 
 KINDS = ("activations", "attentions", "blocks", "convolutions", "norms")
 DEVICES = ("cpu", "cuda")
@@ -99,18 +99,6 @@ def takes_the_same(unit: Unit, kind: Any) -> bool:
 def original(kind: type) -> type:
     """The class that a swapped one stands for."""
     return vars(kind).get("_dfm_fast_original", kind)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether somebody looks on when it is called, or has put other code in its place."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _has_any_global_hook()
-    )
 
 
 def same(module: Any, *kinds: type | str) -> bool:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfm_fast.acceleration._units import first_reason, hooked, register, same, serves
+from dfm_fast.acceleration._units import first_reason, register, same, serves
+from dfm_fast.nn._hooks import hooked
 from dfm_fast.nn.attentions import linears
 from dfm_fast.ops import multi_query_attention, qk_norm_rope
 

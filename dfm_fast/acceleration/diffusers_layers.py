@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dfm_fast.acceleration._units import (
     first_reason,
-    hooked,
     idle,
     plain,
     register,
@@ -22,6 +21,7 @@ from dfm_fast.acceleration._units import (
 )
 from dfm_fast.acceleration.torch_layers import GELU, normalised, projected, upsampled, upsamples
 from dfm_fast.nn import SeparableConv2d, SeparableConvBlock
+from dfm_fast.nn._hooks import hooked
 from dfm_fast.ops import ada_layer_norm, channel_statistics, geglu, rms_norm, swiglu
 
 # --- Residual blocks ------------------------------------------------------------------------------

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from dfm_fast import nn as ours
 from dfm_fast.acceleration._units import (
     first_reason,
-    hooked,
     original,
     plain,
     register,
     same,
     serves,
 )
+from dfm_fast.nn._hooks import hooked
 from dfm_fast.nn.activations import Projected, activation_of, feed_forward
 from dfm_fast.ops import group_norm_silu, upsample_conv2d
 from dfm_fast.ops.convolutions import KERNEL_SIZES

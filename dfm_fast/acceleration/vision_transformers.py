@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from dfm_fast.acceleration._trials import randn
-from dfm_fast.acceleration._units import first_reason, hooked, idle, register, same
+from dfm_fast.acceleration._units import first_reason, idle, register, same
 from dfm_fast.acceleration.diffusers_blocks import NEW, gated, gated_modulated
 from dfm_fast.acceleration.diffusers_layers import modulated, without_weights
 from dfm_fast.acceleration.torch_layers import GELU, projected
+from dfm_fast.nn._hooks import hooked
 
 
 def _has(*names: str) -> Callable[[Any], bool]:

@@ -40,7 +40,7 @@ from dfm_fast.models._functions import (
     unpatchify,
 )
 from dfm_fast.models._pretrained import Pretrained
-from dfm_fast.nn._linears import by_layers, linear, plain_weights, stacked, whole_weight
+from dfm_fast.nn._linears import by_layers, called, plain_weights, stacked, whole_weight
 from dfm_fast.nn._lists import ModuleList
 from dfm_fast.nn.activations import FeedForward
 from dfm_fast.ops import (
@@ -81,7 +81,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """x [B, T, D]; rotary (cos, sin) [T, d/2] or None."""
-        qkv = linear(x, self.qkv.weight, self.qkv.bias)
+        qkv = called(self.qkv, x)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, T, H, d]
         if self.q_norm is not None or rotary is not None:
             of_q = None if self.q_norm is None else self.q_norm.weight
@@ -89,7 +89,7 @@ class Attention(nn.Module):
             q, k = qk_norm_rope(q, k, of_q, of_k, *(rotary or (None, None)), eps=EPS)
         heads = (a.transpose(1, 2) for a in (q, k, v))
         y = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        return linear(y, self.proj.weight, self.proj.bias)
+        return called(self.proj, y)
 
 
 class Block(nn.Module):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfm_fast._library import differentiable
-from dfm_fast.nn._linears import linear
+from dfm_fast.nn._hooks import hooked
+from dfm_fast.nn._linears import called
 from dfm_fast.nn._lists import ModuleList
 from dfm_fast.nn.activations import FeedForward
 from dfm_fast.nn.attentions import CrossAttention, KeyValues, MultiQueryAttention
@@ -138,13 +139,13 @@ class Transformer(nn.Module):
         """[N, C, H, W], the text's keys and values for each block, its `modulations_of` where there
         are any -> [N, C, H, W]."""
         x = self.norm(given.x, None, given.statistics)
-        tokens = _linear(x.permute(0, 2, 3, 1).flatten(1, 2), self.proj_in)
+        tokens = called(self.proj_in, x.permute(0, 2, 3, 1).flatten(1, 2))
         if modulations:
             tokens = self._blocks_in_one_pass_each(tokens, texts, rotary, iter(modulations))
         else:
             for block, text in zip(self.transformer_blocks, texts, strict=True):
                 tokens = block(tokens, text, rotary)
-        y = _linear(tokens, self.proj_out).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        y = called(self.proj_out, tokens).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return given.x + y
 
     def _blocks_in_one_pass_each(
@@ -174,7 +175,7 @@ def modulations_of(
     serves = (
         len(norms) > 0
         and x.element_size() == 2
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in (*blocks, *norms))
+        and not any(map(hooked, (*blocks, *norms)))
         and all(type(n) is nn.LayerNorm and type(n.weight) is nn.Parameter for n in norms)
         and all(n.weight.dtype == x.dtype and n.bias is not None for n in norms)
         and not torch.compiler.is_compiling()
@@ -197,13 +198,6 @@ def _sum_and_norm(
     if y is None:
         return x, ada_layer_norm(x, shift, scale, eps=eps)
     return gated_residual_ada_layer_norm(x, y, gate, shift, scale, eps=eps)
-
-
-def _linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """By the fastest product, where nobody replaced the layer or looks on."""
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-        return layer(x)
-    return linear(x, layer.weight, layer.bias)
 
 
 class Downsample(nn.Module):

@@ -9,12 +9,12 @@ or FSDP, makes them separate products again, and nothing else.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dfm_fast._library import differentiable
-from dfm_fast.nn._linears import gradient_of_input
+from dfm_fast.nn._hooks import hooked
+from dfm_fast.nn._linears import gradient_of_input, gradient_of_weight, linear
 
 
 def pack(*layers: nn.Linear) -> None:
@@ -39,7 +39,7 @@ def packed(*layers: nn.Linear) -> Tensor | None:
         return None
     if len({layer.bias is None for layer in layers}) > 1:
         return None
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+    if any(map(hooked, layers)):
         return None
     weights = [layer.weight for layer in layers]
     first, end, rows = weights[0], None, 0
@@ -56,13 +56,13 @@ def packed(*layers: nn.Linear) -> Tensor | None:
 
 
 class _PackedLinear(torch.autograd.Function):
-    """F.linear(x, whole, bias), whose weight's gradient goes to the parts."""
+    """linear(x, whole, bias), whose weight's gradient goes to the parts."""
 
     @staticmethod
     def forward(ctx, x, whole, bias, *parts):
         ctx.save_for_backward(x, *parts)  # whose versions tell of changes; `whole` has none
         ctx.whole, ctx.bias = whole, None if bias is None else bias.dtype
-        return F.linear(x, whole, bias)
+        return linear(x, whole, bias)
 
     @staticmethod
     @once_differentiable
@@ -74,7 +74,7 @@ class _PackedLinear(torch.autograd.Function):
         if needs[2]:
             dbias = rows.sum(0).to(ctx.bias)
         if any(needs[3:]):
-            dw = rows.t() @ x.to(dy.dtype).flatten(0, -2)
+            dw = gradient_of_weight(rows, x.to(dy.dtype).flatten(0, -2))
             grads = dw.to(parts[0].dtype).split([len(w) for w in parts])
             grads = [g if need else None for g, need in zip(grads, needs[3:], strict=True)]
         return dx, None, dbias, *grads
@@ -93,5 +93,5 @@ def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     if differentiable(x, *parts, *([] if bias is None else [bias])):
         y = _PackedLinear.apply(x, whole, bias, *parts)
     else:
-        y = F.linear(x, whole, bias)
+        y = linear(x, whole, bias)
     return y.split([len(w) for w in parts], -1)

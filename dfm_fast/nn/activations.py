@@ -15,13 +15,18 @@ from torch.autograd.function import once_differentiable
 from dfm_fast import _checks
 from dfm_fast._library import INTERPRET, differentiable
 from dfm_fast.kernels import tuning
+from dfm_fast.nn._hooks import hooked
 from dfm_fast.nn._linears import (
     FEWEST_ROWS,
     LONGEST_SUM,
     gradient_of_input,
+    gradient_of_weight,
     linear,
+    own_leads,
     plain_weights,
+    product,
     repays_transposing,
+    serves,
     sum_of_rows,
     sums_serve,
 )
@@ -153,8 +158,7 @@ def _weight_gradient(dy: Tensor, h: Tensor, activation: _Activation) -> Tensor:
     blocks = _blocks(h) if dy.dtype.itemsize >= 4 else [slice(None)]
     total: Tensor | None = None
     for part in blocks:
-        left, right = dy[part].t(), activation.function(h[part]).to(dy.dtype)
-        total = left @ right if total is None else total.addmm_(left, right)
+        total = gradient_of_weight(dy[part], activation.function(h[part]).to(dy.dtype), total)
     assert total is not None  # there is a block
     return total
 
@@ -312,7 +316,7 @@ def _plain(first: nn.Module | Projected, *layers: nn.Module) -> bool:
         layers = first, *layers
         if type(first) not in (GEGLU, _ActivatedLinear):
             return False
-    return not any(map(_hooked, layers))
+    return not any(map(hooked, layers))
 
 
 def _recomputes(
@@ -323,7 +327,7 @@ def _recomputes(
         not torch.compiler.is_compiling()
         and _plain(first, dropout, last)
         and type(first.proj) is nn.Linear
-        and not _hooked(first.proj)
+        and not hooked(first.proj)
         and type(last) is nn.Linear
         and first.activation.gradient is not None
         and type(x) is Tensor
@@ -358,7 +362,7 @@ def _one_kernel_serves(x: Tensor, first: _ActivatedLinear) -> bool:
 
 def _one_kernel_can(x: Tensor, first: _ActivatedLinear) -> bool:
     proj = first.proj
-    if not first.activation.glu or type(proj) is not nn.Linear or _hooked(proj):
+    if not first.activation.glu or type(proj) is not nn.Linear or hooked(proj):
         return False
     return (
         type(x) is Tensor
@@ -397,7 +401,7 @@ def _epilogues_serve(
         return False
     if not _plain(first, dropout) or first.activation.onednn is None:
         return False
-    if any(type(m) is not nn.Linear or _hooked(m) for m in (first.proj, last)):
+    if any(type(m) is not nn.Linear or hooked(m) for m in (first.proj, last)):
         return False
     parameters = [*first.proj.parameters(), *last.parameters()]
     return (
@@ -414,10 +418,6 @@ def _epilogues_serve(
     )
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _bf16_serves() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -429,7 +429,8 @@ def _inference(x: Tensor, first: _ActivatedLinear | Projected, last: nn.Linear) 
     assert first.activation.onednn is not None  # see `_epilogues_serve`
     activation, form = first.activation.onednn
     weight, bias, inner = first.proj.weight, first.proj.bias, last.in_features
-    blocks = -(-inner // LONGEST_SUM) if x.dtype == torch.float32 else 1
+    single, own = x.dtype == torch.float32, serves(x, last.weight) and own_leads()
+    blocks = -(-inner // LONGEST_SUM) if single and not own else 1
     width = -(-inner // blocks)
     x = x.contiguous()
     y: Tensor | None = None
@@ -441,6 +442,8 @@ def _inference(x: Tensor, first: _ActivatedLinear | Projected, last: nn.Linear) 
         hidden = linear(x, weight[gate], _part(bias, gate), activation, [], form)
         if gate is not part:
             hidden = linear.binary(x, hidden, weight[part], _part(bias, part), "mul")
+        if own:
+            return product(hidden, last.weight, last.bias)
         columns = last.weight[:, part].contiguous()  # strided weights are very slow
         if y is None:
             y = linear(hidden, columns, last.bias, "none", [], "")

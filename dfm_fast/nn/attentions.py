@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfm_fast import _checks
+from dfm_fast.nn._linears import called
 from dfm_fast.nn._lists import ModuleList
 from dfm_fast.nn._packs import linears, pack
 from dfm_fast.nn.convolutions import DepthwiseConv2d
@@ -115,7 +116,7 @@ class MultiQueryAttention(_Attention):
         of_k = None if self.norm_k is None else self.norm_k.weight
         if self.norm_q is not None or cos is not None:
             q, k = qk_norm_rope(q, k, of_q, of_k, cos, sin, eps=self.eps)
-        return self.to_out[0](multi_query_attention(q, k, v, mask).flatten(2))
+        return called(self.to_out[0], multi_query_attention(q, k, v, mask).flatten(2))
 
 
 class KeyValues(NamedTuple):
@@ -164,13 +165,13 @@ class CrossAttention(_Attention):
             _checks.fail(op, "text", "KeyValues or a tensor", type(text).__name__, TypeError)
         elif mask is not None:
             _checks.fail(op, "mask", "None beside KeyValues, which have theirs", "a mask")
-        q = _heads(self.to_q(x), self.head_dim)
+        q = _heads(called(self.to_q, x), self.head_dim)
         if self.norm_q is not None:
             q = rms_norm(q, self.norm_q.weight, eps=self.eps)
         if text.k.shape[0] == 1:
             n = x.shape[0]  # len() would fix it in an exported graph
             text = text.map(lambda part: part.expand(n, *part.shape[1:]))
-        return self.to_out[0](multi_query_attention(q, *text).flatten(2))
+        return called(self.to_out[0], multi_query_attention(q, *text).flatten(2))
 
 
 class SeparableConvAttention(MultiQueryAttention):

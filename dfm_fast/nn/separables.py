@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfm_fast import _checks
+from dfm_fast.nn._hooks import hooked
 from dfm_fast.nn._linears import linear
 from dfm_fast.ops import ChannelStatistics, channel_statistics, separable_conv2d, upsample_conv2d
 from dfm_fast.ops._layouts import memory_format
@@ -153,7 +154,7 @@ class SeparableConvBlock(nn.Module):
         conv = self.conv_shortcut
         if conv is None:
             return x
-        plain = type(conv) is nn.Conv2d and not (conv._forward_hooks or conv._forward_pre_hooks)
+        plain = type(conv) is nn.Conv2d and not hooked(conv)
         serves = x.device.type == "cpu" or x.element_size() == 2
         if not (plain and serves) or memory_format(x) != torch.channels_last:
             return conv(x)
