@@ -15,10 +15,12 @@ from dfm_fast.nn._packs import linears, pack, packed
 
 @pytest.fixture(params=[25, 26], ids=["Zen 4", "Zen 5"])
 def leading(monkeypatch, request):
-    """As on a processor where oneDNN is faster."""
+    """As on a processor where oneDNN is faster, or our own product, for small ones too."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(_linears, "amd_family", lambda: request.param)
+    monkeypatch.setattr(_linears, "LEAST_OWN", 0)
+    monkeypatch.setattr(_linears, "LEAST_TRAINED", 0)
 
 
 def given(shape=(3, 100, 96), outputs=40, bias=True):
@@ -68,6 +70,20 @@ def test_where_it_does_not_serve(leading):
     torch.testing.assert_close(linear(x[:, :2], weight), F.linear(x[:, :2], weight))
     compiled = torch.compile(lambda *v: linear(*v), fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, weight), F.linear(x, weight))
+
+
+def test_small_products_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(_linears, "own_leads", lambda: True)
+    calls = []
+    monkeypatch.setattr(_linears, "matrix_product", lambda a, b, *_: calls.append(1) or a @ b)
+    x, weight = torch.randn(250, 1000), torch.randn(40, 1000)
+    for rows, grad, expected in ((100, False, 0), (110, False, 1), (250, True, 0), (250, False, 1)):
+        calls.clear()
+        linear(x[:rows], weight.requires_grad_(grad))
+        assert len(calls) == expected
+    calls.clear()
+    linear(torch.cat([x, x]), weight.requires_grad_()).sum().backward()
+    assert len(calls) == 2  # forward, the weight's gradient
 
 
 def test_turned_off_with_onednn():

@@ -29,8 +29,9 @@ _ops = torch.ops.dfm_fast
 
 # oneDNN orders the weights anew in every call, which few rows do not repay.
 FEWEST_ROWS = 256
-# Of our own product, which reads weights as they lie.
-FEWEST_OWN = 8
+# Of our own product, which reads weights as they lie; and the multiplications that repay a call
+# from Python, and an autograd function.
+FEWEST_OWN, LEAST_OWN, LEAST_TRAINED = 8, 1 << 22, 1 << 24
 # A sum of so many products at most: longer ones, which oneDNN adds up one by one, have more than
 # twice the rounding error of MKL's.
 LONGEST_SUM = 1024
@@ -50,6 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     given = (x, weight) if bias is None else (x, weight, bias)
     if differentiable(*given):
+        if own_leads() and x.numel() * len(weight) < LEAST_TRAINED:
+            return F.linear(x, weight, bias)
         return _Linear.apply(x, weight, bias)
     return _forward(x, weight, bias)
 
@@ -88,7 +91,8 @@ def by_layers(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product of ours or oneDNN's is faster, and the tensors are plain enough."""
+    """Whether a product of ours or oneDNN's, x [..., K] and weight [O, K], is faster, and the
+    tensors are plain enough."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32 == weight.dtype
@@ -97,7 +101,11 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and x.numel() >= FEWEST_OWN * x.shape[-1] > 0
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and (own_leads() or (onednn_leads() and x.numel() >= FEWEST_ROWS * x.shape[-1]))
+        and (
+            x.numel() * len(weight) >= LEAST_OWN
+            if own_leads()
+            else onednn_leads() and x.numel() >= FEWEST_ROWS * x.shape[-1]
+        )
     )
 
 
@@ -148,12 +156,12 @@ def onednn_leads() -> bool:
 
 def repays_transposing(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's product x [M, O] times weight [O, K] is faster with the copy it takes."""
-    return serves(x, weight) and not own_leads() and amd_family() >= ZEN_5
+    return serves(x, weight.t()) and not own_leads() and amd_family() >= ZEN_5
 
 
 def gradient_of_input(dy: Tensor, weight: Tensor) -> Tensor:
     """dy [M, O] times weight [O, K]."""
-    if serves(dy, weight) and own_leads():
+    if serves(dy, weight.t()) and own_leads():
         return matrix_product(dy, weight)
     if repays_transposing(dy, weight):
         return product(dy, weight.t())
@@ -168,7 +176,7 @@ def gradient_of_input(dy: Tensor, weight: Tensor) -> Tensor:
 
 def gradient_of_weight(dy: Tensor, x: Tensor, more: Tensor | None = None) -> Tensor:
     """The transpose of dy [M, O] times x [M, K], plus `more` [O, K], which is not used again."""
-    if serves(x, dy) and own_leads():
+    if serves(x, dy.t()) and own_leads():
         return matrix_product(dy.t(), x, more)
     return dy.t() @ x if more is None else more.addmm_(dy.t(), x)
 
