@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfm_fast.nn import _linears
-from dfm_fast.nn._linears import linear, serves, stacked
-from dfm_fast.nn._packs import linears, pack, packed
+from dfm_fast.nn._linears import linear, serves
+from dfm_fast.nn._packs import linears, pack, packed, stacked
 
 
 @pytest.fixture(params=[25, 26], ids=["Zen 4", "Zen 5"])

@@ -20,6 +20,7 @@ FAMILIES = {
     ),
     "group_norms": ("Group norms", "Keep a convolutional network's numbers in range."),
     "rotaries": ("Rotary embedding", "Tell attention where each token lies in the picture."),
+    "matrices": ("Linear layers", "Mix the channels of every token: products of matrices."),
     "activations": ("Activations", "The non-linear step between two matrix products."),
     "convolutions": ("Depthwise convolutions", "Filter every channel by itself."),
     "separables": (
@@ -62,6 +63,7 @@ OPERATORS = {
     "geglu": "one half times the GELU of the other",
     "swiglu": "one half times the SiLU of the other",
     "gelu_tanh": "GELU by its tanh formula, bias included",
+    "linear": "one matrix product, as a layer",
     "feed_forward": "two matrix products with an activation between",
     "gated_linear": "matrix product and gated activation in one kernel",
     "depthwise_conv2d": "a filter per channel",
@@ -78,7 +80,7 @@ OPERATORS = {
     "separable_conv_layer": "separable_conv2d as a layer",
     "upsample_conv_layer": "upsample_conv2d as a layer",
     "dit_block": "one block of a diffusion transformer",
-    "dfm": "one pass through DFM_S or DFM_XL",
+    "dfm": "one pass through a DFM transformer",
     "dfm_sampling": "one picture, all its steps",
     "snapgen_unet": "one pass through the 384 M UNet",
     "snapgen_decoder": "latents to pixels",
@@ -88,7 +90,7 @@ OPERATORS = {
 
 # Operators whose time is that of matrix products: a copy is no limit to hold them to.
 PRODUCTS = {
-    *("feed_forward", "gated_linear", "separable_conv2d", "separable_one_kernel"),
+    *("linear", "feed_forward", "gated_linear", "separable_conv2d", "separable_one_kernel"),
     *("separable_conv_block", "separable_residual", "upsample_conv2d", "multi_query_attention"),
     *("cross_attention", "multi_query_attention_layer", "separable_conv_attention"),
     *("separable_conv_layer", "upsample_conv_layer", "dit_block", "dfm", "dfm_sampling"),

@@ -40,8 +40,9 @@ from dfm_fast.models._functions import (
     unpatchify,
 )
 from dfm_fast.models._pretrained import Pretrained
-from dfm_fast.nn._linears import by_layers, called, plain_weights, stacked, whole_weight
+from dfm_fast.nn._linears import called, plain_weights, whole_weight
 from dfm_fast.nn._lists import ModuleList
+from dfm_fast.nn._packs import by_layers, stacked
 from dfm_fast.nn.activations import FeedForward
 from dfm_fast.ops import (
     ada_layer_norm,

@@ -64,32 +64,6 @@ def called(layer: nn.Module, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias)
 
 
-def stacked(layer: nn.Linear, x: Tensor, layers: int) -> Tensor:
-    """[layers, N, O] of x [N, K]: layer(x), whose weight is that of so many layers.
-
-    On a CPU a product for each: in the gradient of x one sum over all outputs, 58,000 in DFM-B, has
-    four times the rounding error of a sum for each; and few rows take MKL a third of the time.
-    """
-    alone = (
-        type(layer) is nn.Linear
-        and not hooked(layer)
-        and layer.bias is not None
-        and _on_cpu(x, layer.weight, layer.bias)
-        and not torch.compiler.is_exporting()
-    )
-    if not alone:
-        return layer(x).unflatten(-1, (layers, -1)).transpose(0, 1)
-    return by_layers(x.expand(layers, -1, -1), layer.weight, layer.bias)
-
-
-def by_layers(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """[L, N, O] of x [L, N, K], weight [L * O, K], bias [L * O]: each layer has an x of its own."""
-    given = x, weight, bias
-    if _on_cpu(*given) and differentiable(*given) and not torch.compiler.is_compiling():
-        return _ByLayers.apply(*given)
-    return _by_layers(*given)
-
-
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of ours or oneDNN's, x [..., K] and weight [O, K], is faster, and the
     tensors are plain enough."""
@@ -126,6 +100,17 @@ def sums_serve(x: Tensor, *weights: Tensor) -> bool:
 def plain_weights(*weights: Tensor) -> bool:
     """Whether they are torch's own, and not those of a subclass: quantized, sharded."""
     return all(type(w) in (Tensor, torch.nn.Parameter) for w in weights)
+
+
+def single_on_cpu(x: Tensor, *weights: Tensor) -> bool:
+    """Whether they are there, plain, and in float32."""
+    return (
+        x.device.type == "cpu"
+        and type(x) is Tensor
+        and plain_weights(*weights)
+        and all(v.dtype == torch.float32 for v in (x, *weights))
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def whole_weight(weight: Tensor) -> Tensor:
@@ -166,12 +151,17 @@ def gradient_of_input(dy: Tensor, weight: Tensor) -> Tensor:
     if repays_transposing(dy, weight):
         return product(dy, weight.t())
     rows, size = dy.shape
-    if rows > MOST_CHAINED or size <= LONGEST_SUM or not _on_cpu(dy, weight):
+    if rows > MOST_CHAINED or size <= LONGEST_SUM or not single_on_cpu(dy, weight):
         return dy @ weight
     count, rest = divmod(size, LONGEST_SUM // 2)
     parts, weights = dy[:, : size - rest], weight[: size - rest]
-    dx = _sums(parts.unflatten(1, (count, -1)).transpose(0, 1), weights).sum(0)
+    dx = gradients_of_inputs(parts.unflatten(1, (count, -1)).transpose(0, 1), weights).sum(0)
     return dx if rest == 0 else dx.add_(dy[:, -rest:] @ weight[-rest:])
+
+
+def gradients_of_inputs(dy: Tensor, weight: Tensor) -> Tensor:
+    """[L, N, K] of dy [L, N, O], weight [L * O, K]: that of each of L layers."""
+    return torch.bmm(dy, weight.unflatten(0, (len(dy), -1)))
 
 
 def gradient_of_weight(dy: Tensor, x: Tensor, more: Tensor | None = None) -> Tensor:
@@ -212,47 +202,6 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return product(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
-
-
-def _by_layers(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    weights, biases = (v.unflatten(0, (len(x), -1)) for v in (weight, bias))
-    return torch.baddbmm(biases.unsqueeze(-1), weights, x.transpose(1, 2)).transpose(1, 2)
-
-
-def _on_cpu(x: Tensor, *weights: Tensor) -> bool:
-    """Whether they are there, plain, and in float32."""
-    return (
-        x.device.type == "cpu"
-        and type(x) is Tensor
-        and plain_weights(*weights)
-        and all(v.dtype == torch.float32 for v in (x, *weights))
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _sums(dy: Tensor, weight: Tensor) -> Tensor:
-    """[L, N, K] of dy [L, N, O], weight [L * O, K]: by layer."""
-    return torch.bmm(dy, weight.unflatten(0, (len(dy), -1)))
-
-
-class _ByLayers(torch.autograd.Function):
-    """Torch's own gradient of x takes MKL five times as long where rows are few."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return _by_layers(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        need_dx, need_dweight, need_dbias = ctx.needs_input_grad
-        return (
-            _sums(dy, weight) if need_dx else None,
-            torch.bmm(dy.transpose(1, 2), x).flatten(0, 1) if need_dweight else None,
-            dy.sum(1).flatten() if need_dbias else None,
-        )
 
 
 class _Linear(torch.autograd.Function):

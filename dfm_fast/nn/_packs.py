@@ -1,9 +1,12 @@
-"""Several linear layers as one.
+"""Several linear layers as one, and one that is several.
 
 Weights of layers that read the same input are parts of one piece of memory, one after the other:
 together they are the weight of one wider layer, a view, whoever wrote into them and how. (A packed
 copy would not see `weight.data.mul_`.) What gives them memory of their own, such as a new Parameter
 or FSDP, makes them separate products again, and nothing else.
+
+Where a model keeps one layer for many, such as all modulations of a DFM, a CPU is exact, and fast,
+only by a product for each.
 """
 
 from __future__ import annotations
@@ -14,7 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from dfm_fast._library import differentiable
 from dfm_fast.nn._hooks import hooked
-from dfm_fast.nn._linears import gradient_of_input, gradient_of_weight, linear
+from dfm_fast.nn._linears import (
+    gradient_of_input,
+    gradient_of_weight,
+    gradients_of_inputs,
+    linear,
+    single_on_cpu,
+)
+
+# --- Several as one -------------------------------------------------------------------------------
 
 
 def pack(*layers: nn.Linear) -> None:
@@ -95,3 +106,57 @@ def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     else:
         y = linear(x, whole, bias)
     return y.split([len(w) for w in parts], -1)
+
+
+# --- One that is several --------------------------------------------------------------------------
+
+
+def stacked(layer: nn.Linear, x: Tensor, layers: int) -> Tensor:
+    """[layers, N, O] of x [N, K]: layer(x), whose weight is that of so many layers.
+
+    On a CPU by a product for each. In the gradient of x one sum over all outputs, 58,000 in DFM-B,
+    has four times the rounding error of a sum for each; and few rows take MKL a third of the time.
+    """
+    alone = (
+        type(layer) is nn.Linear
+        and not hooked(layer)
+        and layer.bias is not None
+        and single_on_cpu(x, layer.weight, layer.bias)
+        and not torch.compiler.is_exporting()
+    )
+    if not alone:
+        return layer(x).unflatten(-1, (layers, -1)).transpose(0, 1)
+    return by_layers(x.expand(layers, -1, -1), layer.weight, layer.bias)
+
+
+def by_layers(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[L, N, O] of x [L, N, K], weight [L * O, K], bias [L * O]: each layer has an x of its own."""
+    given = x, weight, bias
+    if single_on_cpu(*given) and differentiable(*given) and not torch.compiler.is_compiling():
+        return _ByLayers.apply(*given)
+    return _by_layers(*given)
+
+
+def _by_layers(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    weights, biases = (v.unflatten(0, (len(x), -1)) for v in (weight, bias))
+    return torch.baddbmm(biases.unsqueeze(-1), weights, x.transpose(1, 2)).transpose(1, 2)
+
+
+class _ByLayers(torch.autograd.Function):
+    """Torch's own gradient of x takes MKL five times as long where rows are few."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return _by_layers(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need_dx, need_dweight, need_dbias = ctx.needs_input_grad
+        return (
+            gradients_of_inputs(dy, weight) if need_dx else None,
+            torch.bmm(dy.transpose(1, 2), x).flatten(0, 1) if need_dweight else None,
+            dy.sum(1).flatten() if need_dbias else None,
+        )
