@@ -304,6 +304,33 @@ class RowsOf {
   static int64_t padded(const Matrix<T>& m) { return m.columns + kLanes<A>; }
 };
 
+// Memory that is wanted soon: some rows of some numbers, asked for line by line while a product
+// runs.
+template <class T>
+struct Ahead {
+  const T* at;
+  int64_t rows, numbers, ld;
+
+  // Of a part [k, k + terms) x [first, first + columns) of b.
+  Ahead(const Matrix<T>& b, int64_t k, int64_t first)
+      : Ahead(b, k, first, std::min(b.rows - k, kChainOf),
+              std::min(b.columns - first, int64_t(kPanel<acc_t<T>>))) {}
+  // After `done` of `all` steps, of which `next` are done soon.
+  void ask(int64_t done, int64_t next, int64_t all) const {
+    constexpr int64_t line = 64 / sizeof(T);
+    const int64_t lines = (numbers + line - 1) / line, total = rows * lines;
+    for (int64_t l = total * done / all; l < total * next / all; ++l)
+      __builtin_prefetch(at + l / lines * ld + l % lines * line, 0, 2);
+  }
+
+ private:
+  Ahead(const Matrix<T>& b, int64_t k, int64_t first, int64_t terms, int64_t columns)
+      : at(b.at + (b.turned ? first * b.ld + k : k * b.ld + first)),
+        rows(b.turned ? columns : terms),
+        numbers(b.turned ? terms : columns),
+        ld(b.ld) {}
+};
+
 // What is added to a product: a row of numbers for all rows (ld 0), a matrix, or nothing (null).
 template <class T>
 struct Addend {
@@ -339,10 +366,14 @@ void multiply(const Matrix<T>& a, const Matrix<T>& b, const Addend<To>& plus, To
           for (int64_t t = 0; t < terms; ++t)
             convert_row(&panel[t * kPanel<A>], b.at + (k + t) * b.ld + first, columns);
         const A* from = left.at + row * left.ld + k;
+        const bool last = k + kChainOf >= K;
+        const Ahead<T> soon(b, last ? 0 : k + kChainOf,
+                            last ? (i + 1) % panels * kPanel<A> : first);
+        const auto ask = [=](int64_t done, int64_t next) { soon.ask(done, next, rows); };
         with_vectors<A>(columns, [&](auto vectors) {
-          const auto times =
-              k ? multiply_chain<true, vectors, A, A> : multiply_chain<false, vectors, A, A>;
-          times(rows, terms, from, left.ld, panel.data(), tile.data(), kPanel<A>, {});
+          const auto times = k ? multiply_chain<true, vectors, A, A, decltype(ask)>
+                               : multiply_chain<false, vectors, A, A, decltype(ask)>;
+          times(rows, terms, from, left.ld, panel.data(), tile.data(), kPanel<A>, ask);
         });
       }
       for (int64_t r = 0; r < rows; ++r) {
