@@ -304,32 +304,15 @@ class RowsOf {
   static int64_t padded(const Matrix<T>& m) { return m.columns + kLanes<A>; }
 };
 
-// Memory that is wanted soon: some rows of some numbers, asked for line by line while a product
-// runs.
+// Asks memory for rows of some numbers, of whose lines the share [done, next) of all.
 template <class T>
-struct Ahead {
-  const T* at;
-  int64_t rows, numbers, ld;
-
-  // Of a part [k, k + terms) x [first, first + columns) of b.
-  Ahead(const Matrix<T>& b, int64_t k, int64_t first)
-      : Ahead(b, k, first, std::min(b.rows - k, kChainOf),
-              std::min(b.columns - first, int64_t(kPanel<acc_t<T>>))) {}
-  // After `done` of `all` steps, of which `next` are done soon.
-  void ask(int64_t done, int64_t next, int64_t all) const {
-    constexpr int64_t line = 64 / sizeof(T);
-    const int64_t lines = (numbers + line - 1) / line, total = rows * lines;
-    for (int64_t l = total * done / all; l < total * next / all; ++l)
-      __builtin_prefetch(at + l / lines * ld + l % lines * line, 0, 2);
-  }
-
- private:
-  Ahead(const Matrix<T>& b, int64_t k, int64_t first, int64_t terms, int64_t columns)
-      : at(b.at + (b.turned ? first * b.ld + k : k * b.ld + first)),
-        rows(b.turned ? columns : terms),
-        numbers(b.turned ? terms : columns),
-        ld(b.ld) {}
-};
+inline void ask_for(const T* at, int64_t rows, int64_t numbers, int64_t ld, int64_t done,
+                    int64_t next, int64_t all) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t lines = (numbers + line - 1) / line, total = rows * lines;
+  for (int64_t l = total * done / all; l < total * next / all; ++l)
+    __builtin_prefetch(at + l / lines * ld + l % lines * line, 0, 2);
+}
 
 // What is added to a product: a row of numbers for all rows (ld 0), a matrix, or nothing (null).
 template <class T>
@@ -367,9 +350,17 @@ void multiply(const Matrix<T>& a, const Matrix<T>& b, const Addend<To>& plus, To
             convert_row(&panel[t * kPanel<A>], b.at + (k + t) * b.ld + first, columns);
         const A* from = left.at + row * left.ld + k;
         const bool last = k + kChainOf >= K;
-        const Ahead<T> soon(b, last ? 0 : k + kChainOf,
-                            last ? (i + 1) % panels * kPanel<A> : first);
-        const auto ask = [=](int64_t done, int64_t next) { soon.ask(done, next, rows); };
+        // What is packed next, as it lies in memory.
+        const int64_t at_k = last ? 0 : k + kChainOf;
+        const int64_t at_column = last ? (i + 1) % panels * kPanel<A> : first;
+        const int64_t down = b.turned ? at_column : at_k, across = b.turned ? at_k : at_column;
+        const int64_t terms_soon = std::min(K - at_k, kChainOf);
+        const int64_t columns_soon = std::min(N - at_column, kPanel<A>);
+        const auto ask = [=, soon = b.at + down * b.ld + across, ld = b.ld, turned = b.turned](
+                             int64_t done, int64_t next) {
+          ask_for(soon, turned ? columns_soon : terms_soon, turned ? terms_soon : columns_soon, ld,
+                  done, next, rows);
+        };
         with_vectors<A>(columns, [&](auto vectors) {
           const auto times = k ? multiply_chain<true, vectors, A, A, decltype(ask)>
                                : multiply_chain<false, vectors, A, A, decltype(ask)>;
