@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dfm_fast
 from dfm_fast._library import INTERPRET
 from dfm_fast.nn import GEGLU, FeedForward
+from dfm_fast.nn import _linears as linears
 from dfm_fast.nn import activations as layers
 from dfm_fast.ops import activations
 
@@ -314,18 +315,39 @@ def test_dropout_is_between_the_layers_and_only_in_training():
         assert not (layer(x) == 0).any()
 
 
+@pytest.fixture(params=[False, True], ids=["oneDNN or MKL", "own products"])
+def own(request, monkeypatch):
+    """As on a processor where our product leads, for small ones too; the terms it was given."""
+    if request.param and INTERPRET:
+        pytest.skip("Triton serves")
+    given = []
+    monkeypatch.setattr(linears, "own_leads", lambda: request.param)
+    monkeypatch.setattr(layers, "own_leads", lambda: request.param)
+    monkeypatch.setattr(linears, "LEAST_OWN", 0)
+    monkeypatch.setattr(linears, "LEAST_TRAINED", 0)
+    run = linears.matrix_product
+    monkeypatch.setattr(linears, "matrix_product", lambda *a: given.append(a) or run(*a))
+    return given if request.param else None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", [n for n in DIFFUSERS if n != "geglu-approximate"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_inference_on_a_cpu_equals_the_layers(activation, bias, dtype, monkeypatch):
+def test_inference_on_a_cpu_equals_the_layers(activation, bias, dtype, own, monkeypatch):
     """In blocks of the hidden tensor; against float64, no worse than layer by layer."""
     monkeypatch.setattr(layers, "LONGEST_SUM", 32)  # 3 blocks
     layer = FeedForward(24, 10, 3, activation_fn=activation, bias=bias).to(dtype).eval()
     x = torch.randn(2, 140, 24).to(dtype)
     by_layers = layer(x).detach()  # autograd's path
     calls = _count_calls(monkeypatch)
+    if own is not None:
+        own.clear()
     with torch.no_grad():
         got = layer(x)
+        if own is not None and dtype == torch.float32:
+            ((hidden, _, added),) = own
+            assert hidden.shape == (280, 72)
+            assert (added is not None) == bias
         exact = layer.double()(x.double())
     if dtype == torch.float32 or layers._bf16_serves():
         assert len(calls) == 1
@@ -383,9 +405,10 @@ def test_training_keeps_the_hidden_once():
 
 
 @pytest.mark.parametrize("activation", [n for n in DIFFUSERS if n != "geglu-approximate"])
-def test_gradients_of_the_recomputed_activation(activation, monkeypatch):
+def test_gradients_of_the_recomputed_activation(activation, own, monkeypatch):
     """As those of the layers one by one, frozen ones and autocast's too; in blocks of rows."""
-    monkeypatch.setattr(layers, "_BLOCK", 1)  # 64 rows
+    monkeypatch.setattr(layers, "_BLOCK", 1)
+    monkeypatch.setattr(layers, "FEWEST_ROWS", 64)
     layer, x = FeedForward(16, 12, 3, activation_fn=activation), torch.randn(2, 75, 16)
     x.requires_grad_()
 
@@ -400,6 +423,12 @@ def test_gradients_of_the_recomputed_activation(activation, monkeypatch):
     for frozen in (None, layer.net[2].weight, layer.net[2].bias, layer.net[0].proj.weight):
         for got, want in zip(gradients(True, frozen), gradients(False, frozen), strict=True):
             torch.testing.assert_close(got, want)
+    if own is not None:
+        own.clear()
+        gradients(True)
+        of_weight = [given for given in own if given[0].shape in ((12, 64), (12, 22))]
+        assert [len(given[0].t()) for given in of_weight] == [64, 64, 22]
+        assert [given[2] is None for given in of_weight] == [True, False, False]
     with torch.autocast("cpu", torch.bfloat16):
         for got, want in zip(gradients(True), gradients(False), strict=True):
             torch.testing.assert_close(got, want, atol=0.02 * want.abs().max().item(), rtol=0)

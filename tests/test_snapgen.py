@@ -132,8 +132,8 @@ def results(module, forward, dtype, x, t, text, options):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_itself_written_out(name, device):
-    """Errors against float64 are at most twice those of the written-out form: over three draws, as
-    one gradient alone may be more exact there by chance."""
+    """Errors against float64 are at most twice those of the written-out form: over three draws of
+    weights, as one gradient alone may be more exact there by chance."""
     errors = {}
     for seed in range(3):
         model = small(seed, **VARIANTS[name]).to(device)

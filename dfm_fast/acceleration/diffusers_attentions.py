@@ -38,11 +38,6 @@ def _heads(x: Tensor, head_dim: int) -> Tensor:
     return x.unflatten(-1, (-1, head_dim))  # [B, T, H, d]
 
 
-def _projected(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
-    """layer(x) of each."""
-    return tuple(layer(x) for layer in layers) if any(map(hooked, layers)) else linears(x, *layers)
-
-
 # --- Norms of queries and keys --------------------------------------------------------------------
 
 
@@ -152,10 +147,10 @@ def _attend(attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None) -> T
     d = attn.inner_dim // attn.heads
     projections = attn.to_q, attn.to_k, attn.to_v
     if text is None:
-        q, k, v = (_heads(y, d) for y in _projected(x, *projections))
+        q, k, v = (_heads(y, d) for y in linears(x, *projections))
     else:
         q = _heads(attn.to_q(x), d)
-        k, v = (_heads(y, d) for y in _projected(text, *projections[1:]))
+        k, v = (_heads(y, d) for y in linears(text, *projections[1:]))
     norms = attn.norm_q, attn.norm_k
     q, k = _normed(*norms, q, k) or _each_normed(*norms, q, k)
     y = _attended(attn, q, k, v, mask).flatten(2).to(q.dtype)
@@ -187,11 +182,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
 def _attend_jointly(attn: Any, x: Tensor, text: Tensor | None) -> Any:
     """x [B, T, D], text [B, S, D] or None -> like both, or like x."""
     d = attn.inner_dim // attn.heads
-    q, k, v = (_heads(y, d) for y in _projected(x, attn.to_q, attn.to_k, attn.to_v))
+    q, k, v = (_heads(y, d) for y in linears(x, attn.to_q, attn.to_k, attn.to_v))
     norms = attn.norm_q, attn.norm_k
     q, k = _normed(*norms, q, k) or _each_normed(*norms, q, k)
     if text is not None:
-        added = _projected(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        added = linears(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_q, text_k, text_v = (_heads(y, d) for y in added)
         norms = attn.norm_added_q, attn.norm_added_k
         text_q, text_k = _normed(*norms, text_q, text_k) or _each_normed(*norms, text_q, text_k)
@@ -287,7 +282,7 @@ def _flux_heads(
     attn: Any, x: Tensor, layers: tuple[Any, ...], norms: tuple[Any, Any], tables: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q and k normalised and rotated, v [B, T, H, d]."""
-    q, k, v = (_heads(y, attn.head_dim) for y in _projected(x, *layers))
+    q, k, v = (_heads(y, attn.head_dim) for y in linears(x, *layers))
     weights = (n.weight for n in norms)
     q, k = qk_norm_rope(q, k, *weights, *tables, eps=norms[0].eps)
     return q, k, v

@@ -143,6 +143,9 @@ class DFMTransformer(Pretrained):
     B 132,279,572, L 461,245,460, XL/2 679,107,476. The paper's network has `qk_norm` and
     `block_conditioning`: 712,122,112 for one level of C = 16, as printed there (712.122 M).
 
+    Of `patch_embedding`, `heads`, the norms of queries and keys, and of `modulation` beside block
+    conditioning, only the weights are read: hooks on them are not called.
+
     Raises:
         TypeError, ValueError: arguments; in forward, levels of other shapes.
     """
@@ -305,7 +308,7 @@ class DFMTransformer(Pretrained):
             own = F.silu(stacked(self.block_conditioning, c, self.depth)).repeat_interleave(6, 0)
             seen = torch.cat((own, F.silu(c).expand(of_heads, -1, -1)))
             vectors = by_layers(seen, whole_weight(self.modulation.weight), self.modulation.bias)
-        return vectors.transpose(0, 1).flatten(1)
+        return vectors.transpose(0, 1).flatten(1).contiguous()  # one copy, not one of each vector
 
     def modulation_table(
         self, t: Tensor, active: Tensor | None = None, *, y: Tensor | None = None

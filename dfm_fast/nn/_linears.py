@@ -5,10 +5,10 @@ On a CPU torch's own products are MKL's, which use half of an AMD processor's ve
 they take twice oneDNN's time (1024 rows, 384 -> 1152: 4.2 and 2.0 ms; the gradient of the input 4.2
 and 2.2, of the weight 4.3 and 3.1 with two transpositions: not worth it). On Zen 4, where a wide
 vector is two halves, ours (`ops.matrices`) takes a tenth to a third less time than MKL's, forward
-and both gradients, from 8 rows on, as it copies nothing. oneDNN's forward is 2 to 5 % faster still,
-10 % for few rows, but adds up products one by one: long sums had to be split, with copies, to be
-exact. On a GPU a bias's gradient, the sum of 8192 rows, takes torch 2.3 times what reading them
-does. Everywhere else these are `torch.nn.functional.linear`.
+and both gradients, from 8 rows on, as it reads weights as they lie. oneDNN's forward is 2 to 5 %
+faster still, 10 % for few rows, but adds up products one by one: long sums had to be split, with
+copies, to be exact. On a GPU a bias's gradient, the sum of 8192 rows, takes torch 2.3 times what
+reading them does. Everywhere else these are `torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FEWEST_OWN, LEAST_OWN, LEAST_TRAINED = 8, 1 << 22, 1 << 24
 # A sum of so many products at most: longer ones, which oneDNN adds up one by one, have more than
 # twice the rounding error of MKL's.
 LONGEST_SUM = 1024
-# Rows up to which MKL adds up a product one by one, the last of them at least.
+# Up to so many rows MKL may add up some of them, the last few, one by one.
 MOST_CHAINED = 64
 # `amd_family`: of the first 512-bit vectors, and of multiply-adds of whole ones.
 ZEN_4, ZEN_5 = 25, 26
@@ -142,19 +142,19 @@ def onednn_leads() -> bool:
 
 def repays_transposing(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's product x [M, O] times weight [O, K] is faster with the copy it takes."""
-    return serves(x, weight.t()) and not own_leads() and amd_family() >= ZEN_5
+    return amd_family() >= ZEN_5 and serves(x, weight.t())
 
 
 def gradient_of_input(dy: Tensor, weight: Tensor) -> Tensor:
     """dy [M, O] times weight [O, K]."""
-    if serves(dy, weight.t()) and own_leads():
+    if own_leads() and serves(dy, weight.t()):
         return matrix_product(dy, weight)
     if repays_transposing(dy, weight):
         return product(dy, weight.t())
     rows, size = dy.shape
     if rows > MOST_CHAINED or size <= LONGEST_SUM or not single_on_cpu(dy, weight):
         return dy @ weight
-    count, rest = divmod(size, LONGEST_SUM // 2)
+    count, rest = divmod(size, LONGEST_SUM // 2)  # sums of so many, and then over them
     parts, weights = dy[:, : size - rest], weight[: size - rest]
     dx = gradients_of_inputs(parts.unflatten(1, (count, -1)).transpose(0, 1), weights).sum(0)
     return dx if rest == 0 else dx.add_(dy[:, -rest:] @ weight[-rest:])
@@ -167,7 +167,7 @@ def gradients_of_inputs(dy: Tensor, weight: Tensor) -> Tensor:
 
 def gradient_of_weight(dy: Tensor, x: Tensor, more: Tensor | None = None) -> Tensor:
     """The transpose of dy [M, O] times x [M, K], plus `more` [O, K], which is not used again."""
-    if serves(x, dy.t()) and own_leads():
+    if own_leads() and serves(x, dy.t()):
         return matrix_product(dy.t(), x, more)
     return dy.t() @ x if more is None else more.addmm_(dy.t(), x)
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from dfm_fast._library import differentiable
 from dfm_fast.nn._hooks import hooked
 from dfm_fast.nn._linears import (
+    called,
     gradient_of_input,
     gradient_of_weight,
     gradients_of_inputs,
@@ -97,7 +98,7 @@ def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     if type(x) is Tensor and not torch.compiler.is_compiling():
         whole = packed(*layers)
     if whole is None:
-        return tuple(layer(x) for layer in layers)
+        return tuple(called(layer, x) for layer in layers)
     parts = [layer.weight for layer in layers]
     biases: list[Tensor] = [layer.bias for layer in layers]
     bias = None if biases[0] is None else torch.cat(biases)
@@ -132,23 +133,27 @@ def stacked(layer: nn.Linear, x: Tensor, layers: int) -> Tensor:
 def by_layers(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """[L, N, O] of x [L, N, K], weight [L * O, K], bias [L * O]: each layer has an x of its own."""
     given = x, weight, bias
-    if single_on_cpu(*given) and differentiable(*given) and not torch.compiler.is_compiling():
+    if not single_on_cpu(*given):
+        weights, biases = (v.unflatten(0, (len(x), -1)) for v in (weight, bias))
+        return torch.baddbmm(biases.unsqueeze(1), x, weights.transpose(1, 2))
+    if differentiable(*given) and not torch.compiler.is_compiling():
         return _ByLayers.apply(*given)
-    return _by_layers(*given)
+    return _on_cpu(*given)
 
 
-def _by_layers(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """With the weights on the left, as MKL is slow with few rows there."""
     weights, biases = (v.unflatten(0, (len(x), -1)) for v in (weight, bias))
     return torch.baddbmm(biases.unsqueeze(-1), weights, x.transpose(1, 2)).transpose(1, 2)
 
 
 class _ByLayers(torch.autograd.Function):
-    """Torch's own gradient of x takes MKL five times as long where rows are few."""
+    """`_on_cpu`, of which torch's own gradient of x takes MKL five times as long for few rows."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _by_layers(x, weight, bias)
+        return _on_cpu(x, weight, bias)
 
     @staticmethod
     @once_differentiable

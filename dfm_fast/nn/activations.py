@@ -26,7 +26,6 @@ from dfm_fast.nn._linears import (
     plain_weights,
     product,
     repays_transposing,
-    serves,
     sum_of_rows,
     sums_serve,
 )
@@ -246,9 +245,9 @@ class FeedForward(nn.Module):
 
     In training backward keeps what the first layer gave and computes the activation again for the
     second one's gradient (not with dropout between them). On a CPU in inference oneDNN computes
-    activation and gate as epilogues of its products, so that the wide hidden tensor is never
-    written: see `_inference`. On a GPU that takes one kernel of ours, where a table of tiles or the
-    environment (DFM_FAST_LINEAR_GLU=1) says so.
+    activation and gate as epilogues of its products, so that what the first layer gives is never
+    written, only its activation: see `_inference`. On a GPU that takes one kernel of ours, where a
+    table of tiles or the environment (DFM_FAST_LINEAR_GLU=1) says so.
     """
 
     def __init__(
@@ -423,13 +422,15 @@ def _bf16_serves() -> bool:
 
 
 def _inference(x: Tensor, first: _ActivatedLinear | Projected, last: nn.Linear) -> Tensor:
-    """x [rows, dim] -> [rows, dim_out]. The hidden tensor comes in blocks of columns: gate, then
-    hidden = (x W + b) gate, then its part of the output."""
+    """x [rows, dim] -> [rows, dim_out]. In float32 the hidden tensor comes in blocks of columns,
+    but whole for a product of our own: gate, then hidden = (x W + b) gate, then its part of the
+    output."""
     linear = torch.ops.mkldnn._linear_pointwise  # what Inductor calls
     assert first.activation.onednn is not None  # see `_epilogues_serve`
     activation, form = first.activation.onednn
     weight, bias, inner = first.proj.weight, first.proj.bias, last.in_features
-    single, own = x.dtype == torch.float32, serves(x, last.weight) and own_leads()
+    single = x.dtype == torch.float32
+    own = single and own_leads()
     blocks = -(-inner // LONGEST_SUM) if single and not own else 1
     width = -(-inner // blocks)
     x = x.contiguous()

@@ -3,8 +3,9 @@ r"""A product of two matrices in float32 or float64, for linear layers on a CPU.
 
     c = a b + other
 
-Neither is copied where its rows or its columns lie side by side in memory. Sums of 128 products at
-most are added up, so the error is under that of one chain. The number of threads changes no bit.
+A matrix of rows or of columns that lie side by side in memory is read as it is, but for an a of
+columns, which is transposed first, once. Sums of 128 products at most are added up, so the error is
+under that of one chain. The number of threads changes no bit.
 """
 
 from __future__ import annotations
