@@ -69,13 +69,9 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of ours or oneDNN's, x [..., K] and weight [O, K], is faster, and the
     tensors are plain enough."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32 == weight.dtype
-        and type(x) is Tensor
-        and plain_weights(weight)
+        single_on_cpu(x, weight)
         and x.numel() >= FEWEST_OWN * x.shape[-1] > 0
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
         and (
             x.numel() * len(weight) >= LEAST_OWN
             if own_leads()
